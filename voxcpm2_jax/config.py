@@ -1,0 +1,421 @@
+"""Every part's configuration: frozen dataclasses, their validation, derived sizes, and the released config.json.
+
+The field names of the model parts are those of the released `config.json`, so that file and dataclass are one
+declaration; `ModelConfig` derives the shape of each of its four transformer stacks from them:
+
+    tslm     text-semantic LM, causal, LongRoPE            ralm     residual acoustic LM, causal, no positions
+    locenc   patch -> vector, bidirectional                locdit   velocity of a patch, bidirectional
+
+Unknown keys of a released file are kept beside the config and given back on export; keys of our own run configs
+are strict. Defaults are those the reference applies to an absent key (`use_mup` is then true).
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Mapping
+
+
+class UserError(ValueError):
+    """The user's mistake: its message is the one line to show (what we got, what we expected, what to do)."""
+
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """LongRoPE: one frequency divisor per rotated pair; long or short is chosen once, by max > original."""
+
+    type: str = "longrope"
+    long_factor: tuple[float, ...] = ()  # [H / 2]; empty: all ones, which is plain RoPE
+    short_factor: tuple[float, ...] = ()  # [H / 2]; likewise
+    original_max_position_embeddings: int = 32768  # slots
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """MiniCPM-4 decoder; the four stacks of the model inherit from it what they do not set themselves."""
+
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    hidden_size: int = 2048  # D
+    intermediate_size: int = 6144  # F
+    max_position_embeddings: int = 32768  # slots
+    num_attention_heads: int = 16  # N
+    num_hidden_layers: int = 28  # L
+    num_key_value_heads: int = 2  # K, divides N
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    kv_channels: int | None = None  # H; None: D / N
+    rope_scaling: RopeScaling = RopeScaling()
+    vocab_size: int = 73448  # V
+    use_mup: bool = True
+    scale_emb: float = 12.0  # text embedding multiplier, if use_mup
+    dim_model_base: int = 256  # kept for the released file; no part reads it
+    scale_depth: float = 1.4  # residual branches x scale_depth / sqrt(L), if use_mup
+    no_rope: bool = False
+
+    def __post_init__(self):
+        ones = (1.0,) * ((self.kv_channels or self.hidden_size // self.num_attention_heads) // 2)
+        rope = self.rope_scaling
+        filled = dataclasses.replace(rope, long_factor=rope.long_factor or ones, short_factor=rope.short_factor or ones)
+        object.__setattr__(self, "rope_scaling", filled)
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """Shape of LocEnc."""
+
+    hidden_dim: int = 1024  # D
+    ffn_dim: int = 4096  # F
+    num_heads: int = 16  # N
+    num_layers: int = 4  # L
+    kv_channels: int | None = None  # H; None: D / N
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Flow matching: training times, guidance."""
+
+    sigma_min: float = 1e-6  # kept for the released file; no part reads it
+    solver: str = "euler"
+    t_scheduler: str = "log-norm"  # "log-norm": sigmoid(N(-0.4, 1)); "uniform"
+    training_cfg_rate: float = 0.1  # probability that a patch's two conditioning vectors are dropped
+    inference_cfg_rate: float = 1.0
+    reg_loss_type: str = "l1"  # kept for the released file; the loss is squared error all the same
+    ratio_r_neq_t_range: tuple[float, float] = (0.25, 0.75)  # mean mode: share of patches with r != t, first to last
+    noise_cond_prob_range: tuple[float, float] = (0.0, 0.0)
+    noise_cond_scale: float = 0.0
+
+
+@dataclass(frozen=True)
+class DiTConfig(LocalConfig):
+    """Shape of LocDiT and its flow."""
+
+    dit_mean_mode: bool = False  # MeanFlow: the network sees t - r and predicts the mean velocity
+    cfm_config: FlowConfig = FlowConfig()
+
+
+@dataclass(frozen=True)
+class AudioVAEConfig:
+    """AudioVAE V2: causal convolutional VAE, encoder and decoder at rates of their own."""
+
+    encoder_dim: int = 128  # channels before the first block; doubled by each block
+    encoder_rates: tuple[int, ...] = (2, 5, 8, 8)  # strides; their product is the encoder hop in samples
+    latent_dim: int = 64  # C
+    decoder_dim: int = 2048  # channels before the first block; block i ends with decoder_dim // 2**(i + 1)
+    decoder_rates: tuple[int, ...] = (8, 6, 5, 2, 2, 2)
+    depthwise: bool = True
+    sample_rate: int = 16000  # Hz into the encoder
+    out_sample_rate: int = 48000  # Hz out of the decoder
+    use_noise_block: bool = False  # not supported: the release has none
+    sr_bin_boundaries: tuple[int, ...] | None = (20000, 30000, 40000)  # Hz; None: no target-rate conditioning
+    cond_type: str = "scale_bias"  # the only one supported
+    cond_dim: int = 128  # kept for the released file; scale_bias has no use for it
+    cond_out_layer: bool = False  # not supported: the release has none
+
+    def __post_init__(self):
+        def check(ok, message):
+            if not ok:
+                raise UserError(f"audio_vae_config: {message}")
+
+        check(self.encoder_rates and self.decoder_rates, "encoder_rates and decoder_rates must not be empty")
+        check(min(self.encoder_rates + self.decoder_rates) >= 1, "every rate must be at least 1")
+        check(min(self.encoder_dim, self.latent_dim) >= 1, "encoder_dim and latent_dim must be at least 1")
+        check(
+            self.decoder_dim // 2 ** len(self.decoder_rates) >= 1,
+            f"decoder_dim {self.decoder_dim} cannot be halved {len(self.decoder_rates)} times",
+        )
+        check(not self.use_noise_block, "use_noise_block is not supported (the released model has none)")
+        check(not self.cond_out_layer, "cond_out_layer is not supported (the released model has none)")
+        check(self.cond_type == "scale_bias", f"cond_type {self.cond_type!r} is not supported, only 'scale_bias'")
+        if self.sr_bin_boundaries is not None:
+            check(
+                list(self.sr_bin_boundaries) == sorted(set(self.sr_bin_boundaries)),
+                f"sr_bin_boundaries must rise strictly, got {list(self.sr_bin_boundaries)}",
+            )
+        check(
+            self.sample_rate * self.decoder_hop == self.out_sample_rate * self.encoder_hop,
+            f"encoder makes {self.sample_rate}/{self.encoder_hop} frames per second and decoder eats "
+            f"{self.out_sample_rate}/{self.decoder_hop}; sample rates and strides must agree",
+        )
+
+    @property
+    def encoder_hop(self) -> int:
+        """Input samples per latent frame."""
+        return math.prod(self.encoder_rates)
+
+    @property
+    def decoder_hop(self) -> int:
+        """Output samples per latent frame."""
+        return math.prod(self.decoder_rates)
+
+    @property
+    def frames_per_sec(self) -> float:
+        return self.sample_rate / self.encoder_hop
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """One stack, everything resolved."""
+
+    num_layers: int  # L
+    width: int  # D
+    mlp_width: int  # F
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    rms_norm_eps: float
+    rope_theta: float
+    rope_factor: tuple[float, ...] | None  # [H / 2]; None: no positional encoding
+    rope_scale: float  # LongRoPE attention factor on cos and sin
+    residual_scale: float  # on each residual branch; 1 without muP
+    remat: str = "full"  # what the backward pass recomputes: "full", "none"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone: two language models, quantiser, local encoder and local diffusion transformer."""
+
+    lm_config: LMConfig = LMConfig()
+    patch_size: int = 4  # P, latent frames in a patch
+    feat_dim: int = 64  # C
+    residual_lm_num_layers: int = 8
+    residual_lm_no_rope: bool = False
+    scalar_quantization_latent_dim: int = 512  # Q
+    scalar_quantization_scale: int = 9  # levels -scale .. scale
+    encoder_config: LocalConfig = LocalConfig()
+    dit_config: DiTConfig = DiTConfig()
+    max_length: int = 8192  # slots of the longest sequence
+    dtype: str = "bfloat16"  # what matrices are multiplied in: "float32", "bfloat16"
+
+    def __post_init__(self):
+        def check(ok, message):
+            if not ok:
+                raise UserError(f"model config: {message}")
+
+        aliases = {"bf16": "bfloat16", "fp32": "float32"}
+        object.__setattr__(self, "dtype", aliases.get(self.dtype, self.dtype))
+        check(self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        for name in ("patch_size", "feat_dim", "residual_lm_num_layers", "scalar_quantization_latent_dim",
+                     "scalar_quantization_scale", "max_length"):  # fmt: skip
+            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        check(self.lm_config.vocab_size > 104, f"vocab_size must be over 104 (the special ids), got {self.lm_config.vocab_size}")
+        for name, stack in (("lm_config", self.tslm), ("encoder_config", self.locenc), ("dit_config", self.locdit)):
+            check(min(stack.num_layers, stack.width, stack.mlp_width, stack.head_dim) >= 1, f"{name}: sizes must be at least 1")
+            check(
+                stack.num_kv_heads >= 1 and stack.num_heads % stack.num_kv_heads == 0,
+                f"{name}: {stack.num_heads} heads cannot share {stack.num_kv_heads} key/value heads evenly",
+            )
+            check(stack.head_dim % 2 == 0, f"{name}: head size must be even for RoPE, got {stack.head_dim}")
+            if stack.rope_factor is not None:
+                check(
+                    len(stack.rope_factor) == stack.head_dim // 2,
+                    f"{name}: rope_scaling needs {stack.head_dim // 2} factors (half the head size), got {len(stack.rope_factor)}",
+                )
+        check(self.dit_config.hidden_dim % 2 == 0, f"dit_config.hidden_dim must be even, got {self.dit_config.hidden_dim}")
+        flow = self.dit_config.cfm_config
+        check(flow.t_scheduler in ("log-norm", "uniform"), f"t_scheduler must be log-norm or uniform, got {flow.t_scheduler!r}")
+        check(flow.solver == "euler", f"solver must be euler, got {flow.solver!r}")
+        check(0 <= flow.training_cfg_rate < 1, f"training_cfg_rate must lie in [0, 1), got {flow.training_cfg_rate}")
+
+    def _stack(self, num_layers, width, mlp_width, num_heads, head_dim, no_rope=False) -> TransformerConfig:
+        lm = self.lm_config
+        rope = lm.rope_scaling
+        is_long = lm.max_position_embeddings > rope.original_max_position_embeddings
+        stretch = lm.max_position_embeddings / rope.original_max_position_embeddings
+        return TransformerConfig(
+            num_layers=num_layers,
+            width=width,
+            mlp_width=mlp_width,
+            num_heads=num_heads,
+            num_kv_heads=lm.num_key_value_heads,
+            head_dim=head_dim or width // num_heads,
+            rms_norm_eps=lm.rms_norm_eps,
+            rope_theta=lm.rope_theta,
+            rope_factor=None if no_rope else (rope.long_factor if is_long else rope.short_factor),
+            rope_scale=math.sqrt(1 + math.log(stretch) / math.log(rope.original_max_position_embeddings)),
+            residual_scale=lm.scale_depth / math.sqrt(num_layers) if lm.use_mup else 1.0,
+        )
+
+    @property
+    def tslm(self) -> TransformerConfig:
+        lm = self.lm_config
+        return self._stack(lm.num_hidden_layers, lm.hidden_size, lm.intermediate_size, lm.num_attention_heads, lm.kv_channels, lm.no_rope)
+
+    @property
+    def ralm(self) -> TransformerConfig:
+        lm = self.lm_config
+        return self._stack(self.residual_lm_num_layers, lm.hidden_size, lm.intermediate_size, lm.num_attention_heads,
+                           lm.kv_channels, self.residual_lm_no_rope)  # fmt: skip
+
+    @property
+    def locenc(self) -> TransformerConfig:
+        c = self.encoder_config
+        return self._stack(c.num_layers, c.hidden_dim, c.ffn_dim, c.num_heads, c.kv_channels, self.lm_config.no_rope)
+
+    @property
+    def locdit(self) -> TransformerConfig:
+        c = self.dit_config
+        return self._stack(c.num_layers, c.hidden_dim, c.ffn_dim, c.num_heads, c.kv_channels, self.lm_config.no_rope)
+
+    @property
+    def embed_scale(self) -> float:
+        return self.lm_config.scale_emb if self.lm_config.use_mup else 1.0
+
+
+# ---- dataclass <-> plain data --------------------------------------------------------------------------------------
+
+
+def to_dict(config) -> dict[str, Any]:
+    """A dataclass as nested dicts and lists: what JSON holds."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls, data: Mapping[str, Any], *, where: str = "config", unknown: dict | None = None):
+    """Builds dataclass `cls` from nested plain data, checking every key and type.
+
+    Args:
+        data: nested mappings; absent keys take the dataclass's defaults.
+        where: how messages name the place.
+        unknown: if given, keys that `cls` does not have are collected here (nested the same way), otherwise they raise.
+    Raises:
+        UserError: an unknown key or a value of the wrong type, named with its path.
+    """
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where}: expected fields of {cls.__name__}, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in data.items():
+        if key not in names:
+            if unknown is None:
+                raise UserError(f"{where}.{key}: unknown key; {cls.__name__} has {', '.join(sorted(names))}")
+            unknown[key] = value
+            continue
+        rest = None if unknown is None else {}
+        values[key] = _coerce(hints[key], value, f"{where}.{key}", rest)
+        if rest:
+            unknown[key] = rest
+    return cls(**values)
+
+
+def _coerce(hint, value, where, unknown):
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where=where, unknown=unknown)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        (hint,) = [o for o in options if o is not type(None)]
+        return _coerce(hint, value, where, unknown)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise UserError(f"{where}: expected a list, got {value!r}")
+        args = typing.get_args(hint)
+        items = list(value)
+        if args[-1] is not Ellipsis and len(items) != len(args):
+            raise UserError(f"{where}: expected {len(args)} values, got {len(items)}")
+        return tuple(_coerce(args[0], item, f"{where}[{i}]", unknown) for i, item in enumerate(items))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+# ---- the released config.json --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released config.json: what we understand of it, and the file itself for giving it back."""
+
+    model: ModelConfig
+    vae: AudioVAEConfig
+    raw: dict[str, Any] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()  # paths of keys that no part reads
+
+
+# Keys of the file that concern the reference's runtime, not the model.
+_RUNTIME_KEYS = ("architecture", "device", "audio_vae_config")
+
+
+def read_released(path: str | pathlib.Path) -> Released:
+    """Reads a released `config.json` (or the directory that holds it).
+
+    Raises:
+        UserError: no such file, not JSON, another architecture, an impossible value.
+    """
+    path = pathlib.Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a released VoxCPM2 directory with config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict) or raw.get("architecture", "voxcpm").lower() != "voxcpm2":
+        got = raw.get("architecture", "none") if isinstance(raw, dict) else "no object"
+        raise UserError(f'{path}: expected "architecture": "voxcpm2", got {got!r}')
+    unknown: dict[str, Any] = {}
+    model_part = {k: v for k, v in raw.items() if k not in _RUNTIME_KEYS}
+    model = from_dict(ModelConfig, model_part, where=str(path), unknown=unknown)
+    vae_unknown: dict[str, Any] = {}
+    vae = from_dict(AudioVAEConfig, raw.get("audio_vae_config") or {}, where=f"{path}.audio_vae_config", unknown=vae_unknown)
+    if vae_unknown:
+        unknown["audio_vae_config"] = vae_unknown
+    if vae.latent_dim != model.feat_dim:
+        raise UserError(f"{path}: feat_dim {model.feat_dim} differs from audio_vae_config.latent_dim {vae.latent_dim}")
+    return Released(model, vae, raw, tuple(_paths(unknown)))
+
+
+def to_released(model: ModelConfig, vae: AudioVAEConfig, raw: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The released file's content for this model; `raw`, an imported file, keeps its own keys and their order.
+
+    A field that `raw` leaves out and that has its default value stays out, so an unchanged import returns `raw`.
+    """
+    ours = to_dict(model) | {"audio_vae_config": to_dict(vae)}
+    if raw is None:
+        return {"architecture": "voxcpm2"} | ours | {"device": "cuda"}
+    defaults = {f.name: _default(f) for f in dataclasses.fields(ModelConfig)} | {"audio_vae_config": to_dict(AudioVAEConfig())}
+    return _merge(raw, ours, defaults)
+
+
+def _default(field_):
+    return to_dict(field_.default) if dataclasses.is_dataclass(field_.default) else field_.default
+
+
+def _merge(raw, ours, defaults):
+    merged = dict(raw)
+    for key, value in ours.items():
+        old = raw.get(key)
+        if isinstance(value, dict):
+            nested = _merge(old or {}, value, defaults.get(key, {}))
+            if nested or key in raw:
+                merged[key] = nested if old is not None or nested else old
+        elif key in raw:
+            merged[key] = old if _same_value(old, value) else value
+        elif value != defaults.get(key):
+            merged[key] = value
+    return merged
+
+
+def _same_value(old, value) -> bool:
+    aliases = {"bf16": "bfloat16", "fp32": "float32"}
+    return old == value or (isinstance(old, str) and aliases.get(old) == value)
+
+
+def _paths(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _paths(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
