@@ -1,0 +1,80 @@
+"""Flow matching over any velocity function: the training loss and the guided Euler sampler.
+
+    x_t = (1 - t) x_1 + t z,   target z - x_1,   time runs from 1 (noise) to 0
+
+Mean mode (MeanFlow, arXiv 2505.13447) learns the mean velocity u over [r, t]: its target is v - (t - r) du/dt, the total
+derivative taken along (v, r fixed, t moving). CFG-Zero* (arXiv 2503.18886) scales the unconditional velocity by its
+projection on the conditional one, and takes no step at all while the flow is nearly pure noise.
+"""
+
+import jax
+import jax.numpy as jnp
+
+ZERO_SHARE = 0.04  # of the time grid in which CFG-Zero* keeps the noise; at least its first step
+
+
+def draw_times(key: jax.Array, shape: tuple[int, ...], scheduler: str) -> jax.Array:
+    """Training times in (0, 1), float32: sigmoid(N(-0.4, 1)) for "log-norm"."""
+    if scheduler == "uniform":
+        return jax.random.uniform(key, shape)
+    return jax.nn.sigmoid(jax.random.normal(key, shape) - 0.4)
+
+
+def loss(velocity, x_RPC, noise_RPC, t_R, r_R=None) -> jax.Array:
+    """Squared error of the predicted velocity, mean over channels.
+
+    Args:
+        velocity: (x_t RPC, t_R, dt_R) -> v_RPC.   x_RPC: clean latents.   noise_RPC: standard normal.
+        t_R: time.   r_R: the interval's other end for mean mode; None otherwise.
+    Returns:
+        loss_RP, float32.
+    """
+    t_R11 = t_R[:, None, None]
+    x_t = (1 - t_R11) * x_RPC + t_R11 * noise_RPC
+    v = noise_RPC - x_RPC
+    if r_R is None:
+        predicted, target = velocity(x_t, t_R, jnp.zeros_like(t_R)), v
+    else:
+        predicted, slope = jax.jvp(
+            lambda x, r, t: velocity(x, t, t - r), (x_t, r_R, t_R), (v, jnp.zeros_like(r_R), jnp.ones_like(t_R))
+        )
+        target = jax.lax.stop_gradient(v - (t_R - r_R)[:, None, None] * slope)
+    return jnp.mean((predicted - target) ** 2, axis=-1)
+
+
+def time_grid(num_steps: int) -> jax.Array:
+    """num_steps + 1 times from 1 to 0, denser near 1 (sway sampling with coefficient 1)."""
+    t = jnp.linspace(1.0, 0.0, num_steps + 1)
+    return t + (jnp.cos(jnp.pi / 2 * t) - 1 + t)
+
+
+def guide(v_cond, v_uncond, cfg_value) -> jax.Array:
+    """CFG-Zero*: the unconditional velocity, scaled to fit the conditional one, plus `cfg_value` times what is left.
+
+    `cfg_value` is a scalar or one value a row.
+    """
+    cfg_value = jnp.reshape(jnp.asarray(cfg_value, v_cond.dtype), (-1, 1, 1))
+    dot = jnp.sum(v_cond * v_uncond, axis=(1, 2), keepdims=True)
+    scaled = v_uncond * (dot / (jnp.sum(v_uncond**2, axis=(1, 2), keepdims=True) + 1e-8))
+    return scaled + cfg_value * (v_cond - scaled)
+
+
+def sample(velocities, noise_RPC, *, num_steps: int, cfg_value, mean_mode: bool = False) -> jax.Array:
+    """Draws clean latents by Euler steps from noise.
+
+    Args:
+        velocities: (x_RPC, t_R, dt_R) -> (conditional, unconditional) velocity.   cfg_value: guidance, scalar or [R].
+        num_steps: Euler steps, static; the first `max(1, 0.04 (num_steps + 1))` keep x as it is.
+        mean_mode: the network sees the step's real length, otherwise zero.
+    """
+    grid = time_grid(num_steps)
+    num_still = max(1, int((num_steps + 1) * ZERO_SHARE))
+
+    def step(x_RPC, times):
+        t, t_next = times
+        t_R = jnp.full(x_RPC.shape[0], t)
+        v = guide(*velocities(x_RPC, t_R, t_R - t_next if mean_mode else jnp.zeros_like(t_R)), cfg_value)
+        return x_RPC - (t - t_next) * v, None
+
+    x_RPC, _ = jax.lax.scan(step, noise_RPC, (grid[num_still:-1], grid[num_still + 1 :]))
+    return x_RPC

@@ -1,0 +1,81 @@
+"""The two local stacks, bidirectional inside one patch: LocEnc (patch -> vector) and LocDiT (noisy patch -> velocity).
+
+    LocEnc   [special, P frames]                                        -> slot 0
+    LocDiT   [lm, residual, time, P frames before, P noisy frames]      -> last P slots
+
+R is a row, one patch; tens of thousands of rows are one batch.
+Source: VoxCPM2 report, sections on LocEnc and LocDiT. Differs from the reference: time stays in float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from voxcpm2_jax.config import TransformerConfig
+from voxcpm2_jax.models.transformer import Linear, run_layers
+
+TIME_SCALE = 1000.0
+
+
+def _positions(x_RTD: jax.Array) -> jax.Array:
+    return jnp.arange(x_RTD.shape[1])[None]
+
+
+class LocEnc(nn.Module):
+    """One vector for each patch of latents."""
+
+    config: TransformerConfig
+    unrolled: bool = False
+
+    @nn.compact
+    def __call__(self, x_RPC: jax.Array) -> jax.Array:
+        width = self.config.width
+        special_D = self.param("special_token", nn.initializers.normal(1.0), (width,)).astype(x_RPC.dtype)
+        x_RPD = Linear((width,), name="in_proj")(x_RPC)
+        special_R1D = jnp.broadcast_to(special_D[None, None], (len(x_RPD), 1, width))
+        x_RTD = jnp.concatenate([special_R1D, x_RPD], axis=1)
+        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, unrolled=self.unrolled)
+        return y_RTD[:, 0]
+
+
+def time_embedding(t_R: jax.Array, width: int) -> jax.Array:
+    """Sines, then cosines, of 1000 t at `width / 2` frequencies from 1 down to 1e-4; float32."""
+    half = width // 2
+    frequency = jnp.exp(jnp.arange(half, dtype=jnp.float32) * -(jnp.log(10000.0) / (half - 1)))
+    angle = TIME_SCALE * t_R.astype(jnp.float32)[:, None] * frequency[None]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class TimeMLP(nn.Module):
+    @nn.compact
+    def __call__(self, x_RD: jax.Array) -> jax.Array:
+        width = x_RD.shape[-1]
+        return Linear((width,), name="linear_2")(nn.silu(Linear((width,), name="linear_1")(x_RD)))
+
+
+class LocDiT(nn.Module):
+    """Velocity of noisy latent patches, conditioned on two prefix tokens and the previous patch.
+
+    Args:
+        x_RPC: noisy latents at time t.   prefix_R2D: [lm, residual], concatenated, not summed.
+        cond_RPC: previous clean patch; zeros in a segment's first slot.   t_R: time in [0, 1]; 1 is noise.
+        dt_R: t - r in mean mode, otherwise zeros, which pass through their MLP all the same.
+    Returns:
+        v_RPC: d(latent)/dt, float32.
+    """
+
+    config: TransformerConfig
+    unrolled: bool = False
+
+    @nn.compact
+    def __call__(self, x_RPC, prefix_R2D, cond_RPC, t_R, dt_R):
+        width, dtype = self.config.width, prefix_R2D.dtype
+        P, C = x_RPC.shape[1:]
+        time_RD = TimeMLP(name="time_mlp")(time_embedding(t_R, width).astype(dtype))
+        time_RD += TimeMLP(name="delta_time_mlp")(time_embedding(dt_R, width).astype(dtype))
+        cond_RPD = Linear((width,), name="cond_proj")(cond_RPC.astype(dtype))
+        x_RPD = Linear((width,), name="in_proj")(x_RPC.astype(dtype))
+        x_RTD = jnp.concatenate([prefix_R2D, time_RD[:, None], cond_RPD, x_RPD], axis=1)
+        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, unrolled=self.unrolled)
+        v_RPC = Linear((C,), name="out_proj", kernel_init=nn.initializers.zeros)(y_RTD[:, -P:])
+        return v_RPC.astype(jnp.float32)

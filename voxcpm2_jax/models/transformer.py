@@ -1,0 +1,209 @@
+"""MiniCPM-4: RMSNorm, LongRoPE, grouped-query attention and SwiGLU, in pre-norm blocks.
+
+    x += s * o(attention(rope(q(norm x)), rope(k(norm x)), v(norm x)))        s: residual scale, 1 without muP
+    x += s * down(silu(gate(norm x)) * up(norm x))
+
+Four stacks of the model are made of it. Training scans over stacked layers with remat; generation runs the layers one
+by one with q/k/v and gate/up fused (`unstack`), since a scan inside the decode loop copies its weights.
+Parameters come in any float type and are cast to the type of the activations, which is the compute type; norms, RoPE
+and softmax are float32.
+
+Source: MiniCPM-4 report; LongRoPE (arXiv 2402.13753).
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from voxcpm2_jax.config import TransformerConfig
+from voxcpm2_jax.sharding import constrain
+
+
+
+def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.einsum` that multiplies float32 as float32 on every platform."""
+    return jnp.einsum(equation, x, y, precision="highest" if x.dtype == jnp.float32 else None)
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias` over the last `num_in` dims of x."""
+
+    features: tuple[int, ...]
+    num_in: int = 1
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        in_dims = x.shape[-self.num_in :]
+        axes = tuple(range(self.num_in)), tuple(range(self.num_in, self.num_in + len(self.features)))
+        init = self.kernel_init or nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", *axes)
+        kernel = self.param("kernel", init, in_dims + self.features)
+        contract = "XYZ"[: self.num_in]
+        out = "UVW"[: len(self.features)]
+        y = einsum(f"...{contract},{contract}{out}->...{out}", x, kernel.astype(x.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features)
+            y += bias.astype(x.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+class RMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Rope(NamedTuple):
+    cos_BTH: jax.Array  # float32, over half a head
+    sin_BTH: jax.Array
+
+
+def rope_table(config: TransformerConfig, position_BT: jax.Array) -> Rope | None:
+    """Angles of every position; None for a stack without positional encoding."""
+    if config.rope_factor is None:
+        return None
+    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    # The product in this order, in float32: angles of late positions are large, and their rounding is part of the model.
+    per_slot = position_BT.astype(jnp.float32)[..., None] * (1.0 / jnp.asarray(config.rope_factor, jnp.float32))[None, None]
+    angle_BTH = per_slot * (1.0 / config.rope_theta**half)[None, None]
+    return Rope(jnp.cos(angle_BTH) * config.rope_scale, jnp.sin(angle_BTH) * config.rope_scale)
+
+
+def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
+    """Rotates the pairs (i, i + H/2) of every head."""
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rope.cos_BTH[:, :, None], rope.sin_BTH[:, :, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None) -> jax.Array:
+    """Softmax attention of N query heads over K <= N shared key/value heads; a None mask sees everything."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    logits_BKGTS = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).astype(jnp.float32) * H**-0.5
+    if mask_BTS is not None:
+        logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
+    probs_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def causal_mask(segment_BT: jax.Array) -> jax.Array:
+    """[B, T, T]: a slot sees itself and what came before it in its own segment."""
+    same_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
+    T = segment_BT.shape[1]
+    return same_BTS & jnp.tri(T, dtype=bool)[None]
+
+
+class KV(NamedTuple):
+    """Keys and values that one layer has seen."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+
+    def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array) -> "KV":
+        """Puts T new slots at each row's own place."""
+        put = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (start, 0, 0)))
+        return KV(put(self.k_BSKH, k_BTKH, start_B), put(self.v_BSKH, v_BTKH, start_B))
+
+
+def empty_cache(config: TransformerConfig, batch: int, num_slots: int, dtype) -> tuple[KV, ...]:
+    """One KV of zeros for each layer."""
+    shape = (batch, num_slots, config.num_kv_heads, config.head_dim)
+    return tuple(KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+
+
+class Block(nn.Module):
+    """One layer. With a cache, keys and values are written at `start_B` and attention runs over the whole cache."""
+
+    config: TransformerConfig
+    fused: bool = False  # one q/k/v and one gate/up matrix
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, mask_BTS, cache=None, start_B=None):
+        c = self.config
+        N, K, H, F = c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_width
+
+        def linear(name, *features, num_in=1):
+            return Linear(features, num_in=num_in, use_bias=False, name=name)
+
+        with jax.named_scope("attention"):
+            y_BTD = RMSNorm(c.rms_norm_eps, name="attn_norm")(x_BTD)
+            if self.fused:
+                q, k, v = jnp.split(linear("qkv", N + 2 * K, H)(y_BTD), [N, N + K], axis=2)
+            else:
+                q, k, v = linear("q", N, H)(y_BTD), linear("k", K, H)(y_BTD), linear("v", K, H)(y_BTD)
+            if rope is not None:
+                q, k = rotate(q, rope), rotate(k, rope)
+            if cache is not None:
+                cache = cache.write(k, v, start_B)
+                k, v = cache
+            o_BTNH = constrain(attention(q, k, v, mask_BTS), "batch", None, "heads", None)
+            x_BTD += linear("o", c.width, num_in=2)(o_BTNH) * jnp.asarray(c.residual_scale, x_BTD.dtype)
+        with jax.named_scope("mlp"):
+            y_BTD = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x_BTD)
+            if self.fused:
+                gate, up = jnp.moveaxis(linear("gate_up", 2, F)(y_BTD), 2, 0)
+            else:
+                gate, up = linear("gate", F)(y_BTD), linear("up", F)(y_BTD)
+            h_BTF = constrain(nn.silu(gate) * up, "batch", None, "mlp")
+            x_BTD += linear("down", c.width)(h_BTF) * jnp.asarray(c.residual_scale, x_BTD.dtype)
+        return constrain(x_BTD, "batch", None, None), cache
+
+
+def run_layers(config: TransformerConfig, x_BTD, position_BT, mask_BTS, *, unrolled=False, cache=None, start_B=None):
+    """All blocks of a stack and its last norm, as parameters `layers` and `norm` of the calling compact module.
+
+    Args:
+        position_BT: for RoPE.   mask_BTS: what each slot sees, None for everything; S is the cache's length if there is one.
+        unrolled: separate `layers_0`, `layers_1` .. with fused matrices (see `unstack`); needed for a cache.
+        cache: one KV a layer, written from slot `start_B` of each row on.
+    Returns:
+        y_BTD and the new cache (None if there was none).
+    """
+    rope = rope_table(config, position_BT)
+    if unrolled:
+        layers = []
+        for i in range(config.num_layers):
+            x_BTD, layer = Block(config, fused=True, name=f"layers_{i}")(
+                x_BTD, rope, mask_BTS, None if cache is None else cache[i], start_B
+            )
+            layers.append(layer)
+        cache = None if cache is None else tuple(layers)
+    else:
+        assert cache is None, "a cache needs unrolled layers"
+        block = Block if config.remat == "none" else nn.remat(Block, prevent_cse=False)
+        stacked = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=config.num_layers,
+        )
+        x_BTD, _ = stacked(config, name="layers")(x_BTD, rope, mask_BTS)
+    return RMSNorm(config.rms_norm_eps, name="norm")(x_BTD), cache
+
+
+def unstack(stack: dict) -> dict:
+    """Stacked parameters of one stack -> those of its unrolled form: `layers_i` with fused q/k/v and gate/up."""
+    layers = stack["layers"]
+    kernel = {name: layers[name]["kernel"] for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    fused = {
+        "attn_norm": layers["attn_norm"],
+        "mlp_norm": layers["mlp_norm"],
+        "qkv": {"kernel": jnp.concatenate([kernel["q"], kernel["k"], kernel["v"]], axis=2)},
+        "o": {"kernel": kernel["o"]},
+        "gate_up": {"kernel": jnp.stack([kernel["gate"], kernel["up"]], axis=2)},
+        "down": {"kernel": kernel["down"]},
+    }
+    num_layers = kernel["o"].shape[0]
+    rest = {k: v for k, v in stack.items() if k != "layers"}
+    return rest | {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], fused) for i in range(num_layers)}

@@ -1,0 +1,368 @@
+"""VoxCPM2 assembled: text and patches in, hidden states, next patch and stop decision out.
+
+    patch -> LocEnc -> enc_to_lm -> e            text -> embedding
+    slots (text | e) -> TSLM -> h -> FSQ at audio slots -> h'
+    fusion([h' ; e at audio slots]) -> RALM -> r
+    slot i is drawn from h'[i-1], r[i-1] and patch[i-1]:  LocDiT -> patch i,  stop head(h'[i-1]) -> go on or stop
+
+A batch is packed: LocEnc runs on the M patches of a row, LocDiT and the stop head on those that may bear loss; nothing
+local is computed for text or padding. What comes before a segment's first slot is zero.
+
+Source: VoxCPM2 report. Differs from the reference: rows hold several clips and attention stays inside each.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from voxcpm2_jax.config import ModelConfig, UserError
+from voxcpm2_jax.models import flow
+from voxcpm2_jax.models.local import LocDiT, LocEnc
+from voxcpm2_jax.models.transformer import KV, Linear, causal_mask, empty_cache, run_layers, unstack
+from voxcpm2_jax.sequence import Batch
+from voxcpm2_jax.sharding import constrain
+
+
+class Embedding(nn.Module):
+    vocab_size: int
+    width: int
+
+    @nn.compact
+    def __call__(self, tokens_BT, dtype):
+        table_VD = self.param("embedding", nn.initializers.normal(1.0), (self.vocab_size, self.width))
+        return table_VD[tokens_BT].astype(dtype)
+
+
+class TextSemanticLM(nn.Module):
+    config: ModelConfig
+    unrolled: bool = False
+
+    def setup(self):
+        self.embed_table = Embedding(self.config.lm_config.vocab_size, self.config.tslm.width, name="embed")
+
+    def embed(self, tokens_BT):
+        dtype = jnp.dtype(self.config.dtype)
+        return self.embed_table(tokens_BT, dtype) * jnp.asarray(self.config.embed_scale, dtype)
+
+    @nn.compact
+    def __call__(self, x_BTD, position_BT, mask_BTS, cache=None, start_B=None):
+        return run_layers(self.config.tslm, x_BTD, position_BT, mask_BTS, unrolled=self.unrolled, cache=cache, start_B=start_B)
+
+
+class ResidualAcousticLM(nn.Module):
+    config: ModelConfig
+    unrolled: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD, position_BT, mask_BTS, cache=None, start_B=None):
+        return run_layers(self.config.ralm, x_BTD, position_BT, mask_BTS, unrolled=self.unrolled, cache=cache, start_B=start_B)
+
+
+class FSQ(nn.Module):
+    """Finite scalar quantisation to the levels -1, .. -1/s, 0, 1/s .. 1, with a straight-through gradient."""
+
+    latent_dim: int
+    scale: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        z_BTQ = jnp.tanh(Linear((self.latent_dim,), name="in_proj")(x_BTD).astype(jnp.float32))
+        levels_BTQ = jnp.round(z_BTQ * self.scale) / self.scale
+        levels_BTQ = z_BTQ + jax.lax.stop_gradient(levels_BTQ - z_BTQ)
+        return Linear((self.width,), name="out_proj")(levels_BTQ.astype(x_BTD.dtype))
+
+
+class Hidden(NamedTuple):
+    """What the two language models say at every slot."""
+
+    semantic_BTD: jax.Array  # h', after the quantiser
+    acoustic_BTD: jax.Array  # r
+    cache: "Cache | None"
+
+
+class Cache(NamedTuple):
+    """Keys and values of both language models, one KV a layer."""
+
+    base_lm: tuple[KV, ...]
+    residual_lm: tuple[KV, ...]
+
+
+class VoxCPM2(nn.Module):
+    """The backbone; every method is a pure function of its parameters. `unrolled` is the form generation uses."""
+
+    config: ModelConfig
+    unrolled: bool = False
+
+    def setup(self):
+        c = self.config
+        width, local = c.tslm.width, c.locdit.width
+        self.base_lm = TextSemanticLM(c, self.unrolled)
+        self.residual_lm = ResidualAcousticLM(c, self.unrolled)
+        self.feat_encoder = LocEnc(c.locenc, self.unrolled)
+        self.feat_decoder = LocDiT(c.locdit, self.unrolled)
+        self.fsq_layer = FSQ(c.scalar_quantization_latent_dim, c.scalar_quantization_scale, width)
+        self.enc_to_lm_proj = Linear((width,))
+        self.lm_to_dit_proj = Linear((local,))
+        self.res_to_dit_proj = Linear((local,))
+        self.fusion_concat_proj = Linear((width,))
+        self.stop_proj = Linear((width,))
+        self.stop_head = Linear((2,), use_bias=False)
+
+    def encode_patches(self, patches_RPC):
+        """e_RD: what each patch says to the language models."""
+        with jax.named_scope("locenc"):
+            return self.enc_to_lm_proj(self.feat_encoder(patches_RPC.astype(jnp.dtype(self.config.dtype))))
+
+    def read(self, embed_BTD, patch_embed_BTD, is_audio_BT, position_BT, mask_BTS, cache=None, start_B=None) -> Hidden:
+        """Runs both language models over slots; `patch_embed_BTD` is read where `is_audio_BT`.
+
+        Args:
+            embed_BTD: embedded text ids.   mask_BTS: what each slot sees.
+            cache, start_B: see `run_layers`.
+        """
+        is_audio_BT1 = is_audio_BT[..., None]
+        e_BTD = jnp.where(is_audio_BT1, patch_embed_BTD, jnp.zeros_like(patch_embed_BTD))
+        x_BTD = constrain(jnp.where(is_audio_BT1, e_BTD, embed_BTD), "batch", None, None)
+        with jax.named_scope("tslm"):
+            h_BTD, base = self.base_lm(x_BTD, position_BT, mask_BTS, cache and cache.base_lm, start_B)
+        with jax.named_scope("fsq"):
+            h_BTD = jnp.where(is_audio_BT1, self.fsq_layer(h_BTD), h_BTD)
+        with jax.named_scope("ralm"):
+            x_BTD = self.fusion_concat_proj(jnp.concatenate([h_BTD, e_BTD], axis=-1))
+            r_BTD, residual = self.residual_lm(x_BTD, position_BT, mask_BTS, cache and cache.residual_lm, start_B)
+        return Hidden(h_BTD, r_BTD, cache and Cache(base, residual))
+
+    def read_batch(self, batch: Batch, cache: Cache | None = None) -> Hidden:
+        """Both language models over a packed batch; with a cache, from its first slot on (one segment a row)."""
+        B, M, P, C = batch.patches_BMPC.shape
+        e_BMD = self.encode_patches(batch.patches_BMPC.reshape(B * M, P, C)).reshape(B, M, -1)
+        patch_at_BT = patch_index(batch)
+        e_BTD = take(e_BMD, patch_at_BT)
+        mask_BTS = causal_mask(batch.segment_BT)
+        start_B = None
+        if cache is not None:
+            start_B = jnp.zeros(B, jnp.int32)
+            unseen = cache.base_lm[0].k_BSKH.shape[1] - mask_BTS.shape[2]
+            mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, 0), (0, unseen)))
+        embed_BTD = self.base_lm.embed(batch.tokens_BT)
+        return self.read(embed_BTD, e_BTD, patch_at_BT >= 0, batch.position_BT, mask_BTS, cache, start_B)
+
+    def prefixes(self, semantic_RD, acoustic_RD):
+        """prefix_R2D: the two conditioning tokens of LocDiT."""
+        return jnp.stack([self.lm_to_dit_proj(semantic_RD), self.res_to_dit_proj(acoustic_RD)], axis=1)
+
+    def velocity(self, x_RPC, prefix_R2D, cond_RPC, t_R, dt_R):
+        with jax.named_scope("locdit"):
+            return self.feat_decoder(x_RPC, prefix_R2D, cond_RPC, t_R, dt_R)
+
+    def stop_logits(self, semantic_RD):
+        """[R, 2] float32: go on, stop."""
+        return self.stop_head(nn.silu(self.stop_proj(semantic_RD))).astype(jnp.float32)
+
+    def everything(self, batch: Batch):
+        """Touches every parameter once; only for `init`."""
+        hidden = self.read_batch(batch)
+        semantic_RD, acoustic_RD = hidden.semantic_BTD[:, 0], hidden.acoustic_BTD[:, 0]
+        x_RPC, t_R = batch.patches_BMPC[:, 0], jnp.zeros(len(semantic_RD))
+        self.velocity(x_RPC, self.prefixes(semantic_RD, acoustic_RD), x_RPC, t_R, t_R)
+        self.stop_logits(semantic_RD)
+
+
+# ---- packed batches ------------------------------------------------------------------------------------------------
+
+
+def patch_index(batch: Batch) -> jax.Array:
+    """[B, T]: which of the row's patches sits in each slot, -1 for none."""
+    B, T = batch.tokens_BT.shape
+    M = batch.slot_BM.shape[1]
+    # A negative index would count from the end, so unused patches go to slot T, which "drop" leaves out.
+    slot_BM = jnp.where(batch.slot_BM < 0, T, batch.slot_BM)
+    rows = jnp.arange(B)[:, None]
+    return jnp.full((B, T), -1, jnp.int32).at[rows, slot_BM].set(jnp.arange(M, dtype=jnp.int32)[None], mode="drop")
+
+
+def take(x_BM: jax.Array, index_BT: jax.Array) -> jax.Array:
+    """x[b, index[b, t]], zeros where the index is negative."""
+    shape = index_BT.shape + (1,) * (x_BM.ndim - 2)
+    taken = jnp.take_along_axis(x_BM, jnp.maximum(index_BT, 0).reshape(shape), axis=1)
+    return jnp.where((index_BT >= 0).reshape(shape), taken, jnp.zeros_like(taken))
+
+
+def init(key: jax.Array, config: ModelConfig) -> dict:
+    """Fresh float32 parameters."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    patches = jnp.zeros((1, 1, config.patch_size, config.feat_dim))
+    batch = Batch(one, one + 1, one, patches, one, one, one)
+    return VoxCPM2(config).init(key, batch, method="everything")["params"]
+
+
+def unrolled_params(params: dict) -> dict:
+    """Parameters of `VoxCPM2(config, unrolled=True)`: layers side by side, q/k/v and gate/up fused."""
+    stacks = ("base_lm", "residual_lm", "feat_encoder", "feat_decoder")
+    return params | {name: unstack(params[name]) for name in stacks}
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+class Draws(NamedTuple):
+    """The random part of a training step, one entry a patch."""
+
+    time_BM: jax.Array
+    noise_BMPC: jax.Array
+    drop_BM: jax.Array  # drop both conditioning vectors
+    start_BM: jax.Array | None = None  # mean mode: r <= t
+
+
+def loss_terms(params, config: ModelConfig, batch: Batch, draws: Draws, *, target_patches: int | None = None) -> dict:
+    """Both losses of every patch that may bear loss, before any sum.
+
+    Returns:
+        "diff_BMP" (mean over channels), "stop_BM" (cross-entropy), "stop_logits_BM2", "target_BM"; float32.
+    """
+    flow_config = config.dit_config.cfm_config
+    if flow_config.noise_cond_scale and max(flow_config.noise_cond_prob_range):
+        raise UserError("noise_cond_scale: noise on the previous patch is not supported in training; set it to 0")
+    model = VoxCPM2(config)
+    batch = jax.tree.map(jnp.asarray, batch)
+    M = batch.slot_BM.shape[1] if target_patches is None else target_patches
+    P, C = config.patch_size, config.feat_dim
+
+    hidden = model.apply({"params": params}, batch, method="read_batch")
+
+    # Every target looks at the slot before its own; a segment's first slot has none before it.
+    slot_BM = batch.slot_BM[:, :M]
+    B = len(slot_BM)
+    position_BM = jnp.take_along_axis(batch.position_BT, jnp.maximum(slot_BM, 0), axis=1)
+    before_BM = jnp.where((slot_BM > 0) & (position_BM > 0), slot_BM - 1, -1)
+    semantic_RD = take(hidden.semantic_BTD, before_BM).reshape(B * M, -1)
+    acoustic_RD = take(hidden.acoustic_BTD, before_BM).reshape(B * M, -1)
+    patch_before_BM = jnp.where(before_BM < 0, -1, jnp.take_along_axis(patch_index(batch), jnp.maximum(before_BM, 0), axis=1))
+    cond_RPC = take(batch.patches_BMPC, patch_before_BM).reshape(B * M, P, C)
+
+    prefix_R2D = model.apply({"params": params}, semantic_RD, acoustic_RD, method="prefixes")
+    is_dropped_R11 = draws.drop_BM[:, :M].reshape(-1, 1, 1).astype(bool)
+    prefix_R2D = jnp.where(is_dropped_R11, jnp.zeros_like(prefix_R2D), prefix_R2D)
+
+    def velocity(x_RPC, t_R, dt_R):
+        return model.apply({"params": params}, x_RPC, prefix_R2D, cond_RPC, t_R, dt_R, method="velocity")
+
+    def rows(x_BM):
+        return x_BM[:, :M].reshape(B * M, *x_BM.shape[2:]).astype(jnp.float32)
+
+    diff_RP = flow.loss(
+        velocity,
+        rows(batch.patches_BMPC),
+        rows(draws.noise_BMPC),
+        rows(draws.time_BM),
+        None if draws.start_BM is None else rows(draws.start_BM),
+    )
+    logits_R2 = model.apply({"params": params}, semantic_RD, method="stop_logits")
+    label_R2 = jax.nn.one_hot(batch.stop_BM[:, :M].reshape(-1), 2)
+    stop_R = -jnp.sum(jax.nn.log_softmax(logits_R2) * label_R2, axis=-1)
+    return {
+        "diff_BMP": diff_RP.reshape(B, M, P),
+        "stop_BM": stop_R.reshape(B, M),
+        "stop_logits_BM2": logits_R2.reshape(B, M, 2),
+        "target_BM": batch.target_BM[:, :M].astype(bool) & (slot_BM >= 0),
+    }
+
+
+def loss(
+    params, config: ModelConfig, batch: Batch, *, time_BM, noise_BMPC, drop_BM, start_BM=None, target_patches: int | None = None
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The two training losses of a packed batch as (sum, count), not yet divided.
+
+    Args:
+        time_BM: flow time of each patch.   noise_BMPC: standard normal.   drop_BM: patches whose two conditioning
+            vectors are dropped; the previous-patch condition stays.   start_BM: r of mean mode.
+        target_patches: only the first that many patches of a row may bear loss; LocDiT runs on them alone. Static.
+    Returns:
+        "diff": squared velocity error, mean over channels, summed over target frames; count in frames.
+        "stop": cross-entropy summed over target patches; count in patches.
+    """
+    terms = loss_terms(params, config, batch, Draws(time_BM, noise_BMPC, drop_BM, start_BM), target_patches=target_patches)
+    weight_BM = terms["target_BM"].astype(jnp.float32)
+    num_patches = jnp.sum(weight_BM)
+    return {
+        "diff": (jnp.sum(terms["diff_BMP"] * weight_BM[..., None]), num_patches * config.patch_size),
+        "stop": (jnp.sum(terms["stop_BM"] * weight_BM), num_patches),
+    }
+
+
+# ---- generation ----------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """State of generation between two patches."""
+
+    semantic_BD: jax.Array  # h' of the last slot
+    acoustic_BD: jax.Array  # r of the last slot
+    cond_BPC: jax.Array  # patch of the last slot, zeros if that is text; float32
+    length_B: jax.Array  # slots seen so far
+    cache: Cache
+
+
+def prefill(params, config: ModelConfig, batch: Batch, *, cache_slots: int) -> Step:
+    """Reads the prefixes, one a row from slot 0 on, padded on the right.
+
+    Args:
+        params: of the unrolled form.   cache_slots: S, room for prefix and what is drawn after it.
+    """
+    batch = jax.tree.map(jnp.asarray, batch)
+    B = len(batch.tokens_BT)
+    dtype = jnp.dtype(config.dtype)
+    cache = Cache(empty_cache(config.tslm, B, cache_slots, dtype), empty_cache(config.ralm, B, cache_slots, dtype))
+    hidden = VoxCPM2(config, unrolled=True).apply({"params": params}, batch, cache, method="read_batch")
+    length_B = jnp.sum((batch.segment_BT > 0).astype(jnp.int32), axis=1)
+    last_B1 = length_B[:, None] - 1
+    patch_B1 = jnp.take_along_axis(patch_index(batch), last_B1, axis=1)
+    return Step(
+        take(hidden.semantic_BTD, last_B1)[:, 0],
+        take(hidden.acoustic_BTD, last_B1)[:, 0],
+        take(batch.patches_BMPC, patch_B1)[:, 0],
+        length_B,
+        hidden.cache,
+    )
+
+
+def draw_patch(params, config: ModelConfig, step: Step, noise_BPC, *, num_steps: int, cfg_value):
+    """The next patch and whether it is the last.
+
+    Returns:
+        patch_BPC float32, stop_B bool (the stop class wins).
+    """
+    model = VoxCPM2(config, unrolled=True)
+    prefix_B2D = model.apply({"params": params}, step.semantic_BD, step.acoustic_BD, method="prefixes")
+    # One call for both halves: with the conditioning vectors, and with zeros in their place.
+    prefix_R2D = jnp.concatenate([prefix_B2D, jnp.zeros_like(prefix_B2D)])
+    cond_RPC = jnp.concatenate([step.cond_BPC] * 2)
+
+    def velocities(x_BPC, t_B, dt_B):
+        x_RPC, t_R, dt_R = (jnp.concatenate([y, y]) for y in (x_BPC, t_B, dt_B))
+        v_RPC = model.apply({"params": params}, x_RPC, prefix_R2D, cond_RPC, t_R, dt_R, method="velocity")
+        return jnp.split(v_RPC, 2)
+
+    patch_BPC = flow.sample(
+        velocities, noise_BPC, num_steps=num_steps, cfg_value=cfg_value, mean_mode=config.dit_config.dit_mean_mode
+    )
+    logits_B2 = model.apply({"params": params}, step.semantic_BD, method="stop_logits")
+    return patch_BPC, jnp.argmax(logits_B2, axis=-1) == 1
+
+
+def read_patch(params, config: ModelConfig, step: Step, patch_BPC) -> Step:
+    """Reads one patch into the next slot of every row."""
+    model = VoxCPM2(config, unrolled=True)
+    e_B1D = model.apply({"params": params}, patch_BPC, method="encode_patches")[:, None]
+    S = step.cache.base_lm[0].k_BSKH.shape[1]
+    mask_B1S = (jnp.arange(S)[None] <= step.length_B[:, None])[:, None]
+    is_audio_B1 = jnp.ones((len(e_B1D), 1), bool)
+    hidden = model.apply(
+        {"params": params},
+        jnp.zeros_like(e_B1D), e_B1D, is_audio_B1, step.length_B[:, None], mask_B1S, step.cache, step.length_B,
+        method="read",
+    )  # fmt: skip
+    return Step(hidden.semantic_BTD[:, 0], hidden.acoustic_BTD[:, 0], patch_BPC, step.length_B + 1, hidden.cache)
