@@ -419,3 +419,61 @@ def _paths(tree, prefix=""):
             yield from _paths(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
+
+
+# ---- optimiser, logging, checkpoints --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule; see optim.py for the curves."""
+
+    learning_rate: float = 1e-4  # peak
+    warmup_steps: int = 1000  # updates of linear warm-up
+    schedule: str = "cosine"  # after the warm-up: "cosine", "wsd" (stable, then linear decay), "constant"
+    schedule_steps: int | None = None  # updates until the schedule ends; None: as long as the run
+    decay_fraction: float = 0.1  # "wsd": share of the schedule that decays, at its end
+    end_ratio: float = 0.05  # of the peak, at the schedule's end and after
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # x learning rate, matrices only
+    clip_norm: float | None = 1.0  # global gradient norm; None: no clip
+    ema_decay: float | None = None  # averaged weights, per update; None: none are kept
+
+    def __post_init__(self):
+        def check(name, ok, expected):
+            if not ok:
+                raise UserError(f"optim.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        check("learning_rate", self.learning_rate > 0, "a number over 0")
+        check("warmup_steps", self.warmup_steps >= 0, "0 or more updates")
+        check("schedule", self.schedule in ("cosine", "wsd", "constant"), "cosine, wsd or constant")
+        check("schedule_steps", self.schedule_steps is None or self.schedule_steps >= 1, "None or at least 1 update")
+        check("decay_fraction", 0 <= self.decay_fraction <= 1, "a share in [0, 1]")
+        check("end_ratio", 0 <= self.end_ratio <= 1, "a share in [0, 1]")
+        check("beta1", 0 <= self.beta1 < 1, "a number in [0, 1)")
+        check("beta2", 0 <= self.beta2 < 1, "a number in [0, 1)")
+        check("eps", self.eps > 0, "a number over 0")
+        check("weight_decay", self.weight_decay >= 0, "0 or more")
+        check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "None or a number over 0")
+        check("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "None or a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 1000  # updates between two checkpoints; the last update is always saved
+    keep: int = 3  # newest checkpoints that stay
+
+    def __post_init__(self):
+        if min(self.every_steps, self.keep) < 1:
+            raise UserError(f"checkpoint: every_steps and keep must be at least 1, got {self.every_steps} and {self.keep}")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every_steps: int = 20  # updates between two rows of metrics.jsonl
+
+    def __post_init__(self):
+        if self.every_steps < 1:
+            raise UserError(f"log.every_steps must be at least 1, got {self.every_steps}")
