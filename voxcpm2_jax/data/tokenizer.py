@@ -1,0 +1,278 @@
+"""Text to ids: released `tokenizer.json`, SentencePiece `tokenizer.model` and vocabularies of our own behind one face.
+
+    text -> (added tokens cut out) -> spaces become U+2581, one put in front -> byte-fallback BPE -> Chinese rule -> ids
+
+The judge is the reference: transformers 5 `LlamaTokenizerFast.from_pretrained(directory)` plus its Chinese rule. That
+class takes only vocabulary, merges, added tokens and a few flags from the directory: it ignores the normalizer and
+pre-tokenizer of tokenizer.json and installs its own (spaces to U+2581; one in front of the text's first section unless
+it has one). So do we, which is why encoding goes through `tokenizers`, whatever file the vocabulary came from:
+SentencePiece itself puts its prefix also in front of a leading space, and has no added tokens.
+
+The Chinese rule: a piece of two or more characters, all in U+4E00..U+9FFF once every U+2581 is taken out, is replaced by
+its characters if what is left is itself a piece. A character that is not a piece becomes <unk>, not bytes.
+"""
+
+import io
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from voxcpm2_jax.config import UserError
+from voxcpm2_jax.sequence import AUDIO_END_ID, AUDIO_START_ID, BOS_ID, EOS_ID, REFERENCE_END_ID, REFERENCE_START_ID, UNK_ID
+
+SPACE = "\u2581"
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FRAME = {UNK_ID: "<unk>", BOS_ID: "<s>", EOS_ID: "</s>"}
+_MARKERS = {  # names in our own vocabularies; no text can spell them
+    AUDIO_START_ID: "<|audio_start|>",
+    AUDIO_END_ID: "<|audio_end|>",
+    REFERENCE_START_ID: "<|reference_start|>",
+    REFERENCE_END_ID: "<|reference_end|>",
+}
+
+
+class Tokenizer:
+    """Text to ids, exactly as the reference's tokenizer of the same directory.
+
+    Args:
+        backend: byte-fallback BPE with added tokens and pre-tokenizer in place.
+        settings: content of tokenizer_config.json.   special_map: content of special_tokens_map.json.
+        model: bytes of tokenizer.model, if there is one; kept for saving.
+    Raises:
+        UserError: the vocabulary has no room for the special ids (sequence.py), or other pieces there.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: dict, special_map: dict, model: bytes | None = None):
+        self._backend = backend
+        self._settings = settings
+        self._special_map = special_map
+        self._model = model
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        if self.vocab_size <= REFERENCE_END_ID:
+            raise UserError(f"tokenizer: {self.vocab_size} pieces; expected over {REFERENCE_END_ID}, the last special id")
+        wrong = [f"{i} is {backend.id_to_token(i)!r}, not {piece!r}" for i, piece in _FRAME.items() if vocab.get(piece) != i]
+        missing = [str(i) for i in _MARKERS if backend.id_to_token(i) is None]
+        if wrong or missing:
+            what = "; ".join(wrong + [f"no piece has id {i} (an audio or reference mark)" for i in missing])
+            raise UserError(f"tokenizer: the special ids are not where the model expects them: {what}")
+        unk = vocab.get(_content(settings.get("unk_token") or special_map.get("unk_token") or "<unk>"), UNK_ID)
+        chinese = {piece for piece in vocab if len(piece) >= 2 and all("\u4e00" <= c <= "\u9fff" for c in piece)}
+        self._characters = {
+            i: [vocab.get(c, unk) for c in piece.replace(SPACE, "")]
+            for piece, i in vocab.items()
+            if piece.replace(SPACE, "") in chinese
+        }
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, no <s> in front."""
+        try:
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError:  # what `tokenizers` says to half a surrogate pair
+            raise UserError(f"text is not valid Unicode: {text!r:.80}") from None
+        if self._characters.keys().isdisjoint(ids):
+            return ids
+        return [j for i in ids for j in self._characters.get(i, (i,))]
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and tokenizer.model if there is one.
+
+        tokenizer.json names the pre-tokenizer that is really used, so plain `tokenizers` reads the same ids from it.
+        """
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        settings, special_map = dict(self._settings), dict(self._special_map)
+        for name, piece in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
+            settings.setdefault(name, special_map.get(name, piece))
+            special_map.setdefault(name, settings[name])
+        added = self._backend.get_added_tokens_decoder()
+        settings.setdefault("added_tokens_decoder", {str(i): added[i].__getstate__() for i in sorted(added)})
+        settings.setdefault("tokenizer_class", "LlamaTokenizerFast")
+        files = {
+            "tokenizer.json": self._backend.to_str(pretty=True).encode(),
+            "tokenizer_config.json": _dump(settings),
+            "special_tokens_map.json": _dump(special_map),
+        }
+        if self._model is not None:
+            files["tokenizer.model"] = self._model
+        for name, content in files.items():
+            aside = directory / f".{name}.{os.getpid()}"
+            aside.write_bytes(content)
+            aside.replace(directory / name)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """Reads a directory with tokenizer.json (preferred) or tokenizer.model, or one such file with its neighbours.
+
+    Raises:
+        UserError: no such file, not a byte-fallback BPE vocabulary, special ids missing.
+    """
+    file = pathlib.Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json" if (file / "tokenizer.json").exists() else file / "tokenizer.model"
+    if not file.exists():
+        raise UserError(f"{path}: no tokenizer; expected tokenizer.json or tokenizer.model")
+    settings = _read(file.with_name("tokenizer_config.json"), missing={})
+    special_map = _read(file.with_name("special_tokens_map.json"), missing={})
+    is_json = file.suffix == ".json"
+    model_file = file.with_name("tokenizer.model") if is_json else file
+    model = model_file.read_bytes() if model_file.exists() else None
+    content = _read(file) if is_json else _from_sentencepiece(model, file)
+    return Tokenizer(_backend(content, settings, special_map, file), settings, special_map, model)
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, character_coverage: float = 0.9995, num_threads: int = 1
+) -> Tokenizer:
+    """A new byte-fallback BPE vocabulary; characters outside the coverage, and all others, are spelt in bytes.
+
+    No piece holds two Chinese characters, since the Chinese rule would take it apart again.
+
+    Args:
+        texts: transcripts.   vocab_size: V, at least 7 special pieces + 256 bytes + the characters covered.
+        character_coverage: share of the corpus's characters that get a piece of their own.
+    Raises:
+        UserError: the vocabulary is too small for its characters, or larger than the texts can fill.
+    """
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    delimiter = "\x1f"  # between Chinese characters: no piece crosses it
+
+    def lines():
+        for text in texts:
+            for line in text.splitlines():
+                yield "".join(f"{c}{delimiter}" if "\u4e00" <= c <= "\u9fff" else c for c in line)
+
+    writer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines(), model_writer=writer, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
+            unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=-1, control_symbols=list(_MARKERS.values()),
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
+            pretokenization_delimiter=delimiter, max_sentence_length=1 << 24, split_digits=True,
+            character_coverage=character_coverage, num_threads=num_threads, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise UserError(f"tokenizer of {vocab_size} pieces: {str(error).rsplit('] ', 1)[-1]}") from None
+    # SentencePiece lays out <unk> <s> </s>, markers, bytes, learned pieces; the markers move up to their ids. As unused
+    # pieces rather than control pieces they are no added tokens either.
+    proto = sentencepiece_model_pb2.ModelProto.FromString(writer.getvalue())
+    pieces = list(proto.pieces)
+    first = len(_FRAME)
+    frame, markers, rest = pieces[:first], pieces[first : first + len(_MARKERS)], pieces[first + len(_MARKERS) :]
+    for piece in markers:
+        piece.type = piece.UNUSED
+    cut = AUDIO_START_ID - first
+    del proto.pieces[:]
+    proto.pieces.extend(frame + rest[:cut] + markers + rest[cut:])
+    model = proto.SerializeToString()
+    content, settings = _from_sentencepiece(model, "new tokenizer"), {"legacy": False, "model_max_length": 1 << 30}
+    return Tokenizer(_backend(content, settings, {}, "new tokenizer"), settings, {}, model)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def _backend(content: dict, settings: dict, special_map: dict, where) -> tokenizers.Tokenizer:
+    """The judge's pipeline from tokenizer.json's content; of it only model, added tokens and post-processor count."""
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise UserError(f"{where}: expected a BPE vocabulary with its merges")
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
+    vocab = model["vocab"]
+    wrong = [m for m in merges if len(m) != 2 or not {m[0], m[1], "".join(m)} <= vocab.keys()]
+    if wrong:
+        raise UserError(f"{where}: {len(wrong)} merges of pieces that are not in the vocabulary, the first {wrong[0]}")
+    bpe = models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True, dropout=None)
+    backend = tokenizers.Tokenizer(bpe)
+    has_prefix = settings.get("add_prefix_space")
+    has_prefix = True if has_prefix is None else has_prefix
+    scheme = ("always" if settings.get("legacy", False) else "first") if has_prefix else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * bool(has_prefix))
+    if content.get("post_processor"):  # adds <s> for those who ask; we never do
+        shell = {
+            "version": "1.0",
+            "model": {"type": "BPE", "vocab": {}, "merges": []},
+            "post_processor": content["post_processor"],
+        }
+        backend.post_processor = tokenizers.Tokenizer.from_str(json.dumps(shell)).post_processor
+    backend.add_tokens(_added_tokens(content, settings, special_map))
+    backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
+    return backend
+
+
+def _added_tokens(content, settings, special_map) -> list[AddedToken]:
+    """Tokens cut out of the text before BPE, in the judge's order: by id, then named ones, then extra ones."""
+    if "added_tokens_decoder" in settings:  # then the judge reads nothing else
+        listed = {int(i): token for i, token in settings["added_tokens_decoder"].items()}
+        special_map = {}
+    else:
+        listed = {token["id"]: {k: v for k, v in token.items() if k != "id"} for token in content.get("added_tokens", [])}
+    tokens = {token["content"]: AddedToken(**token) for _, token in sorted(listed.items())}
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | settings | special_map
+    named = {k: v for k, v in named.items() if k.endswith("_token") and isinstance(v, str | dict)}
+    order = [k for k in _NAMED if k in named] + [k for k in named if k not in _NAMED]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or content.get("symbols") or []
+    extra = list(extra.values()) if isinstance(extra, dict) else list(extra)
+    extra += special_map.get("extra_special_tokens") or special_map.get("additional_special_tokens") or []
+    for token in [named[k] for k in order] + extra:
+        if _content(token) not in tokens:
+            fields = {k: v for k, v in token.items() if k != "__type"} if isinstance(token, dict) else {"content": token}
+            tokens[_content(token)] = AddedToken(**({"special": True} | fields))
+    return list(tokens.values())
+
+
+def _from_sentencepiece(model: bytes, where) -> dict:
+    """A SentencePiece BPE model as the content of a tokenizer.json; merges follow from the pieces' order."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    try:
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    except DecodeError:
+        raise UserError(f"{where}: not a SentencePiece model") from None
+    if proto.trainer_spec.model_type != sentencepiece_model_pb2.TrainerSpec.BPE:
+        raise UserError(f"{where}: expected a SentencePiece model of type BPE")
+    vocab = {p.piece: i for i, p in enumerate(proto.pieces)}
+    merges = [
+        (piece[:i], piece[i:])
+        for piece in vocab  # in order of id, which is the order of merging
+        for i in range(1, len(piece))
+        if piece[:i] in vocab and piece[i:] in vocab
+    ]
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    symbols = [
+        {"content": p.piece, "normalized": False, "special": p.type == kinds.CONTROL}
+        for p in proto.pieces
+        if p.type in (kinds.CONTROL, kinds.USER_DEFINED)
+    ]
+    return {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "symbols": symbols}
+
+
+def _read(path: pathlib.Path, missing: dict | None = None) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing is not None:
+            return missing
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object")
+    return content
+
+
+def _content(token) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _dump(content: dict) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
