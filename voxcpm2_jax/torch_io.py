@@ -1,0 +1,472 @@
+"""PyTorch directories both ways: one table of torch name <-> parameter path <-> transform.
+
+    config.json   model.safetensors   audiovae.safetensors | audiovae.pth   tokenizer.json ...      what `voxcpm` reads
+
+A `Row` of the table says where one torch tensor lives here: its dims are split (heads), permuted (kernels are stored
+input dims first), and, in a transformer stack, laid at one index of the stacked layer axis. Nothing is computed, so a
+round trip gives every byte back; tensors keep the dtype they came in. Import is strict: every missing, unexpected,
+misshaped and mistyped tensor is named in one message.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import pickle
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from voxcpm2_jax.config import AudioVAEConfig, ModelConfig, UserError, read_released, to_released
+from voxcpm2_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+BACKBONE_FILE, VAE_FILE = "model.safetensors", "audiovae.safetensors"
+_DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "I32": np.dtype(np.int32),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """Where one torch tensor lives: ours = torch.reshape(split).transpose(order), at `layer` of a stacked parameter."""
+
+    name: str  # torch
+    path: str  # ours
+    torch_shape: tuple[int, ...]
+    split: tuple[int, ...]
+    order: tuple[int, ...]
+    layer: int | None = None
+    is_integer: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Ours, without the layer axis."""
+        return tuple(self.split[i] for i in self.order)
+
+    def from_torch(self, tensor: np.ndarray) -> np.ndarray:
+        return tensor.reshape(self.split).transpose(self.order)
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        return array.transpose(np.argsort(self.order)).reshape(self.torch_shape)
+
+
+def backbone_table(config: ModelConfig) -> list[Row]:
+    """Every tensor of `model.safetensors`: 577 in the released shape."""
+    rows = []
+
+    def add(name, path, split, order=None, *, torch_shape=None, layer=None):
+        order = order or tuple(range(len(split)))
+        rows.append(Row(name, path, torch_shape or split, split, order, layer))
+
+    def linear(name, path, num_in, num_out, *, bias=True):
+        add(f"{name}.weight", f"{path}/kernel", (num_out, num_in), (1, 0))
+        if bias:
+            add(f"{name}.bias", f"{path}/bias", (num_out,))
+
+    for name, path, stack in (
+        ("base_lm", "base_lm", config.tslm),
+        ("residual_lm", "residual_lm", config.ralm),
+        ("feat_encoder.encoder", "feat_encoder", config.locenc),
+        ("feat_decoder.estimator.decoder", "feat_decoder", config.locdit),
+    ):
+        D, F, N, K, H = stack.width, stack.mlp_width, stack.num_heads, stack.num_kv_heads, stack.head_dim
+        for i in range(stack.num_layers):
+            block, layers = f"{name}.layers.{i}", f"{path}/layers"
+            for which, heads in (("q", N), ("k", K), ("v", K)):
+                add(f"{block}.self_attn.{which}_proj.weight", f"{layers}/{which}/kernel", (heads, H, D), (2, 0, 1),
+                    torch_shape=(heads * H, D), layer=i)  # fmt: skip
+            add(f"{block}.self_attn.o_proj.weight", f"{layers}/o/kernel", (D, N, H), (1, 2, 0), torch_shape=(D, N * H), layer=i)
+            add(f"{block}.mlp.gate_proj.weight", f"{layers}/gate/kernel", (F, D), (1, 0), layer=i)
+            add(f"{block}.mlp.up_proj.weight", f"{layers}/up/kernel", (F, D), (1, 0), layer=i)
+            add(f"{block}.mlp.down_proj.weight", f"{layers}/down/kernel", (D, F), (1, 0), layer=i)
+            add(f"{block}.input_layernorm.weight", f"{layers}/attn_norm/scale", (D,), layer=i)
+            add(f"{block}.post_attention_layernorm.weight", f"{layers}/mlp_norm/scale", (D,), layer=i)
+        add(f"{name}.norm.weight", f"{path}/norm/scale", (D,))
+
+    C, Q = config.feat_dim, config.scalar_quantization_latent_dim
+    D, E, T = config.tslm.width, config.locenc.width, config.locdit.width
+    add("base_lm.embed_tokens.weight", "base_lm/embed/embedding", (config.lm_config.vocab_size, D))
+    add("feat_encoder.special_token", "feat_encoder/special_token", (E,), torch_shape=(1, 1, 1, E))
+    linear("feat_encoder.in_proj", "feat_encoder/in_proj", C, E)
+    linear("feat_decoder.estimator.in_proj", "feat_decoder/in_proj", C, T)
+    linear("feat_decoder.estimator.cond_proj", "feat_decoder/cond_proj", C, T)
+    linear("feat_decoder.estimator.out_proj", "feat_decoder/out_proj", T, C)
+    for mlp in ("time_mlp", "delta_time_mlp"):
+        for half in ("linear_1", "linear_2"):
+            linear(f"feat_decoder.estimator.{mlp}.{half}", f"feat_decoder/{mlp}/{half}", T, T)
+    for name, num_in, num_out in (
+        ("fsq_layer/in_proj", D, Q),
+        ("fsq_layer/out_proj", Q, D),
+        ("enc_to_lm_proj", E, D),
+        ("lm_to_dit_proj", D, T),
+        ("res_to_dit_proj", D, T),
+        ("fusion_concat_proj", 2 * D, D),
+        ("stop_proj", D, D),
+    ):
+        linear(name.replace("/", "."), name, num_in, num_out)
+    linear("stop_head", "stop_head", D, 2, bias=False)
+    return rows
+
+
+def vae_table(config: AudioVAEConfig) -> list[Row]:
+    """Every tensor of `audiovae.safetensors`: 312 in the released shape."""
+    rows = []
+
+    def vector(name, path, size, torch_shape):
+        rows.append(Row(name, path, torch_shape, (size,), (0,)))
+
+    def snake(name, path, channels):
+        vector(f"{name}.alpha", f"{path}/alpha", channels, (1, channels, 1))
+
+    def conv(name, path, num_in, num_out, width, groups=1, *, is_transposed=False):
+        # torch has [out, in / groups, width], transposed [in, out, width]; ours are width, in, out. Gains follow dim 0.
+        shape = (num_in, num_out, width) if is_transposed else (num_out, num_in // groups, width)
+        rows.append(Row(f"{name}.weight_v", f"{path}/direction", shape, shape, (2, 0, 1) if is_transposed else (2, 1, 0)))
+        vector(f"{name}.weight_g", f"{path}/gain", shape[0], (shape[0], 1, 1))
+        vector(f"{name}.bias", f"{path}/bias", num_out, (num_out,))
+
+    def units(name, path, channels, first):
+        groups = channels if config.depthwise else 1
+        for i in range(3):
+            unit, ours = f"{name}.{first + i}.block", f"{path}/unit_{i}"
+            snake(f"{unit}.0", f"{ours}/snake_in", channels)
+            conv(f"{unit}.1", f"{ours}/conv_in", channels, channels, 7, groups)
+            snake(f"{unit}.2", f"{ours}/snake_out", channels)
+            conv(f"{unit}.3", f"{ours}/conv_out", channels, channels, 1)
+
+    E, C, D = config.encoder_dim, config.latent_dim, config.decoder_dim
+    conv("encoder.block.0", "encoder/conv_in", 1, E, 7)
+    for i, stride in enumerate(config.encoder_rates):
+        name, path, channels = f"encoder.block.{i + 1}.block", f"encoder/block_{i}", E * 2**i
+        units(name, path, channels, 0)
+        snake(f"{name}.3", f"{path}/snake", channels)
+        conv(f"{name}.4", f"{path}/down", channels, 2 * channels, 2 * stride)
+    for which in ("mu", "logvar"):
+        conv(f"encoder.fc_{which}", f"encoder/{which}", E * 2 ** len(config.encoder_rates), C, 3)
+    if config.depthwise:
+        conv("decoder.model.0", "decoder/conv_in", C, C, 7, C)
+        conv("decoder.model.1", "decoder/proj_in", C, D, 1)
+    else:
+        conv("decoder.model.0", "decoder/conv_in", C, D, 7)
+    first = 2 if config.depthwise else 1
+    for i, stride in enumerate(config.decoder_rates):
+        name, path, num_in, num_out = f"decoder.model.{first + i}.block", f"decoder/block_{i}", D // 2**i, D // 2 ** (i + 1)
+        if config.sr_bin_boundaries is not None:
+            shape = (len(config.sr_bin_boundaries) + 1, num_in)
+            for which in ("scale", "bias"):
+                rows.append(
+                    Row(f"decoder.sr_cond_model.{first + i}.{which}_embed.weight", f"{path}/rate_{which}", shape, shape, (0, 1))
+                )
+        snake(f"{name}.0", f"{path}/snake", num_in)
+        conv(f"{name}.1", f"{path}/up", num_in, num_out, 2 * stride, is_transposed=True)
+        units(name, path, num_out, 2)
+    last = first + len(config.decoder_rates)
+    snake(f"decoder.model.{last}", "decoder/snake_out", D // 2 ** len(config.decoder_rates))
+    conv(f"decoder.model.{last + 1}", "decoder/conv_out", D // 2 ** len(config.decoder_rates), 1, 7)
+    if config.sr_bin_boundaries is not None:
+        size = (len(config.sr_bin_boundaries),)
+        rows.append(Row("decoder.sr_bin_boundaries", "decoder/sr_bin_boundaries", size, size, (0,), is_integer=True))
+    return rows
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A released directory. Parameters are nested dicts of numpy arrays in the dtype of the file."""
+
+    config: ModelConfig
+    params: dict
+    vae_config: AudioVAEConfig
+    vae_params: dict
+    raw: dict[str, Any] = field(repr=False)  # config.json as it is, unknown keys included
+    tokenizer_dir: pathlib.Path = pathlib.Path()
+
+
+class Stored(NamedTuple):
+    """A tensor on disk."""
+
+    dtype: np.dtype | str  # str: one that we have no use for
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def __str__(self):
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+def load(directory: str | os.PathLike) -> Loaded:
+    """Reads a released directory whole; its config decides which tensors must be there.
+
+    Raises:
+        UserError: a file is missing or unreadable, or tensors differ from the table (each is named).
+    """
+    source = _Source(directory)
+    params, vae_params = _nest(_assemble(source.backbone, source.backbone_rows)), _nest(_assemble(source.vae, source.vae_rows))
+    return Loaded(source.released.model, params, source.released.vae, vae_params, source.released.raw, source.directory)
+
+
+class _Source:
+    """A released directory, opened and checked, nothing read yet."""
+
+    def __init__(self, directory):
+        self.directory = pathlib.Path(directory)
+        self.released = read_released(self.directory)
+        if self.released.unknown:
+            keys = ", ".join(self.released.unknown)
+            warnings.warn(f"{self.directory / 'config.json'}: no part reads {keys}; kept for export", stacklevel=3)
+        self.backbone_rows, self.vae_rows = backbone_table(self.released.model), vae_table(self.released.vae)
+        self.backbone = _open(self.directory, BACKBONE_FILE, f"{BACKBONE_FILE}.index.json", "pytorch_model.bin")
+        self.vae = _open(self.directory, VAE_FILE, "audiovae.pth")
+        problems = _differences(self.backbone, self.backbone_rows) + _differences(self.vae, self.vae_rows)
+        if problems:
+            hints = [hint for mark, hint in _HINTS.items() if any(p.startswith("unexpected") and mark in p for p in problems)]
+            raise UserError(
+                f"{self.directory}: {len(problems)} tensors differ from config.json: " + "; ".join(problems + hints)
+            )
+
+
+_HINTS = {
+    "lora": "hint: merge the LoRA into the weights first, or keep it in a lora_weights.safetensors of its own",
+    "audio_vae.": f"hint: move the audio_vae. tensors to {VAE_FILE}, without that prefix",
+}
+
+
+def _open(directory: pathlib.Path, *names: str) -> dict[str, Stored]:
+    """The tensors of the first of these files that is there."""
+    for name in names:
+        path = directory / name
+        if not path.exists():
+            continue
+        if name.endswith(".index.json"):
+            try:
+                shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"{path}: not an index of shards ({error!r})") from None
+            return {k: v for shard in shards for k, v in _open_safetensors(directory / pathlib.Path(shard).name).items()}
+        return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+    raise UserError(f"{directory}: expected one of {', '.join(names)}, found none")
+
+
+def _open_safetensors(path: pathlib.Path) -> dict[str, Stored]:
+    try:
+        file = safe_open(path, framework="np")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, though the index names it") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+    return {
+        name: Stored(_DTYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape()), lambda name=name: file.get_tensor(name))
+        for name, s in slices.items()
+    }
+
+
+def _open_pickle(path: pathlib.Path) -> dict[str, Stored]:
+    """A torch file; only tensors are unpickled, and mapped rather than read where the file allows it."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path}: reading it needs PyTorch (pip install torch), or convert it to .safetensors") from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path}: not a plain torch file of tensors ({str(error).splitlines()[0]})") from None
+    tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise UserError(f"{path}: expected a dict of tensors, plain or under 'state_dict'")
+    dtypes = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int32: "I32"}
+
+    def read(tensor):
+        if tensor.dtype == torch.bfloat16:
+            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    return {
+        name: Stored(
+            _DTYPES[dtypes[t.dtype]] if t.dtype in dtypes else str(t.dtype), tuple(t.shape), lambda t=t: read(t.detach())
+        )
+        for name, t in tensors.items()
+    }
+
+
+def _differences(tensors: Mapping[str, Stored], rows: list[Row]) -> list[str]:
+    """Every tensor that is missing, unexpected, misshaped or mistyped, in words."""
+    wanted = {row.name: row for row in rows}
+    problems = [f"missing {row.name} [{','.join(map(str, row.torch_shape))}]" for row in rows if row.name not in tensors]
+    problems += [f"unexpected {name} {tensor}" for name, tensor in tensors.items() if name not in wanted]
+    dtypes: dict[str, np.dtype] = {}
+    for name, row in wanted.items():
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        if tensor.shape != row.torch_shape:
+            problems.append(f"{name} is {tensor}, expected shape [{','.join(map(str, row.torch_shape))}]")
+        allowed = {_DTYPES["I32"]} if row.is_integer else {_DTYPES[k] for k in ("BF16", "F16", "F32")}
+        if tensor.dtype not in allowed:
+            problems.append(f"{name} is {tensor}, expected {' or '.join(sorted(d.name for d in allowed))}")
+        elif dtypes.setdefault(row.path, tensor.dtype) != tensor.dtype:
+            problems.append(f"{name} is {tensor}, other layers are {dtypes[row.path]}")
+    return problems
+
+
+def _by_path(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each parameter, in order of layer."""
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row.path, []).append(row)
+    return grouped
+
+
+def _assemble(tensors: Mapping[str, Stored], rows: list[Row]) -> dict[str, np.ndarray]:
+    return {path: _stack(tensors, group) for path, group in _by_path(rows).items()}
+
+
+def _stack(tensors, group, empty=np.empty) -> np.ndarray:
+    """One parameter from its torch tensors, in memory that `empty` gives."""
+    first = group[0]
+    shape = first.shape if first.layer is None else (len(group), *first.shape)
+    array = empty(shape, tensors[first.name].dtype)
+    for row in group:
+        array[... if row.layer is None else row.layer] = row.from_torch(tensors[row.name].read())
+    return array
+
+
+def _nest(flat: Mapping[str, Any]) -> dict:
+    nested: dict = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def save(
+    directory: str | os.PathLike,
+    config: ModelConfig,
+    params: Mapping,
+    vae_config: AudioVAEConfig,
+    vae_params: Mapping,
+    tokenizer: Tokenizer | str | os.PathLike,
+    raw: Mapping | None = None,
+) -> None:
+    """Writes a directory that the reference loads; it appears whole or not at all.
+
+    Args:
+        directory: absent or empty.   params, vae_params: arrays of numpy or jax, kept in their dtype.
+        tokenizer: one of ours, or the directory or file of one.   raw: imported config.json whose own keys are kept.
+    Raises:
+        UserError: the directory holds something, or parameters differ from the table (each is named).
+    """
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    files = {}
+    for name, table, tree in ((BACKBONE_FILE, backbone_table(config), params), (VAE_FILE, vae_table(vae_config), vae_params)):
+        leaves, groups = _flatten(tree), _by_path(table)
+        _check_params(leaves, groups, name)
+        files[name] = (groups, leaves)
+    with _aside(directory) as aside:
+        _write_json(aside / "config.json", to_released(config, vae_config, raw))
+        for name, (groups, leaves) in files.items():
+            dtypes = {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()}
+            write_safetensors(aside / name, _header(groups, dtypes), _torch_tensors(groups, leaves.items()))
+        tokenizer.save(aside)
+
+
+def _check_params(leaves: Mapping[str, Any], groups: Mapping[str, list[Row]], what: str) -> None:
+    problems = [f"missing {path}" for path in groups.keys() - leaves.keys()]
+    problems += [f"unexpected {path}" for path in leaves.keys() - groups.keys()]
+    for path in groups.keys() & leaves.keys():
+        first = groups[path][0]
+        shape = first.shape if first.layer is None else (len(groups[path]), *first.shape)
+        if tuple(leaves[path].shape) != shape:
+            problems.append(f"{path} is {list(leaves[path].shape)}, expected {list(shape)}")
+        if np.dtype(leaves[path].dtype) not in _NAMES:
+            problems.append(f"{path} is {leaves[path].dtype}, expected one of {', '.join(d.name for d in _NAMES)}")
+    if problems:
+        raise UserError(f"{what}: {len(problems)} parameters do not fit the config: " + "; ".join(sorted(problems)))
+
+
+def _header(groups, dtypes) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    return {row.name: (dtypes[path], row.torch_shape) for path, group in groups.items() for row in group}
+
+
+def _torch_tensors(groups, leaves: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
+    for path, leaf in leaves:
+        for row in groups[path]:
+            yield row.name, row.to_torch(np.asarray(leaf if row.layer is None else leaf[row.layer]))
+
+
+def write_safetensors(path, header: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, np.ndarray]]):
+    """Writes tensors as they come, in any order; what each will be is known beforehand.
+
+    The format: length of the header (8 bytes, little-endian), the header in JSON, then the tensors' bytes. Wider dtypes
+    come first, so that all are aligned.
+    """
+    order = sorted(header, key=lambda name: (-header[name][0].itemsize, name))
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        dtype, shape = header[name]
+        end = offset + dtype.itemsize * math.prod(shape)
+        content[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(content, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    missing = set(header)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in tensors:
+            assert (tensor.dtype, tensor.shape) == header[name], name
+            file.seek(8 + len(encoded) + content[name]["data_offsets"][0])
+            file.write(np.ascontiguousarray(tensor).view(np.uint8).data if tensor.size else b"")
+            missing.remove(name)
+        file.flush()
+        os.fsync(file.fileno())
+    assert not missing, missing
+
+
+@contextlib.contextmanager
+def _aside(directory) -> Iterator[pathlib.Path]:
+    """A fresh directory that becomes `directory` when the block ends, and vanishes when it fails."""
+    directory = pathlib.Path(directory).absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory}: already there; choose a directory that is absent or empty")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        aside.replace(directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_json(path: pathlib.Path, content: Mapping) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
