@@ -1,0 +1,215 @@
+"""AudioVAE V2: a causal convolutional VAE whose encoder and decoder have sample rates of their own.
+
+    audio [A] -> conv_in -> block_0 .. -> mu, logvar [T, C]          A = T x encoder_hop
+    latents [T, C] -> conv_in (-> proj) -> block_0 .. -> snake -> conv_out -> tanh -> audio [T x decoder_hop]
+
+Encoder block: three residual units, Snake, strided convolution doubling the channels. Decoder block: target-rate
+scale and bias, Snake, transposed convolution halving the channels, three residual units. Everything is float32
+and causal: latent frame t sees no sample after (t + 1) encoder_hop, and streaming equals offline decoding.
+`target_hz` tells the decoder which rate the listener wants; the output always has the decoder's own rate.
+
+Parameter paths and the names of the released state dict (a convolution's kernel, gain, bias are its weight_v,
+weight_g, bias; kernels are transposed to [window, in, out]; d = 1 if depthwise else 0, n = number of decoder blocks):
+
+    encoder/conv_in                     encoder.block.0
+    encoder/block_i/unit_j/snake_in     encoder.block.{i+1}.block.{j}.block.0      alpha [E] <- alpha [1, E, 1]
+    encoder/block_i/unit_j/conv_in      encoder.block.{i+1}.block.{j}.block.1
+    encoder/block_i/unit_j/snake_out    encoder.block.{i+1}.block.{j}.block.2
+    encoder/block_i/unit_j/conv_out     encoder.block.{i+1}.block.{j}.block.3
+    encoder/block_i/snake               encoder.block.{i+1}.block.3
+    encoder/block_i/down                encoder.block.{i+1}.block.4
+    encoder/mu, encoder/logvar          encoder.fc_mu, encoder.fc_logvar
+    decoder/conv_in                     decoder.model.0
+    decoder/proj (depthwise only)       decoder.model.1
+    decoder/block_i/rate/{scale,bias}   decoder.sr_cond_model.{i+1+d}.{scale,bias}_embed.weight (if boundaries)
+    decoder/block_i/snake               decoder.model.{i+1+d}.block.0
+    decoder/block_i/up                  decoder.model.{i+1+d}.block.1             kernel [2s, in, out], gain [in]
+    decoder/block_i/unit_j/...          decoder.model.{i+1+d}.block.{j+2}.block.{0,1,2,3}
+    decoder/snake, decoder/conv_out     decoder.model.{n+1+d}, decoder.model.{n+2+d}
+    (no parameter: the configuration)   decoder.sr_bin_boundaries
+
+Source: VoxCPM2 report, section on AudioVAE V2; the layers are those of descript-audio-codec, made causal.
+Differs from the reference: initial weights (fan-in scaled, so that small models train at once).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from voxcpm2_jax.config import AudioVAEConfig
+from voxcpm2_jax.vae.conv import Conv, DownConv, Snake, UpConv
+
+_DILATIONS = (1, 3, 9)  # of a block's three residual units
+
+
+class ResidualUnit(nn.Module):
+    """x + pointwise(snake(causal window 7(snake(x))))."""
+
+    dilation: int
+    is_depthwise: bool
+
+    @nn.compact
+    def __call__(self, x_BAE, left_BAE=None):
+        E = x_BAE.shape[-1]
+        h_BAE = Snake(name="snake_in")(x_BAE)
+        h_BAE, left_BAE = Conv(E, 7, self.dilation, self.is_depthwise, name="conv_in")(h_BAE, left_BAE)
+        h_BAE = Snake(name="snake_out")(h_BAE)
+        h_BAE, _ = Conv(E, 1, name="conv_out")(h_BAE)
+        return x_BAE + h_BAE, left_BAE
+
+
+class EncoderBlock(nn.Module):
+    features: int
+    stride: int
+    is_depthwise: bool
+
+    @nn.compact
+    def __call__(self, x_BAE):
+        for j, dilation in enumerate(_DILATIONS):
+            x_BAE, _ = ResidualUnit(dilation, self.is_depthwise, name=f"unit_{j}")(x_BAE)
+        x_BAE = Snake(name="snake")(x_BAE)
+        return DownConv(self.features, self.stride, name="down")(x_BAE)[0]
+
+
+class Encoder(nn.Module):
+    """audio_BA (whole hops) -> mu_BTC, logvar_BTC."""
+
+    config: AudioVAEConfig
+    use_remat: bool = False  # recompute each block in the backward pass
+
+    @nn.compact
+    def __call__(self, audio_BA):
+        c = self.config
+        Block = nn.remat(EncoderBlock) if self.use_remat else EncoderBlock
+        x_BAE, _ = Conv(c.encoder_dim, 7, name="conv_in")(audio_BA[:, :, None])
+        for i, stride in enumerate(c.encoder_rates):
+            x_BAE = Block(c.encoder_dim * 2 ** (i + 1), stride, c.depthwise, name=f"block_{i}")(x_BAE)
+        mu_BTC, _ = Conv(c.latent_dim, 3, name="mu")(x_BAE)
+        logvar_BTC, _ = Conv(c.latent_dim, 3, name="logvar")(x_BAE)
+        return mu_BTC, logvar_BTC
+
+
+class Rate(nn.Module):
+    """x * scale[bucket] + bias[bucket]: which rate the listener wants."""
+
+    num_buckets: int
+
+    @nn.compact
+    def __call__(self, x_BAE, bucket_B):
+        shape = (self.num_buckets, x_BAE.shape[-1])
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        return x_BAE * scale[bucket_B][:, None] + bias[bucket_B][:, None]
+
+
+class DecoderBlock(nn.Module):
+    features: int
+    stride: int
+    is_depthwise: bool
+    num_buckets: int  # 0: no target-rate conditioning
+
+    @nn.compact
+    def __call__(self, x_BAE, bucket_B, state):
+        if self.num_buckets:
+            x_BAE = Rate(self.num_buckets, name="rate")(x_BAE, bucket_B)
+        x_BAE = Snake(name="snake")(x_BAE)
+        next_state = {}
+        x_BAE, next_state["up"] = UpConv(self.features, self.stride, name="up")(x_BAE, state.get("up"))
+        for j, dilation in enumerate(_DILATIONS):
+            name = f"unit_{j}"
+            x_BAE, next_state[name] = ResidualUnit(dilation, self.is_depthwise, name=name)(x_BAE, state.get(name))
+        return x_BAE, next_state
+
+
+class Decoder(nn.Module):
+    """latents_BTC, bucket_B, state -> audio_BA in (-1, 1), next state. An empty state is the start of a signal."""
+
+    config: AudioVAEConfig
+    use_remat: bool = False
+
+    @nn.compact
+    def __call__(self, latents_BTC, bucket_B, state):
+        c = self.config
+        num_buckets = 0 if c.sr_bin_boundaries is None else len(c.sr_bin_boundaries) + 1
+        Block = nn.remat(DecoderBlock) if self.use_remat else DecoderBlock
+        features = c.latent_dim if c.depthwise else c.decoder_dim
+        next_state = {}
+        conv_in = Conv(features, 7, is_depthwise=c.depthwise, name="conv_in")
+        x_BAE, next_state["conv_in"] = conv_in(latents_BTC, state.get("conv_in"))
+        if c.depthwise:
+            x_BAE, _ = Conv(c.decoder_dim, 1, name="proj")(x_BAE)
+        for i, stride in enumerate(c.decoder_rates):
+            name = f"block_{i}"
+            block = Block(c.decoder_dim // 2 ** (i + 1), stride, c.depthwise, num_buckets, name=name)
+            x_BAE, next_state[name] = block(x_BAE, bucket_B, state.get(name, {}))
+        x_BAE = Snake(name="snake")(x_BAE)
+        x_BAE, next_state["conv_out"] = Conv(1, 7, name="conv_out")(x_BAE, state.get("conv_out"))
+        return jnp.tanh(x_BAE[:, :, 0]), next_state
+
+
+def init(key, vae_config: AudioVAEConfig):
+    """Fresh parameters, float32: {"encoder": ..., "decoder": ...}."""
+    encoder_key, decoder_key = jax.random.split(key)
+    audio_BA = jnp.zeros((1, vae_config.encoder_hop))
+    latents_BTC = jnp.zeros((1, 1, vae_config.latent_dim))
+    encoder = Encoder(vae_config).init(encoder_key, audio_BA)
+    decoder = Decoder(vae_config).init(decoder_key, latents_BTC, jnp.zeros(1, jnp.int32), {})
+    return {"encoder": encoder["params"], "decoder": decoder["params"]}
+
+
+def posterior(vae_params, vae_config: AudioVAEConfig, audio_BA, *, use_remat=False):
+    """Mean and log variance of the latents, each [B, T, C]; audio is padded right with zeros to whole hops."""
+    audio_BA = jnp.asarray(audio_BA, jnp.float32)
+    audio_BA = jnp.pad(audio_BA, ((0, 0), (0, -audio_BA.shape[1] % vae_config.encoder_hop)))
+    encoder = Encoder(vae_config, use_remat)
+    return encoder.apply({"params": _float32(vae_params["encoder"])}, audio_BA)
+
+
+def encode(vae_params, vae_config: AudioVAEConfig, audio_BA):
+    """Latents [B, T, C] of audio at the encoder's rate: the posterior's mean, T = ceil(A / encoder_hop)."""
+    with jax.default_matmul_precision("float32"):
+        return posterior(vae_params, vae_config, audio_BA)[0]
+
+
+def decode(vae_params, vae_config: AudioVAEConfig, latents_BTC, target_hz=48000):
+    """Audio [B, T x decoder_hop] in (-1, 1) at the decoder's rate.
+
+    Args:
+        target_hz: scalar or [B]; conditions, never resamples. A rate equal to a boundary is in the lower bucket.
+    """
+    with jax.default_matmul_precision("float32"):
+        return reconstruct(vae_params, vae_config, latents_BTC, target_hz)
+
+
+def reconstruct(vae_params, vae_config: AudioVAEConfig, latents_BTC, target_hz=48000, *, use_remat=False):
+    """`decode` in the ambient matrix precision: for training."""
+    return _decode(vae_params, vae_config, latents_BTC, target_hz, {}, use_remat)[0]
+
+
+def decode_state(vae_config: AudioVAEConfig, batch: int):
+    """The streaming decoder's state at the start of a signal: zeros, the left context of every convolution."""
+
+    def first_frame(key):
+        latents_BTC = jnp.zeros((batch, 1, vae_config.latent_dim))
+        return _decode(init(key, vae_config), vae_config, latents_BTC, 48000, {}, False)[1]
+
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(first_frame, jax.random.key(0)))
+
+
+def decode_step(vae_params, vae_config: AudioVAEConfig, latents_BTC, state, target_hz=48000):
+    """Audio of the next T frames and the state after them; any chunking gives what `decode` gives."""
+    with jax.default_matmul_precision("float32"):
+        return _decode(vae_params, vae_config, latents_BTC, target_hz, state, False)
+
+
+def _decode(vae_params, vae_config, latents_BTC, target_hz, state, use_remat):
+    latents_BTC = jnp.asarray(latents_BTC, jnp.float32)
+    boundaries = jnp.asarray(vae_config.sr_bin_boundaries or (), jnp.float32)
+    target_hz_B = jnp.broadcast_to(jnp.asarray(target_hz, jnp.float32), latents_BTC.shape[:1])
+    bucket_B = jnp.sum(target_hz_B[:, None] > boundaries[None], axis=1)
+    decoder = Decoder(vae_config, use_remat)
+    return decoder.apply({"params": _float32(vae_params["decoder"])}, latents_BTC, bucket_B, state)
+
+
+def _float32(params):
+    return jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
