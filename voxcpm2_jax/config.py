@@ -16,8 +16,9 @@ import math
 import pathlib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -175,7 +176,6 @@ class TransformerConfig:
     rope_factor: tuple[float, ...] | None  # [H / 2]; None: no positional encoding
     rope_scale: float  # LongRoPE attention factor on cos and sin
     residual_scale: float  # on each residual branch; 1 without muP
-    remat: str = "full"  # what the backward pass recomputes: "full", "none"
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,8 @@ class ModelConfig:
         for name in ("patch_size", "feat_dim", "residual_lm_num_layers", "scalar_quantization_latent_dim",
                      "scalar_quantization_scale", "max_length"):  # fmt: skip
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        check(self.lm_config.vocab_size > 104, f"vocab_size must be over 104 (the special ids), got {self.lm_config.vocab_size}")
+        vocab_size = self.lm_config.vocab_size
+        check(vocab_size > 104, f"vocab_size must be over 104 (the special ids), got {vocab_size}")
         for name, stack in (("lm_config", self.tslm), ("encoder_config", self.locenc), ("dit_config", self.locdit)):
             check(min(stack.num_layers, stack.width, stack.mlp_width, stack.head_dim) >= 1, f"{name}: sizes must be at least 1")
             check(
@@ -214,10 +215,8 @@ class ModelConfig:
             )
             check(stack.head_dim % 2 == 0, f"{name}: head size must be even for RoPE, got {stack.head_dim}")
             if stack.rope_factor is not None:
-                check(
-                    len(stack.rope_factor) == stack.head_dim // 2,
-                    f"{name}: rope_scaling needs {stack.head_dim // 2} factors (half the head size), got {len(stack.rope_factor)}",
-                )
+                got, expected = len(stack.rope_factor), stack.head_dim // 2
+                check(got == expected, f"{name}: rope_scaling needs {expected} factors (half the head size), got {got}")
         check(self.dit_config.hidden_dim % 2 == 0, f"dit_config.hidden_dim must be even, got {self.dit_config.hidden_dim}")
         flow = self.dit_config.cfm_config
         check(flow.t_scheduler in ("log-norm", "uniform"), f"t_scheduler must be log-norm or uniform, got {flow.t_scheduler!r}")
@@ -246,7 +245,8 @@ class ModelConfig:
     @property
     def tslm(self) -> TransformerConfig:
         lm = self.lm_config
-        return self._stack(lm.num_hidden_layers, lm.hidden_size, lm.intermediate_size, lm.num_attention_heads, lm.kv_channels, lm.no_rope)
+        return self._stack(lm.num_hidden_layers, lm.hidden_size, lm.intermediate_size, lm.num_attention_heads,
+                           lm.kv_channels, lm.no_rope)  # fmt: skip
 
     @property
     def ralm(self) -> TransformerConfig:
@@ -477,3 +477,130 @@ class LogConfig:
     def __post_init__(self):
         if self.every_steps < 1:
             raise UserError(f"log.every_steps must be at least 1, got {self.every_steps}")
+
+
+# ---- backbone run ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Budgets of one packed batch."""
+
+    rows: int = 8  # B, over all hosts
+    slots: int = 4096  # T, text tokens and patches of a row
+    patches: int = 3072  # M, audio patches of a row
+    target_patches: int | None = None  # of a row that may bear loss; None: all M
+
+    def __post_init__(self):
+        if min(self.rows, self.slots, self.patches) < 1 or not 1 <= (self.target_patches or self.patches) <= self.patches:
+            raise UserError(f"batch: rows, slots and patches must be at least 1, target_patches at most patches; got {self}")
+
+
+@dataclass(frozen=True)
+class BackboneRun:
+    """One training run of the backbone; configs/backbone.py has the variants."""
+
+    model: ModelConfig
+    seed: int = 0  # of parameters, order and noise
+    num_steps: int = 1000  # updates
+    remat: str = "full"  # what the backward pass recomputes: "full" (every layer) or "none"
+    diff_weight: float = 1.0  # x flow-matching loss
+    stop_weight: float = 1.0  # x stop loss
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    mesh: tuple[int, int, int] = (1, -1, 1)  # devices along (replica, data, tensor); -1: what is left
+    patch_sec: float = 0.16  # seconds of a patch; the shards' header is checked against it
+
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise UserError(f"num_steps must be at least 1, got {self.num_steps}")
+        if self.remat not in ("full", "none"):
+            raise UserError(f"remat must be full or none, got {self.remat!r}")
+        if self.batch.slots > self.model.max_length:
+            raise UserError(f"batch.slots {self.batch.slots} exceed model.max_length {self.model.max_length}")
+
+
+# Shapes of the backbone by name; head size 128 and two key/value heads are the family's.
+def _model(width, mlp, heads, layers, local, *, kv_heads=2, head_dim, ralm, patch=4, dim, vocab, fsq, dtype="float32",
+           max_length=8192) -> ModelConfig:  # fmt: skip
+    local_width, local_mlp, local_heads, enc_layers, dit_layers = local
+    lm = LMConfig(hidden_size=width, intermediate_size=mlp, num_attention_heads=heads, num_hidden_layers=layers,
+                  num_key_value_heads=kv_heads, kv_channels=head_dim, vocab_size=vocab, use_mup=False)  # fmt: skip
+    return ModelConfig(
+        lm_config=lm,
+        patch_size=patch,
+        feat_dim=dim,
+        residual_lm_num_layers=ralm,
+        residual_lm_no_rope=True,
+        scalar_quantization_latent_dim=fsq,
+        encoder_config=LocalConfig(local_width, local_mlp, local_heads, enc_layers, head_dim),
+        dit_config=DiTConfig(local_width, local_mlp, local_heads, dit_layers, head_dim,
+                             cfm_config=FlowConfig(inference_cfg_rate=2.0)),
+        max_length=max_length,
+        dtype=dtype,
+    )  # fmt: skip
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The corpus that is spoken on the spot: digit strings in English, some words of five other languages."""
+
+    seed: int = 0
+    num_digit_clips: int = 1200  # English training clips
+    num_foreign_clips: int = 150  # at most 15 % of the training clips
+    max_digits: int = 4  # of a string
+    num_heldout: int = 50  # strings of 2 digits and more that are never in training
+
+    def __post_init__(self):
+        def check(ok, message):
+            if not ok:
+                raise UserError(f"demo: {message}")
+
+        check(self.num_digit_clips >= 1, f"num_digit_clips must be at least 1, got {self.num_digit_clips}")
+        check(
+            0 <= self.num_foreign_clips <= 0.15 * (self.num_digit_clips + self.num_foreign_clips),
+            f"num_foreign_clips must be at most 15 % of all clips, got {self.num_foreign_clips} beside {self.num_digit_clips}",
+        )
+        check(2 <= self.max_digits <= 20, f"max_digits must lie in 2..20, got {self.max_digits}")
+        check(
+            0 <= self.num_heldout <= 50 * (self.max_digits - 1),
+            f"num_heldout must lie in 0..{50 * (self.max_digits - 1)} (half of the 2-digit strings), got {self.num_heldout}",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What `prepare` makes shards from; configs/data.py has the variants."""
+
+    source: str = "demo"  # "demo": spoken on the spot; "manifest": recordings of one's own
+    demo: DemoConfig = DemoConfig()
+    manifests: tuple[str, ...] = ()  # JSON lines, see data/corpus.py
+    tokenizer: str | None = None  # directory or file; None: a new vocabulary trained on the transcripts
+    vocab_size: int = 512  # V of a new vocabulary, at most
+    trim_db: float | None = None  # cut leading and trailing silence this far below the loudest 10 ms; None: leave it
+    trim_keep_ms: float = 40.0  # silence that stays
+    min_sec: float = 0.16  # shorter clips are left out
+    max_sec: float = 60.0  # longer clips are left out
+    latent_dtype: str = "float16"  # of the shards: "float16", "bfloat16", "float32"
+    shard_clips: int = 4096  # clips of one shard
+    encode_sec: float = 60.0  # seconds of audio the codec sees at once
+
+    def __post_init__(self):
+        def check(ok, message):
+            if not ok:
+                raise UserError(f"data config: {message}")
+
+        check(self.source in ("demo", "manifest"), f"source must be demo or manifest, got {self.source!r}")
+        check(self.source == "demo" or self.manifests, "source 'manifest' needs --config.manifests=FILE[,FILE]")
+        check(self.latent_dtype in ("float16", "bfloat16", "float32"), f"latent_dtype must be float16, bfloat16 or float32, got {self.latent_dtype!r}")
+        check(self.vocab_size > 104, f"vocab_size must be over 104 (the special ids), got {self.vocab_size}")
+        check(0 < self.min_sec < self.max_sec, f"expected 0 < min_sec < max_sec, got {self.min_sec} and {self.max_sec}")
+        check(self.trim_db is None or self.trim_db < 0, f"trim_db must be negative, got {self.trim_db}")
+        check(self.trim_keep_ms >= 0, f"trim_keep_ms must be 0 or more, got {self.trim_keep_ms}")
+        check(self.shard_clips >= 1, f"shard_clips must be at least 1, got {self.shard_clips}")
+        check(self.encode_sec > 0, f"encode_sec must be over 0, got {self.encode_sec}")

@@ -13,7 +13,8 @@ Source: VoxCPM2 report, "unified sequence organisation".
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Sequence as Seq
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np

@@ -41,7 +41,8 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"feat_(encoder|decoder)/(in_proj|cond_proj)/kernel", (None, "embed")),
     (r"feat_decoder/out_proj/kernel", ("embed", None)),
     (r"feat_decoder/(delta_)?time_mlp/linear_[12]/kernel", ("embed", None)),
-    (r"(fsq_layer/(in|out)_proj|enc_to_lm_proj|lm_to_dit_proj|res_to_dit_proj|fusion_concat_proj|stop_proj)/kernel", ("embed", None)),
+    (r"fsq_layer/(in|out)_proj/kernel", ("embed", None)),
+    (r"(enc_to_lm|lm_to_dit|res_to_dit|fusion_concat|stop)_proj/kernel", ("embed", None)),
     (r"stop_head/kernel", ("embed", None)),
     (r".*/bias", (None,)),
 )  # fmt: skip
@@ -56,7 +57,9 @@ def make_mesh(shape: tuple[int, int, int] = (1, -1, 1), devices=None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     known = int(np.prod([n for n in shape if n != -1]))
     if list(shape).count(-1) > 1 or len(devices) % known or (-1 not in shape and known != len(devices)):
-        raise UserError(f"mesh {tuple(shape)} (replica, data, tensor) does not fit {len(devices)} devices; -1 may stand once for the rest")
+        raise UserError(
+            f"mesh {tuple(shape)} (replica, data, tensor) does not fit {len(devices)} devices; -1 may stand once for the rest"
+        )
     shape = tuple(len(devices) // known if n == -1 else n for n in shape)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -66,7 +69,8 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, x.shape, strict=True))))
+    spec = PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, x.shape, strict=True)))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def _axes(dim, size, mesh):

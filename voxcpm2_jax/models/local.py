@@ -25,6 +25,7 @@ class LocEnc(nn.Module):
     """One vector for each patch of latents."""
 
     config: TransformerConfig
+    remat: str = "full"
     unrolled: bool = False
 
     @nn.compact
@@ -34,7 +35,7 @@ class LocEnc(nn.Module):
         x_RPD = Linear((width,), name="in_proj")(x_RPC)
         special_R1D = jnp.broadcast_to(special_D[None, None], (len(x_RPD), 1, width))
         x_RTD = jnp.concatenate([special_R1D, x_RPD], axis=1)
-        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, unrolled=self.unrolled)
+        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, remat=self.remat, unrolled=self.unrolled)
         return y_RTD[:, 0]
 
 
@@ -65,6 +66,7 @@ class LocDiT(nn.Module):
     """
 
     config: TransformerConfig
+    remat: str = "full"
     unrolled: bool = False
 
     @nn.compact
@@ -76,6 +78,6 @@ class LocDiT(nn.Module):
         cond_RPD = Linear((width,), name="cond_proj")(cond_RPC.astype(dtype))
         x_RPD = Linear((width,), name="in_proj")(x_RPC.astype(dtype))
         x_RTD = jnp.concatenate([prefix_R2D, time_RD[:, None], cond_RPD, x_RPD], axis=1)
-        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, unrolled=self.unrolled)
+        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, remat=self.remat, unrolled=self.unrolled)
         v_RPC = Linear((C,), name="out_proj", kernel_init=nn.initializers.zeros)(y_RTD[:, -P:])
         return v_RPC.astype(jnp.float32)

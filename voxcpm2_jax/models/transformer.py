@@ -21,7 +21,6 @@ from voxcpm2_jax.config import TransformerConfig
 from voxcpm2_jax.sharding import constrain
 
 
-
 def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`jnp.einsum` that multiplies float32 as float32 on every platform."""
     return jnp.einsum(equation, x, y, precision="highest" if x.dtype == jnp.float32 else None)
@@ -159,11 +158,14 @@ class Block(nn.Module):
         return constrain(x_BTD, "batch", None, None), cache
 
 
-def run_layers(config: TransformerConfig, x_BTD, position_BT, mask_BTS, *, unrolled=False, cache=None, start_B=None):
+def run_layers(
+    config: TransformerConfig, x_BTD, position_BT, mask_BTS, *, remat="full", unrolled=False, cache=None, start_B=None
+):
     """All blocks of a stack and its last norm, as parameters `layers` and `norm` of the calling compact module.
 
     Args:
         position_BT: for RoPE.   mask_BTS: what each slot sees, None for everything; S is the cache's length if there is one.
+        remat: what the backward pass recomputes: "full" (every layer) or "none".
         unrolled: separate `layers_0`, `layers_1` .. with fused matrices (see `unstack`); needed for a cache.
         cache: one KV a layer, written from slot `start_B` of each row on.
     Returns:
@@ -180,7 +182,7 @@ def run_layers(config: TransformerConfig, x_BTD, position_BT, mask_BTS, *, unrol
         cache = None if cache is None else tuple(layers)
     else:
         assert cache is None, "a cache needs unrolled layers"
-        block = Block if config.remat == "none" else nn.remat(Block, prevent_cse=False)
+        block = Block if remat == "none" else nn.remat(Block, prevent_cse=False)
         stacked = nn.scan(
             block,
             variable_axes={"params": 0},

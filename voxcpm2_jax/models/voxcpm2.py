@@ -37,6 +37,7 @@ class Embedding(nn.Module):
 
 class TextSemanticLM(nn.Module):
     config: ModelConfig
+    remat: str = "full"
     unrolled: bool = False
 
     def setup(self):
@@ -48,16 +49,19 @@ class TextSemanticLM(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, position_BT, mask_BTS, cache=None, start_B=None):
-        return run_layers(self.config.tslm, x_BTD, position_BT, mask_BTS, unrolled=self.unrolled, cache=cache, start_B=start_B)
+        form = {"remat": self.remat, "unrolled": self.unrolled}
+        return run_layers(self.config.tslm, x_BTD, position_BT, mask_BTS, cache=cache, start_B=start_B, **form)
 
 
 class ResidualAcousticLM(nn.Module):
     config: ModelConfig
+    remat: str = "full"
     unrolled: bool = False
 
     @nn.compact
     def __call__(self, x_BTD, position_BT, mask_BTS, cache=None, start_B=None):
-        return run_layers(self.config.ralm, x_BTD, position_BT, mask_BTS, unrolled=self.unrolled, cache=cache, start_B=start_B)
+        form = {"remat": self.remat, "unrolled": self.unrolled}
+        return run_layers(self.config.ralm, x_BTD, position_BT, mask_BTS, cache=cache, start_B=start_B, **form)
 
 
 class FSQ(nn.Module):
@@ -91,18 +95,20 @@ class Cache(NamedTuple):
 
 
 class VoxCPM2(nn.Module):
-    """The backbone; every method is a pure function of its parameters. `unrolled` is the form generation uses."""
+    """The backbone; every method is a pure function of its parameters. Training sets `remat`, generation `unrolled`."""
 
     config: ModelConfig
+    remat: str = "full"
     unrolled: bool = False
 
     def setup(self):
         c = self.config
         width, local = c.tslm.width, c.locdit.width
-        self.base_lm = TextSemanticLM(c, self.unrolled)
-        self.residual_lm = ResidualAcousticLM(c, self.unrolled)
-        self.feat_encoder = LocEnc(c.locenc, self.unrolled)
-        self.feat_decoder = LocDiT(c.locdit, self.unrolled)
+        form = {"remat": self.remat, "unrolled": self.unrolled}
+        self.base_lm = TextSemanticLM(c, **form)
+        self.residual_lm = ResidualAcousticLM(c, **form)
+        self.feat_encoder = LocEnc(c.locenc, **form)
+        self.feat_decoder = LocDiT(c.locdit, **form)
         self.fsq_layer = FSQ(c.scalar_quantization_latent_dim, c.scalar_quantization_scale, width)
         self.enc_to_lm_proj = Linear((width,))
         self.lm_to_dit_proj = Linear((local,))
@@ -217,7 +223,9 @@ class Draws(NamedTuple):
     start_BM: jax.Array | None = None  # mean mode: r <= t
 
 
-def loss_terms(params, config: ModelConfig, batch: Batch, draws: Draws, *, target_patches: int | None = None) -> dict:
+def loss_terms(
+    params, config: ModelConfig, batch: Batch, draws: Draws, *, target_patches: int | None = None, remat: str = "full"
+) -> dict:
     """Both losses of every patch that may bear loss, before any sum.
 
     Returns:
@@ -226,7 +234,7 @@ def loss_terms(params, config: ModelConfig, batch: Batch, draws: Draws, *, targe
     flow_config = config.dit_config.cfm_config
     if flow_config.noise_cond_scale and max(flow_config.noise_cond_prob_range):
         raise UserError("noise_cond_scale: noise on the previous patch is not supported in training; set it to 0")
-    model = VoxCPM2(config)
+    model = VoxCPM2(config, remat)
     batch = jax.tree.map(jnp.asarray, batch)
     M = batch.slot_BM.shape[1] if target_patches is None else target_patches
     P, C = config.patch_size, config.feat_dim
@@ -272,7 +280,16 @@ def loss_terms(params, config: ModelConfig, batch: Batch, draws: Draws, *, targe
 
 
 def loss(
-    params, config: ModelConfig, batch: Batch, *, time_BM, noise_BMPC, drop_BM, start_BM=None, target_patches: int | None = None
+    params,
+    config: ModelConfig,
+    batch: Batch,
+    *,
+    time_BM,
+    noise_BMPC,
+    drop_BM,
+    start_BM=None,
+    target_patches: int | None = None,
+    remat: str = "full",
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The two training losses of a packed batch as (sum, count), not yet divided.
 
@@ -280,11 +297,13 @@ def loss(
         time_BM: flow time of each patch.   noise_BMPC: standard normal.   drop_BM: patches whose two conditioning
             vectors are dropped; the previous-patch condition stays.   start_BM: r of mean mode.
         target_patches: only the first that many patches of a row may bear loss; LocDiT runs on them alone. Static.
+        remat: what the backward pass recomputes: "full" (every layer) or "none".
     Returns:
         "diff": squared velocity error, mean over channels, summed over target frames; count in frames.
         "stop": cross-entropy summed over target patches; count in patches.
     """
-    terms = loss_terms(params, config, batch, Draws(time_BM, noise_BMPC, drop_BM, start_BM), target_patches=target_patches)
+    draws = Draws(time_BM, noise_BMPC, drop_BM, start_BM)
+    terms = loss_terms(params, config, batch, draws, target_patches=target_patches, remat=remat)
     weight_BM = terms["target_BM"].astype(jnp.float32)
     num_patches = jnp.sum(weight_BM)
     return {
