@@ -67,7 +67,14 @@ def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(clip, adamw)
+    chain = optax.chain(clip, adamw)
+
+    def update(grads, state, params=None):
+        # optax mixes float and int32 scalars (bias correction), which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return chain.update(grads, state, params)
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def ema_update(ema, params, decay: float):

@@ -1,0 +1,131 @@
+"""Means, the healing of metrics.jsonl, what a row may hold, and FLOPs counted against the parameters themselves."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from voxcpm2_jax import metrics
+from voxcpm2_jax.config import DiTConfig, LMConfig, LocalConfig, ModelConfig
+from voxcpm2_jax.models import voxcpm2
+
+TINY = ModelConfig(
+    lm_config=LMConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=3,
+                       num_key_value_heads=2, vocab_size=200, kv_channels=8),
+    residual_lm_num_layers=2,
+    patch_size=4,
+    feat_dim=6,
+    scalar_quantization_latent_dim=10,
+    encoder_config=LocalConfig(hidden_dim=16, ffn_dim=24, num_heads=2, num_layers=2, kv_channels=8),
+    dit_config=DiTConfig(hidden_dim=20, ffn_dim=28, num_heads=2, num_layers=3, kv_channels=8),
+)  # fmt: skip
+
+
+def test_meter_divides_once_and_continues_exactly():
+    steps = [{"loss": jnp.float32(0.1 * i), "stop": (jnp.float32(i), jnp.float32(2 * i)), "none": (jnp.float32(0),) * 2}
+             for i in range(1, 7)]  # fmt: skip
+    whole = metrics.Meter()
+    for step in steps:
+        whole.add(metrics.fetch(step))
+    first = metrics.Meter()
+    for step in steps[:3]:
+        first.add(metrics.fetch(step))
+    second = metrics.Meter(json.loads(json.dumps(first.state)))
+    for step in steps[3:]:
+        second.add(metrics.fetch(step))
+    assert second.means() == whole.means()
+    assert whole.means() == {"loss": pytest.approx(0.35), "stop": 0.5, "none": None}
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 9, "lo', "\x00\x00"])
+def test_heal_drops_the_torn_line_and_later_steps(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    assert metrics.heal(path, 5) is None and not path.exists()
+    path.write_text('{"step": 2, "loss": 1.0}\n{"step": 5, "loss": 0.5}\n{"step": 8, "loss": 9.0}\n' + torn)
+    assert metrics.heal(path, 5) == {"step": 5, "loss": 0.5}
+    assert path.read_text() == '{"step": 2, "loss": 1.0}\n{"step": 5, "loss": 0.5}\n'
+    assert metrics.heal(path, 1) is None and path.read_text() == ""
+
+
+def test_writer_writes_rows_and_tensorboard(tmp_path, capsys):
+    with metrics.Writer(tmp_path, start_step=0, num_steps=10) as writer:
+        writer.write(3, {"loss": np.float32(0.5), "mfu": None, "val_loss": float("nan")})
+        sound = metrics.Audio(np.zeros(4800, np.float32), 48000)
+        writer.write(6, {"loss": 0.25, "heard": sound, "seen": metrics.Image(np.zeros((4, 5, 3), np.uint8))})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 3, "loss": 0.5, "mfu": None, "val_loss": None}, {"step": 6, "loss": 0.25}]  # fmt: skip
+    assert writer.last_row == {"step": 6, "loss": 0.25}
+    out = capsys.readouterr()
+    assert out.out == "" and "step 6/10  loss 0.25" in out.err  # standard output is the command's
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    for tag in (b"loss", b"heard", b"seen"):
+        assert tag in file.read_bytes()
+
+
+def test_writer_continues_after_a_resume_and_works_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with metrics.Writer(tmp_path, start_step=0, num_steps=10) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 1.0})
+    with metrics.Writer(tmp_path, start_step=2, num_steps=10) as writer:
+        assert writer.last_row == {"step": 2, "loss": 1.0}
+        writer.write(3, {"loss": 2.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 2.0}]
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_flops_count_every_kernel_as_often_as_it_is_used():
+    """All products but attention's are 2 * size of the kernel * rows it is applied to."""
+    slots, patches, targets = 100, 60, 40
+    rows = {
+        "base_lm": slots, "residual_lm": slots, "fusion_concat_proj": slots, "fsq_layer": patches, "enc_to_lm_proj": patches,
+        "lm_to_dit_proj": targets, "res_to_dit_proj": targets, "stop_proj": targets, "stop_head": targets,
+        "feat_encoder/layers": 5 * patches, "feat_encoder/in_proj": 4 * patches,
+        "feat_decoder/layers": 11 * targets, "feat_decoder/in_proj": 4 * targets, "feat_decoder/cond_proj": 4 * targets,
+        "feat_decoder/out_proj": 4 * targets, "feat_decoder/time_mlp": targets, "feat_decoder/delta_time_mlp": targets,
+    }  # fmt: skip
+    shapes = jax.eval_shape(lambda: voxcpm2.init(jax.random.key(0), TINY))
+    products = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("kernel"):
+            (part,) = [part for part in rows if name.startswith(part + "/")]
+            products += 2 * leaf.size * rows[part]
+    parts = metrics.forward_flops(TINY, slots=slots, patches=patches, targets=targets, squares=0)
+    # `squares=0` leaves the diagonal of causal attention and the local stacks' whole attention: 4 * L * N * H * pairs.
+    attention = 4 * (32 * 5 * slots / 2 + 16 * 2 * patches * 25 + 16 * 3 * targets * 121)
+    assert sum(parts.values()) == products + attention
+    assert metrics.train_flops(TINY, slots=slots, patches=patches, targets=targets, squares=0) == 3 * sum(parts.values())
+
+
+def test_flops_of_the_released_shape():
+    """6 * (slots * 1.71 G + patches * 16 * 0.2076 G) and attention: 188 TFLOP for 8,192 slots and 5,248 patches."""
+    released = ModelConfig(
+        lm_config=LMConfig(kv_channels=128, use_mup=False),
+        residual_lm_no_rope=True,
+        encoder_config=LocalConfig(num_layers=12, kv_channels=128),
+        dit_config=DiTConfig(num_layers=12, kv_channels=128),
+    )
+    assert metrics.train_flops(released, slots=8192, patches=5248, targets=5248, squares=0) == pytest.approx(188e12, rel=0.02)
+    short, long = (metrics.train_flops(released, slots=8192, patches=0, targets=0, squares=8192 * n) for n in (64, 8192))
+    assert long - short == 3 * 4 * 36 * 2048 * 8192 * (8192 - 64) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "tera"),
+    [("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918),
+     ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989.4), ("NVIDIA A100-SXM4-40GB", 312),
+     ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA B200", 2250)],
+)  # fmt: skip
+def test_peak_of_known_chips(kind, tera):
+    assert metrics.peak_flops(kind) == tera * 1e12
+
+
+def test_mfu_is_unknown_on_a_cpu():
+    assert metrics.peak_flops("cpu") is None and metrics.mfu(1e12, 1.0) is None

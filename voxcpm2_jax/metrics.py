@@ -1,0 +1,260 @@
+"""What a run reports: means over the steps between two logs, useful FLOPs and MFU, and the places they are written to.
+
+    WORKDIR/metrics.jsonl      one JSON object per logged step; the record: a resumed run heals and continues it
+    WORKDIR/tensorboard/       the same scalars, and evaluators' images and audio, if tensorboardX is installed
+    standard error             one live line on a terminal, else one plain line per logged step
+
+A train step's metrics are scalars (their mean over the steps is reported) or pairs (sum, count) (divided once). A
+scalar whose name ends in `_sec` counts seconds of data and is also reported per second of wall time.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+from typing import Any, NamedTuple
+
+import jax
+
+from voxcpm2_jax.config import ModelConfig, TransformerConfig
+
+# ---- accumulation ----------------------------------------------------------------------------------------------------
+
+
+def fetch(metrics: dict) -> dict[str, tuple[float, float]]:
+    """Metrics of one step on the host as (sum, count); waits for the step."""
+    values = jax.device_get(metrics)
+    return {k: (float(v[0]), float(v[1])) if isinstance(v, tuple) else (float(v), 1.0) for k, v in values.items()}
+
+
+class Meter:
+    """Sums of (sum, count) pairs, in float64; `state` is plain data that continues it exactly."""
+
+    def __init__(self, state: dict[str, list[float]] | None = None):
+        self.state = {} if state is None else state
+
+    def add(self, values: dict[str, tuple[float, float]]) -> None:
+        for name, (total, count) in values.items():
+            old = self.state.get(name, [0.0, 0.0])
+            self.state[name] = [old[0] + total, old[1] + count]
+
+    def means(self) -> dict[str, float | None]:
+        """None where nothing was counted."""
+        return {name: total / count if count else None for name, (total, count) in self.state.items()}
+
+
+# ---- useful work -----------------------------------------------------------------------------------------------------
+
+
+def forward_flops(config: ModelConfig, *, slots, patches, targets, squares) -> dict[str, float]:
+    """FLOPs of the matrix products of one forward pass, by part; work spent on padding and recomputation is not useful.
+
+    Args:
+        slots: slots in use (text and audio).   patches: audio patches in use.   targets: those that bear loss.
+        squares: sum over segments of their length squared; slots * mean length is a fair estimate.
+    """
+    c = config
+    width, local, P, C, Q = c.tslm.width, c.locdit.width, c.patch_size, c.feat_dim, c.scalar_quantization_latent_dim
+    causal_pairs = (squares + slots) / 2
+    enc_rows, dit_rows = 1 + P, 3 + 2 * P  # special token + patch; two prefix tokens + time + previous patch + patch
+    projections = (
+        patches * c.locenc.width * width  # enc_to_lm_proj
+        + slots * 2 * width * width  # fusion_concat_proj
+        + targets * 2 * width * local  # lm_to_dit_proj, res_to_dit_proj
+    )
+    return {
+        "tslm": _stack_flops(c.tslm, slots, causal_pairs),
+        "ralm": _stack_flops(c.ralm, slots, causal_pairs),
+        "locenc": _stack_flops(c.locenc, patches * enc_rows, patches * enc_rows**2) + 2 * patches * P * C * c.locenc.width,
+        "locdit": _stack_flops(c.locdit, targets * dit_rows, targets * dit_rows**2)
+        + 2 * targets * (3 * P * C * local + 4 * local * local),  # in, cond, out projections; the two time MLPs
+        "fsq": 2 * patches * 2 * width * Q,
+        "projections": 2 * projections,
+        "stop": 2 * targets * (width * width + 2 * width),
+    }
+
+
+def _stack_flops(c: TransformerConfig, positions, pairs) -> float:
+    """Layers over `positions`, with `pairs` (query, key) pairs in their attention."""
+    per_position = c.width * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 3 * c.width * c.mlp_width
+    return 2.0 * c.num_layers * (positions * per_position + pairs * 2 * c.num_heads * c.head_dim)
+
+
+def train_flops(config: ModelConfig, *, slots, patches, targets, squares) -> float:
+    """Useful FLOPs of one update: forward, and twice that for the backward pass. Arguments as in `forward_flops`."""
+    parts = forward_flops(config, slots=slots, patches=patches, targets=targets, squares=squares)
+    return 3.0 * sum(parts.values())
+
+
+# Dense bfloat16 matrix FLOP/s of one JAX device, from the makers' data sheets. First match counts. A v3 or v7x chip
+# shows as two devices.
+_PEAK_TFLOPS = (
+    (r"TPU v3", 61.5),
+    (r"TPU v4", 275.0),
+    (r"TPU v5 ?(lite|e)", 197.0),
+    (r"TPU v5", 459.0),
+    (r"TPU v6", 918.0),
+    (r"TPU ?v?7x?", 1153.5),
+    (r"GB200", 2500.0),
+    (r"B200", 2250.0),
+    (r"H100 PCIe", 756.0),
+    (r"H100 NVL", 835.0),
+    (r"(H100|H200|H800)", 989.4),
+    (r"A[18]00", 312.0),
+    (r"L40S", 362.0),
+    (r"L4\b", 121.0),
+    (r"A10\b", 125.0),
+    (r"RTX 4090", 165.2),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a device by `jax.Device.device_kind`; None where none is known (a CPU)."""
+    for pattern, tera in _PEAK_TFLOPS:
+        if re.search(pattern, device_kind):
+            return tera * 1e12
+    return None
+
+
+def mfu(flops: float, step_sec: float) -> float | None:
+    """Model FLOP utilisation of all devices, 0 to 1, for `flops` useful ones in each step; None on unknown devices."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return None if peak is None else flops / (step_sec * peak * jax.device_count())
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class Audio(NamedTuple):
+    """A figure to hear."""
+
+    samples_A: Any  # float32, -1 .. 1
+    rate_hz: int
+
+
+class Image(NamedTuple):
+    """A figure to see."""
+
+    pixels_HWC: Any  # uint8, or float32 0 .. 1
+
+
+def heal(path, last_step: int) -> dict | None:
+    """Cuts metrics.jsonl back to whole lines of steps up to `last_step` -> its last row; None if none is left."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # torn by whatever ended the run
+    rows = [line for line in lines if json.loads(line)["step"] <= last_step]
+    replace_file(path, "".join(rows))
+    return json.loads(rows[-1]) if rows else None
+
+
+def replace_file(path, text: str) -> None:
+    """Writes aside, then renames: a reader sees the old file or the new one."""
+    path = pathlib.Path(path)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+class Writer:
+    """Writes rows of figures from the first process; a context manager.
+
+    Args:
+        start_step: updates that were finished before; rows beyond it are dropped.   num_steps: length of the run.
+    Attributes:
+        last_row: the newest row in metrics.jsonl, None before the first.
+    """
+
+    def __init__(self, workdir, *, start_step: int, num_steps: int):
+        workdir = pathlib.Path(workdir)
+        self.last_row: dict | None = None
+        self._num_steps = num_steps
+        self._file = self._board = self._progress = None
+        if jax.process_index() != 0:
+            return
+        self.last_row = heal(workdir / "metrics.jsonl", start_step)
+        self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+        if importlib.util.find_spec("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        if sys.stderr.isatty():
+            self._progress = _live_line()
+            self._task = self._progress.add_task("train", total=num_steps, completed=start_step, figures="")
+            self._progress.start()
+
+    def write(self, step: int, figures: dict) -> None:
+        """One row: numbers (or None) go everywhere, Audio and Image to TensorBoard."""
+        media = {k: v for k, v in figures.items() if isinstance(v, Audio | Image)}
+        row = {"step": step} | {k: _number(v) for k, v in figures.items() if k not in media}
+        self.last_row = row
+        if self._file is None:
+            return
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board:
+            self._write_board(step, row, media)
+        if self._progress:
+            self._progress.update(self._task, figures=_in_words(row))
+        else:
+            print(f"step {step}/{self._num_steps}  {_in_words(row)}", file=sys.stderr, flush=True)
+
+    def advance(self, step: int) -> None:
+        """Moves the live line; called for every step."""
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def _write_board(self, step, row, media):
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, step)
+        for name, value in media.items():
+            if isinstance(value, Audio):
+                self._board.add_audio(name, value.samples_A, step, sample_rate=value.rate_hz)
+            else:
+                self._board.add_image(name, value.pixels_HWC, step, dataformats="HWC")
+        self._board.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for part in (self._file, self._board):
+            if part is not None:
+                part.close()
+        if self._progress:
+            self._progress.stop()
+
+
+def _number(value) -> float | int | None:
+    """JSON has no NaN and no infinity: what was not measured and what diverged are both null."""
+    if value is None or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(value)
+
+
+def _in_words(row: dict) -> str:
+    shown = ("loss", "loss_diff", "loss_stop", "step_sec", "audio_sec_per_sec", "mfu")
+    return "  ".join(f"{name} {row[name]:.4g}" for name in shown if row.get(name) is not None)
+
+
+def _live_line():
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=20),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[figures]}"),
+        console=Console(stderr=True),
+    )
