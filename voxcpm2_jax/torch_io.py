@@ -9,12 +9,14 @@ misshaped and mistyped tensor is named in one message.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
 import pathlib
 import pickle
 import shutil
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +27,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from voxcpm2_jax.config import AudioVAEConfig, ModelConfig, UserError, read_released, to_released
+from voxcpm2_jax import checkpoint
+from voxcpm2_jax.config import AudioVAEConfig, ModelConfig, UserError, from_dict, read_released, to_dict, to_released
 from voxcpm2_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 BACKBONE_FILE, VAE_FILE = "model.safetensors", "audiovae.safetensors"
@@ -135,7 +138,7 @@ def vae_table(config: AudioVAEConfig) -> list[Row]:
     def conv(name, path, num_in, num_out, width, groups=1, *, is_transposed=False):
         # torch has [out, in / groups, width], transposed [in, out, width]; ours are width, in, out. Gains follow dim 0.
         shape = (num_in, num_out, width) if is_transposed else (num_out, num_in // groups, width)
-        rows.append(Row(f"{name}.weight_v", f"{path}/direction", shape, shape, (2, 0, 1) if is_transposed else (2, 1, 0)))
+        rows.append(Row(f"{name}.weight_v", f"{path}/kernel", shape, shape, (2, 0, 1) if is_transposed else (2, 1, 0)))
         vector(f"{name}.weight_g", f"{path}/gain", shape[0], (shape[0], 1, 1))
         vector(f"{name}.bias", f"{path}/bias", num_out, (num_out,))
 
@@ -159,7 +162,7 @@ def vae_table(config: AudioVAEConfig) -> list[Row]:
         conv(f"encoder.fc_{which}", f"encoder/{which}", E * 2 ** len(config.encoder_rates), C, 3)
     if config.depthwise:
         conv("decoder.model.0", "decoder/conv_in", C, C, 7, C)
-        conv("decoder.model.1", "decoder/proj_in", C, D, 1)
+        conv("decoder.model.1", "decoder/proj", C, D, 1)
     else:
         conv("decoder.model.0", "decoder/conv_in", C, D, 7)
     first = 2 if config.depthwise else 1
@@ -169,13 +172,13 @@ def vae_table(config: AudioVAEConfig) -> list[Row]:
             shape = (len(config.sr_bin_boundaries) + 1, num_in)
             for which in ("scale", "bias"):
                 rows.append(
-                    Row(f"decoder.sr_cond_model.{first + i}.{which}_embed.weight", f"{path}/rate_{which}", shape, shape, (0, 1))
+                    Row(f"decoder.sr_cond_model.{first + i}.{which}_embed.weight", f"{path}/rate/{which}", shape, shape, (0, 1))
                 )
         snake(f"{name}.0", f"{path}/snake", num_in)
         conv(f"{name}.1", f"{path}/up", num_in, num_out, 2 * stride, is_transposed=True)
         units(name, path, num_out, 2)
     last = first + len(config.decoder_rates)
-    snake(f"decoder.model.{last}", "decoder/snake_out", D // 2 ** len(config.decoder_rates))
+    snake(f"decoder.model.{last}", "decoder/snake", D // 2 ** len(config.decoder_rates))
     conv(f"decoder.model.{last + 1}", "decoder/conv_out", D // 2 ** len(config.decoder_rates), 1, 7)
     if config.sr_bin_boundaries is not None:
         size = (len(config.sr_bin_boundaries),)
@@ -470,3 +473,128 @@ def _aside(directory) -> Iterator[pathlib.Path]:
 
 def _write_json(path: pathlib.Path, content: Mapping) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- training workdirs ---------------------------------------------------------------------------------------------
+#
+#   WORKDIR/checkpoints/STEP/                  weights; its meta holds {"config": {"model": ..}}, imported ones "released"
+#   WORKDIR/codec/audiovae.safetensors         the codec that made the latents, and its config.json
+#   WORKDIR/tokenizer/                         the tokenizer that made the ids
+
+
+def load_model(path: str | os.PathLike) -> Loaded:
+    """Reads whatever a checkpoint argument names: a training workdir, one step of it, or a released directory.
+
+    Raises:
+        UserError: neither, or a workdir without codec/ or tokenizer/.
+    """
+    if checkpoint.kind(path) == checkpoint.RELEASED:
+        return load(path)
+    work = _Workdir(path)
+    _, params, _ = checkpoint.load_params(path)
+    _check_params(_flatten(params), _by_path(backbone_table(work.config)), str(path))
+    vae_params = _nest(_assemble(work.vae, vae_table(work.vae_config)))
+    return Loaded(work.config, params, work.vae_config, vae_params, work.raw, work.tokenizer_dir)
+
+
+def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
+    """Turns a released directory into a training workdir with one checkpoint, step 0, tensor by tensor.
+
+    The stacked parameters are put together in mapped files, so that no more than a few tensors are ever in memory.
+    """
+    opened = _Source(source)
+    tokenizer = load_tokenizer(source)
+    groups = _by_path(opened.backbone_rows)
+    model, vae = opened.released.model, opened.released.vae
+    config = {"model": to_dict(model), "released": opened.released.raw}
+    with _aside(workdir) as aside:
+        scratch = aside / "scratch"
+        scratch.mkdir()
+        arrays = {}
+        for path, group in _progress(groups.items(), "reading tensors", len(groups)):
+            mapped = functools.partial(_mapped, scratch / path.replace("/", "."))
+            arrays[path] = _stack(opened.backbone, group, mapped)
+        for _ in _progress(range(1), "writing checkpoint", None):
+            checkpoint.save_arrays(aside, 0, arrays, {"config": config})
+        del arrays
+        shutil.rmtree(scratch)
+        _write_json(aside / "config.json", config)
+        save_codec(aside, vae, opened.vae)
+        tokenizer.save(aside / "tokenizer")
+
+
+def export_torch(path: str | os.PathLike, directory: str | os.PathLike) -> None:
+    """Turns a training workdir, or one step of it, into a directory that the reference loads, tensor by tensor.
+
+    Raises:
+        UserError: not a training workdir, or its weights do not fit its config.
+    """
+    if checkpoint.kind(path) != checkpoint.TRAINING:
+        raise UserError(f"{path}: already a released directory; expected a training workdir or one step of it")
+    work = _Workdir(path)
+    tokenizer = load_tokenizer(work.tokenizer_dir)
+    groups = _by_path(backbone_table(work.config))
+    specs = checkpoint.array_specs(path)
+    _check_params(specs, groups, str(path))
+    with _aside(directory) as aside:
+        _write_json(aside / "config.json", to_released(work.config, work.vae_config, work.raw))
+        header = _header(groups, {key: np.dtype(spec.dtype) for key, spec in specs.items()})
+        leaves = _progress(checkpoint.iter_arrays(path), "writing tensors", len(specs))
+        write_safetensors(aside / BACKBONE_FILE, header, _torch_tensors(groups, leaves))
+        shutil.copyfile(work.codec_dir / VAE_FILE, aside / VAE_FILE)
+        tokenizer.save(aside)
+
+
+def save_codec(workdir: str | os.PathLike, config: AudioVAEConfig, tensors: Mapping[str, Stored] | Mapping) -> None:
+    """Writes WORKDIR/codec/.
+
+    Args:
+        tensors: stored torch tensors, or a tree of codec parameters.
+    """
+    directory = pathlib.Path(workdir) / "codec"
+    groups = _by_path(vae_table(config))
+    if not all(isinstance(t, Stored) for t in tensors.values()):
+        leaves = _flatten(tensors)
+        _check_params(leaves, groups, "codec")
+        header = _header(groups, {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()})
+        content = _torch_tensors(groups, leaves.items())
+    else:
+        header = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        content = ((name, tensor.read()) for name, tensor in tensors.items())
+    with _aside(directory) as aside:
+        _write_json(aside / "config.json", to_dict(config))
+        write_safetensors(aside / VAE_FILE, header, content)
+
+
+class _Workdir:
+    """What a training workdir holds beside the weights."""
+
+    def __init__(self, path):
+        path = pathlib.Path(path).absolute()
+        root = path if (path / "checkpoints").is_dir() else path.parent.parent
+        self.codec_dir, self.tokenizer_dir = root / "codec", root / "tokenizer"
+        for directory in (self.codec_dir, self.tokenizer_dir):
+            if not directory.is_dir():
+                raise UserError(f"{directory}: no such directory; a workdir keeps its codec and tokenizer beside checkpoints/")
+        config = checkpoint.read_meta(checkpoint.step_directory(path))["config"]
+        self.config = from_dict(ModelConfig, config.get("model", {}), where=f"{path}: config.model")
+        self.raw = config.get("released")
+        try:
+            content = json.loads((self.codec_dir / "config.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"{self.codec_dir / 'config.json'}: cannot be read ({error})") from None
+        self.vae_config = from_dict(AudioVAEConfig, content, where=str(self.codec_dir / "config.json"))
+        self.vae = _open(self.codec_dir, VAE_FILE)
+        _refuse_differences(self.codec_dir, self.vae, vae_table(self.vae_config))
+
+
+def _mapped(path: pathlib.Path, shape, dtype) -> np.ndarray:
+    return np.asarray(np.memmap(path, dtype=dtype, mode="w+", shape=shape))
+
+
+def _progress(items, what: str, total: int | None):
+    """Goes through `items` with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, what, total=total, console=Console(stderr=True), disable=not sys.stderr.isatty())
