@@ -1,0 +1,150 @@
+"""Recordings in and out: load, resample, trim, pad, save, draw. The only file that imports an audio library.
+
+    file -> mean of its channels -> soxr "HQ" at the rate asked for -> checked -> float32 [A]
+
+`load` gives what `librosa.load(path, sr=rate, mono=True)` gives, the reference's loader (a test holds the two together),
+from the two libraries underneath it: librosa itself takes seconds to import and is not needed.
+"""
+
+import math
+import os
+import pathlib
+
+import numpy as np
+
+from voxcpm2_jax.config import UserError
+
+SILENT = 1e-4  # peak below which a recording counts as silent (-80 dB)
+
+
+def load(
+    path: str | os.PathLike,
+    sample_rate: int,
+    start_sec: float | None = None,
+    end_sec: float | None = None,
+    *,
+    min_samples: int = 1,
+) -> np.ndarray:
+    """A recording, or a part of it, as float32 [A] mono at `sample_rate`.
+
+    Args:
+        path: wav, flac, mp3, ogg or opus, any rate and channel count.   start_sec, end_sec: the part; None: its ends.
+        min_samples: shortest result that is of use, at `sample_rate`.
+    Raises:
+        UserError: missing, unreadable, empty, not finite, silent or too short.
+    """
+    import soundfile
+    import soxr
+
+    path = pathlib.Path(path)
+    start_sec = start_sec or 0.0
+    if start_sec < 0 or (end_sec is not None and end_sec <= start_sec):
+        raise UserError(f"{path}: cannot take seconds {start_sec} to {end_sec}; expected 0 <= start < end")
+    if not path.is_file():
+        raise UserError(f"{path}: no such audio file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            start = int(start_sec * rate)
+            if start >= file.frames > 0:
+                raise UserError(f"{path}: starts at {start_sec} s, but the recording has {file.frames / rate:.2f} s")
+            file.seek(start)
+            count = -1 if end_sec is None else int((end_sec - start_sec) * rate)
+            audio_AE = file.read(count, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{path}: not a readable recording ({error.error_string.rstrip('.')}); expected wav, flac, mp3, ogg "
+                        "or opus") from None  # fmt: skip
+    if not len(audio_AE):
+        raise UserError(f"{path}: empty recording")
+    if not np.isfinite(audio_AE).all():
+        raise UserError(f"{path}: samples that are not finite numbers")
+    audio_A = audio_AE.mean(axis=1)
+    if rate != sample_rate:
+        samples = math.ceil(len(audio_A) * (sample_rate / rate))  # in this order: the reference's rounding
+        audio_A = soxr.resample(audio_A, rate, sample_rate, quality="HQ")[:samples]
+        audio_A = np.pad(audio_A, (0, samples - len(audio_A)))
+    if len(audio_A) < min_samples:
+        raise UserError(
+            f"{path}: {len(audio_A) / sample_rate:.3f} s is too short; expected at least {min_samples / sample_rate:.3f} s"
+        )
+    if np.abs(audio_A).max() < SILENT:
+        raise UserError(f"{path}: silent (peak {np.abs(audio_A).max():.1e})")
+    return audio_A
+
+
+def pad_to_patches(audio_A: np.ndarray, patch_samples: int, side: str) -> np.ndarray:
+    """Adds zeros up to a whole number of patches.
+
+    Args:
+        side: "right" for reference audio and training clips, "left" for a prompt that speech continues from.
+    """
+    assert side in ("left", "right"), side
+    missing = -len(audio_A) % patch_samples
+    return np.pad(audio_A, (missing, 0) if side == "left" else (0, missing))
+
+
+def resample(audio_A: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    """The same sound at another rate, ceil(A x new / old) samples or one fewer."""
+    import soxr
+
+    return audio_A if rate == new_rate else soxr.resample(audio_A.astype(np.float32, copy=False), rate, new_rate, quality="HQ")
+
+
+def trim_silence(audio_A: np.ndarray, rate: int, *, threshold_db: float = -40.0, keep_ms: float = 40.0) -> np.ndarray:
+    """Cuts the silence before and after the sound.
+
+    Sound is where the RMS of 10 ms is over `threshold_db` relative to the loudest 10 ms.
+
+    Args:
+        keep_ms: silence that stays at each end, as far as there is any.
+    """
+    window = max(1, rate // 100)
+    blocks = pad_to_patches(audio_A, window, "right").reshape(-1, window)
+    power = np.mean(blocks.astype(np.float64) ** 2, axis=1)
+    loud = np.flatnonzero(power > power.max(initial=0.0) * 10 ** (threshold_db / 10))
+    if not len(loud):
+        return audio_A
+    keep = round(keep_ms * rate / 1000)
+    return audio_A[max(0, loud[0] * window - keep) : (loud[-1] + 1) * window + keep]
+
+
+def save(path: str | os.PathLike, audio_A: np.ndarray, rate: int) -> None:
+    """Writes a recording, 16 bits where the format has them, in the format its name ends with; whole or not at all.
+
+    Raises:
+        UserError: a directory that cannot be written to, or a format that cannot be written.
+    """
+    import soundfile
+
+    path = pathlib.Path(path)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        soundfile.write(aside, audio_A, rate)
+        aside.replace(path)
+    except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
+        aside.unlink(missing_ok=True) if path.parent.is_dir() else None
+        raise UserError(f"{path}: cannot be written ({error})") from None
+
+
+def draw_spectrograms(
+    path: str | os.PathLike, audio_A: np.ndarray, other_A: np.ndarray, rate: int, titles: tuple[str, str]
+) -> None:
+    """A picture of two recordings side by side, as PNG.
+
+    Args:
+        audio_A, other_A: both at `rate` Hz.   titles: what stands over each.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.2), sharey=True, constrained_layout=True)
+    window = 1024
+    for axis, x_A, title in zip(axes, (audio_A, other_A), titles):
+        x_A = np.pad(x_A, (0, max(0, window - len(x_A)))) + 1e-9  # silence has no logarithm
+        axis.specgram(x_A, NFFT=window, Fs=rate, noverlap=window * 3 // 4, scale="dB", vmin=-140, vmax=-30)
+        axis.set(title=title, xlabel="s")
+    axes[0].set_ylabel("Hz")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
