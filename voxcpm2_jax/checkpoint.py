@@ -137,13 +137,22 @@ def load_params(path):
     path = pathlib.Path(path).absolute()
     if kind(path) != TRAINING:
         raise UserError(f"{path}: a released PyTorch directory; expected a training workdir or one step of it")
-    if not _is_step(path):
-        path = path / "checkpoints" / str(max(_steps(path / "checkpoints")))
-    meta = read_meta(path)
-    item = path / ("ema" if (path / "ema").is_dir() else "params")
+    meta, item = read_meta(step_directory(path)), _weights(path)
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _metadata(item))
     params = ocp.PyTreeCheckpointHandler().restore(epath.Path(item), args=ocp.args.PyTreeRestore(restore_args=restore_args))
     return meta["config"], params, meta["step"]
+
+
+def step_directory(path) -> pathlib.Path:
+    """The step that a workdir (its latest) or a step directory means."""
+    path = pathlib.Path(path).absolute()
+    return path if _is_step(path) else path / "checkpoints" / str(max(_steps(path / "checkpoints")))
+
+
+def _weights(path) -> pathlib.Path:
+    """The item that holds the weights to use."""
+    step = step_directory(path)
+    return step / ("ema" if (step / "ema").is_dir() else "params")
 
 
 def read_meta(path) -> dict:
@@ -160,6 +169,47 @@ def _steps(directory) -> list[int]:
 
 def _is_step(path) -> bool:
     return (path / "params").is_dir() and (path / _META).is_dir() and ocp.utils.is_checkpoint_finalized(epath.Path(path))
+
+
+# ---- one array at a time: conversion of models that do not fit memory ------------------------------------------------
+
+
+def save_arrays(workdir, step: int, arrays: dict, meta: dict) -> None:
+    """Writes a checkpoint of weights alone and returns when it is on disk.
+
+    Args:
+        arrays: numpy arrays by path; they may be mapped files, of which at most a few chunks are held in memory.
+        meta: plain data, among it "config".
+    """
+    # Orbax's own array handler copies every array first, and its default format (OCDBT) buffers the whole checkpoint.
+    handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
+    params = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=False)
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=1 << 26), _nest(arrays))
+    items = {
+        "params": ocp.args.PyTreeSave(_nest(arrays), save_args=chunks),
+        _META: ocp.args.JsonSave({"step": step} | meta),
+    }
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    handlers = {"params": params, _META: ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+        manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+
+def array_specs(path) -> dict:
+    """Shape and dtype, by path, of the weights that `load_params` would read."""
+    return _flatten(_metadata(_weights(path)))
+
+
+def iter_arrays(path):
+    """Yields (path, numpy array) of the weights that `load_params` would read, holding one at a time."""
+    item = _weights(path)
+    handler, numpy_args = ocp.PyTreeCheckpointHandler(), ocp.RestoreArgs(restore_type=np.ndarray)
+    for key, spec in _flatten(_metadata(item)).items():
+        args = ocp.args.PyTreeRestore(_nest({key: spec}), restore_args=_nest({key: numpy_args}), partial_restore=True)
+        (array,) = jax.tree.leaves(handler.restore(epath.Path(item), args=args))
+        yield key, array
 
 
 # ---- trees as flat paths ---------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ misshaped and mistyped tensor is named in one message.
 """
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -32,11 +34,12 @@ from voxcpm2_jax.config import AudioVAEConfig, ModelConfig, UserError, from_dict
 from voxcpm2_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 BACKBONE_FILE, VAE_FILE = "model.safetensors", "audiovae.safetensors"
-_DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
+_BOUNDARIES = "decoder.sr_bin_boundaries"  # int32, the one tensor that is no parameter
+_DTYPES = {  # in the order in which a file lays them out
     "F32": np.dtype(np.float32),
     "I32": np.dtype(np.int32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -48,12 +51,11 @@ class Row(NamedTuple):
     """Where one torch tensor lives: ours = torch.reshape(split).transpose(order), at `layer` of a stacked parameter."""
 
     name: str  # torch
-    path: str  # ours
+    path: str | None  # ours; None: no parameter, the config holds it
     torch_shape: tuple[int, ...]
     split: tuple[int, ...]
     order: tuple[int, ...]
     layer: int | None = None
-    is_integer: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,7 +184,7 @@ def vae_table(config: AudioVAEConfig) -> list[Row]:
     conv(f"decoder.model.{last + 1}", "decoder/conv_out", D // 2 ** len(config.decoder_rates), 1, 7)
     if config.sr_bin_boundaries is not None:
         size = (len(config.sr_bin_boundaries),)
-        rows.append(Row("decoder.sr_bin_boundaries", "decoder/sr_bin_boundaries", size, size, (0,), is_integer=True))
+        rows.append(Row(_BOUNDARIES, None, size, size, (0,)))
     return rows
 
 
@@ -220,7 +222,7 @@ def load(directory: str | os.PathLike) -> Loaded:
     """
     source = _Source(directory)
     params, vae_params = _nest(_assemble(source.backbone, source.backbone_rows)), _nest(_assemble(source.vae, source.vae_rows))
-    return Loaded(source.released.model, params, source.released.vae, vae_params, source.released.raw, source.directory)
+    return Loaded(source.released.model, params, source.vae_config, vae_params, source.released.raw, source.directory)
 
 
 class _Source:
@@ -235,18 +237,28 @@ class _Source:
         self.backbone_rows, self.vae_rows = backbone_table(self.released.model), vae_table(self.released.vae)
         self.backbone = _open(self.directory, BACKBONE_FILE, f"{BACKBONE_FILE}.index.json", "pytorch_model.bin")
         self.vae = _open(self.directory, VAE_FILE, "audiovae.pth")
-        problems = _differences(self.backbone, self.backbone_rows) + _differences(self.vae, self.vae_rows)
-        if problems:
-            hints = [hint for mark, hint in _HINTS.items() if any(p.startswith("unexpected") and mark in p for p in problems)]
-            raise UserError(
-                f"{self.directory}: {len(problems)} tensors differ from config.json: " + "; ".join(problems + hints)
-            )
+        _refuse(self.directory, _differences(self.backbone, self.backbone_rows) + _differences(self.vae, self.vae_rows))
+        self.vae_config = _with_boundaries(self.released.vae, self.vae)
 
 
 _HINTS = {
     "lora": "hint: merge the LoRA into the weights first, or keep it in a lora_weights.safetensors of its own",
     "audio_vae.": f"hint: move the audio_vae. tensors to {VAE_FILE}, without that prefix",
 }
+
+
+def _refuse(directory: pathlib.Path, differences: list[str]) -> None:
+    if differences:
+        hints = [hint for mark, hint in _HINTS.items() if any(d.startswith("unexpected") and mark in d for d in differences)]
+        what = "; ".join(differences + hints)
+        raise UserError(f"{directory}: {len(differences)} tensors differ from what config.json describes: {what}")
+
+
+def _with_boundaries(config: AudioVAEConfig, vae: Mapping[str, Stored]) -> AudioVAEConfig:
+    """As in the reference, the file's boundaries count where config.json has others."""
+    if config.sr_bin_boundaries is None:
+        return config
+    return dataclasses.replace(config, sr_bin_boundaries=tuple(int(hz) for hz in vae[_BOUNDARIES].read()))
 
 
 def _open(directory: pathlib.Path, *names: str) -> dict[str, Stored]:
@@ -319,7 +331,7 @@ def _differences(tensors: Mapping[str, Stored], rows: list[Row]) -> list[str]:
         tensor = tensors[name]
         if tensor.shape != row.torch_shape:
             problems.append(f"{name} is {tensor}, expected shape [{','.join(map(str, row.torch_shape))}]")
-        allowed = {_DTYPES["I32"]} if row.is_integer else {_DTYPES[k] for k in ("BF16", "F16", "F32")}
+        allowed = {_DTYPES["I32"]} if row.path is None else {_DTYPES[k] for k in ("BF16", "F16", "F32")}
         if tensor.dtype not in allowed:
             problems.append(f"{name} is {tensor}, expected {' or '.join(sorted(d.name for d in allowed))}")
         elif dtypes.setdefault(row.path, tensor.dtype) != tensor.dtype:
@@ -328,10 +340,11 @@ def _differences(tensors: Mapping[str, Stored], rows: list[Row]) -> list[str]:
 
 
 def _by_path(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each parameter, in order of layer."""
+    """The rows of each parameter, layers in order."""
     grouped: dict[str, list[Row]] = {}
     for row in rows:
-        grouped.setdefault(row.path, []).append(row)
+        if row.path is not None:
+            grouped.setdefault(row.path, []).append(row)
     return grouped
 
 
@@ -388,17 +401,25 @@ def save(
         UserError: the directory holds something, or parameters differ from the table (each is named).
     """
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-    files = {}
-    for name, table, tree in ((BACKBONE_FILE, backbone_table(config), params), (VAE_FILE, vae_table(vae_config), vae_params)):
-        leaves, groups = _flatten(tree), _by_path(table)
-        _check_params(leaves, groups, name)
-        files[name] = (groups, leaves)
     with _aside(directory) as aside:
         _write_json(aside / "config.json", to_released(config, vae_config, raw))
-        for name, (groups, leaves) in files.items():
-            dtypes = {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()}
-            write_safetensors(aside / name, _header(groups, dtypes), _torch_tensors(groups, leaves.items()))
+        _write_params(aside / BACKBONE_FILE, backbone_table(config), params)
+        _write_params(aside / VAE_FILE, vae_table(vae_config), vae_params, _constants(vae_config))
         tokenizer.save(aside)
+
+
+def _constants(config: AudioVAEConfig) -> dict[str, np.ndarray]:
+    boundaries = config.sr_bin_boundaries
+    return {} if boundaries is None else {_BOUNDARIES: np.array(boundaries, np.int32)}
+
+
+def _write_params(
+    path: pathlib.Path, rows: list[Row], params: Mapping, constants: Mapping[str, np.ndarray] | None = None
+) -> None:
+    groups, leaves, constants = _by_path(rows), _flatten(params), constants or {}
+    _check_params(leaves, groups, path.name)
+    header = _header(groups, leaves) | {name: (array.dtype, array.shape) for name, array in constants.items()}
+    write_safetensors(path, header, itertools.chain(constants.items(), _torch_tensors(groups, leaves.items())))
 
 
 def _check_params(leaves: Mapping[str, Any], groups: Mapping[str, list[Row]], what: str) -> None:
@@ -415,8 +436,8 @@ def _check_params(leaves: Mapping[str, Any], groups: Mapping[str, list[Row]], wh
         raise UserError(f"{what}: {len(problems)} parameters do not fit the config: " + "; ".join(sorted(problems)))
 
 
-def _header(groups, dtypes) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    return {row.name: (dtypes[path], row.torch_shape) for path, group in groups.items() for row in group}
+def _header(groups, leaves: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    return {row.name: (np.dtype(leaves[path].dtype), row.torch_shape) for path, group in groups.items() for row in group}
 
 
 def _torch_tensors(groups, leaves: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -429,9 +450,9 @@ def write_safetensors(path, header: Mapping[str, tuple[np.dtype, tuple[int, ...]
     """Writes tensors as they come, in any order; what each will be is known beforehand.
 
     The format: length of the header (8 bytes, little-endian), the header in JSON, then the tensors' bytes. Wider dtypes
-    come first, so that all are aligned.
+    come first, so that all are aligned; the bytes are those that the safetensors library writes.
     """
-    order = sorted(header, key=lambda name: (-header[name][0].itemsize, name))
+    order = sorted(header, key=lambda name: (list(_NAMES).index(header[name][0]), name))
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
@@ -505,8 +526,7 @@ def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
     opened = _Source(source)
     tokenizer = load_tokenizer(source)
     groups = _by_path(opened.backbone_rows)
-    model, vae = opened.released.model, opened.released.vae
-    config = {"model": to_dict(model), "released": opened.released.raw}
+    config = {"model": to_dict(opened.released.model), "released": opened.released.raw}
     with _aside(workdir) as aside:
         scratch = aside / "scratch"
         scratch.mkdir()
@@ -519,7 +539,7 @@ def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
         del arrays
         shutil.rmtree(scratch)
         _write_json(aside / "config.json", config)
-        save_codec(aside, vae, opened.vae)
+        save_codec(aside, opened.vae_config, _nest(_assemble(opened.vae, opened.vae_rows)))
         tokenizer.save(aside / "tokenizer")
 
 
@@ -538,32 +558,17 @@ def export_torch(path: str | os.PathLike, directory: str | os.PathLike) -> None:
     _check_params(specs, groups, str(path))
     with _aside(directory) as aside:
         _write_json(aside / "config.json", to_released(work.config, work.vae_config, work.raw))
-        header = _header(groups, {key: np.dtype(spec.dtype) for key, spec in specs.items()})
         leaves = _progress(checkpoint.iter_arrays(path), "writing tensors", len(specs))
-        write_safetensors(aside / BACKBONE_FILE, header, _torch_tensors(groups, leaves))
+        write_safetensors(aside / BACKBONE_FILE, _header(groups, specs), _torch_tensors(groups, leaves))
         shutil.copyfile(work.codec_dir / VAE_FILE, aside / VAE_FILE)
         tokenizer.save(aside)
 
 
-def save_codec(workdir: str | os.PathLike, config: AudioVAEConfig, tensors: Mapping[str, Stored] | Mapping) -> None:
-    """Writes WORKDIR/codec/.
-
-    Args:
-        tensors: stored torch tensors, or a tree of codec parameters.
-    """
-    directory = pathlib.Path(workdir) / "codec"
-    groups = _by_path(vae_table(config))
-    if not all(isinstance(t, Stored) for t in tensors.values()):
-        leaves = _flatten(tensors)
-        _check_params(leaves, groups, "codec")
-        header = _header(groups, {path: np.dtype(leaf.dtype) for path, leaf in leaves.items()})
-        content = _torch_tensors(groups, leaves.items())
-    else:
-        header = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-        content = ((name, tensor.read()) for name, tensor in tensors.items())
-    with _aside(directory) as aside:
+def save_codec(workdir: str | os.PathLike, config: AudioVAEConfig, vae_params: Mapping) -> None:
+    """Writes WORKDIR/codec/."""
+    with _aside(pathlib.Path(workdir) / "codec") as aside:
         _write_json(aside / "config.json", to_dict(config))
-        write_safetensors(aside / VAE_FILE, header, content)
+        _write_params(aside / VAE_FILE, vae_table(config), vae_params, _constants(config))
 
 
 class _Workdir:
@@ -585,7 +590,7 @@ class _Workdir:
             raise UserError(f"{self.codec_dir / 'config.json'}: cannot be read ({error})") from None
         self.vae_config = from_dict(AudioVAEConfig, content, where=str(self.codec_dir / "config.json"))
         self.vae = _open(self.codec_dir, VAE_FILE)
-        _refuse_differences(self.codec_dir, self.vae, vae_table(self.vae_config))
+        _refuse(self.codec_dir, _differences(self.vae, vae_table(self.vae_config)))
 
 
 def _mapped(path: pathlib.Path, shape, dtype) -> np.ndarray:
