@@ -1,0 +1,369 @@
+"""The command line: `voxcpm2-jax COMMAND ...`, also `python -m voxcpm2_jax COMMAND ...`.
+
+Exit codes: 0 done; 1 our fault, or a run that diverged; 2 the user's mistake, one line on standard error; 75 preempted
+after saving: start the same command again. Results go to standard output as one JSON object, the last line; everything
+else goes to standard error.
+
+This module imports nothing heavy: a command loads what it needs when it runs.
+"""
+
+import argparse
+import importlib.util
+import inspect
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+
+from voxcpm2_jax import __version__
+from voxcpm2_jax.config import BackboneRun, DataConfig, UserError, from_dict
+
+DONE, FAILED, MISTAKE, PREEMPTED = 0, 1, 2, 75
+
+_LINES_AT_ONCE = 16  # texts of an --input file that are spoken as one batch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command -> its exit code."""
+    try:
+        args, overrides = _parse(sys.argv[1:] if argv is None else argv)
+        return args.run(args, overrides)
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return MISTAKE
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as one line, like every other mistake of the user."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+_CKPT = "a training workdir, one step of it, or a directory in the released PyTorch layout"
+_OVERRIDES = (
+    "Every field of the config can be set: --config.optim.learning_rate=3e-4 --config.mesh=1,8,1 --config.num_steps=100"
+)
+
+_EXIT_CODES = """The last line of standard output is a JSON object: step, losses, audio_sec_per_sec, mfu (null where the chip's
+peak is unknown). Exit codes: 0 done, 1 it diverged or failed, 2 a mistake in the arguments, 75 stopped by a signal after
+saving: start the same command again."""
+
+
+def _parse(argv):
+    """-> (arguments, config overrides as they were written)."""
+    parser = _Parser(prog="voxcpm2-jax", description="VoxCPM2 in JAX: data, training, speech, and PyTorch's checkpoints.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name, run, help, *, config=None, epilog=None):
+        if config:
+            epilog = f"{epilog}\n\n{_OVERRIDES}" if epilog else _OVERRIDES
+        sub = commands.add_parser(name, help=help, description=help, epilog=epilog)
+        sub.set_defaults(run=run, takes_config=config is not None)
+        if config:
+            sub.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help=f"such as {config}")
+        return sub
+
+    sub = command("prepare", _prepare, "make shards (tokens, latents) from recordings", config="configs/data.py:demo")
+    sub.add_argument("--output", required=True, metavar="DIR", help="where the shards go")
+    sub.add_argument("--vae", metavar="CKPT", help=f"codec: {_CKPT}")
+
+    sub = command(
+        "train", _train, "pre-train or fine-tune the model; goes on by itself if the workdir holds a checkpoint",
+        config="configs/backbone.py:tiny", epilog=_EXIT_CODES,
+    )  # fmt: skip
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
+    sub.add_argument("--data", metavar="SHARDS", help="directory made by prepare; :tiny has data of its own")
+
+    sub = command(
+        "train-vae", _train_vae, "train the codec; goes on by itself if the workdir holds a checkpoint",
+        config="configs/vae.py:tiny", epilog=_EXIT_CODES,
+    )  # fmt: skip
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
+    sub.add_argument("--data", metavar="DATA", help="recordings; :tiny has data of its own")
+
+    sub = command("generate", _generate, "speak a text, or every line of a file")
+    sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", help="what to say")
+    what.add_argument("--input", metavar="LINES.txt", help="one text a line, UTF-8; empty lines are passed over")
+    where = sub.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", metavar="F.wav", help="with --text")
+    where.add_argument("--output-dir", metavar="DIR", help="with --input: line 7 becomes DIR/0007.wav")
+    sub.add_argument("--control", metavar="STYLE", help="description of voice or style; goes in parentheses before the text")
+    sub.add_argument("--reference-audio", metavar="F", help="a voice to clone")
+    sub.add_argument("--prompt-audio", metavar="F", help="audio to continue; needs --prompt-text")
+    sub.add_argument("--prompt-text", metavar="TEXT", help="what is said in --prompt-audio")
+    sub.add_argument("--cfg-value", type=float, default=2.0, metavar="X", help="guidance, 0 to 10, useful 1.5 to 3 (default 2)")
+    sub.add_argument("--inference-timesteps", type=int, default=10, metavar="N", help="steps a patch, 1 to 1000 (default 10)")
+    sub.add_argument("--min-len", type=int, default=2, metavar="N", help="least patches of speech (default 2)")
+    sub.add_argument("--max-len", type=int, default=4096, metavar="N", help="most patches of speech (default 4096)")
+    sub.add_argument("--seed", type=int, metavar="N", help="of the noise; without it every run speaks differently")
+    sub.add_argument("--stream", action="store_true", help="write the audio patch by patch as it is drawn")
+
+    sub = command("import-torch", _import_torch, "turn a released PyTorch directory into a checkpoint of ours")
+    sub.add_argument(
+        "source", metavar="SRC_DIR", help="config.json, model.safetensors, audiovae.pth or .safetensors, tokenizer"
+    )
+    sub.add_argument("destination", metavar="DST_DIR", help="absent or empty")
+
+    sub = command("export-torch", _export_torch, "write a checkpoint as a directory that the PyTorch package loads")
+    sub.add_argument("checkpoint", metavar="CKPT", help=_CKPT)
+    sub.add_argument("destination", metavar="DST_DIR", help="absent or empty")
+
+    args, rest = parser.parse_known_args(argv)
+    strange = [a for a in rest if not (args.takes_config and a.startswith("--config."))]
+    if strange:
+        raise UserError(f"unrecognized arguments: {' '.join(strange)} (see voxcpm2-jax --help)")
+    return args, rest
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(argument: str, overrides: Sequence[str] = ()) -> dict:
+    """The config that `--config=FILE[:VARIANT] --config.a.b=value ...` names, as nested plain data.
+
+    Args:
+        argument: FILE[:VARIANT]; a relative FILE is also looked for beside the package.
+        overrides: "--config.a.b=value"; the last one of a key counts. Types are those of the file's values; a field that
+            is None there takes any literal, and any field takes None (the dataclass it becomes has the last word).
+    Raises:
+        UserError: no such file, variant or key, or a value of the wrong type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    config = _get_config(argument)
+    _make_settable(config)
+    values = {}
+    for override in overrides:
+        name, has_value, value = override.removeprefix("--config.").partition("=")
+        if not has_value:
+            raise UserError(f"{override}: expected --config.{name}=VALUE")
+        _check_key(config, name)
+        values[name] = value
+    nones = [name for name, value in values.items() if value == "None"]
+    argv = ["voxcpm2-jax", *(f"--config.{name}={value}" for name, value in values.items() if name not in nones)]
+    private = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=private, sys_argv=argv)
+        private(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    with config.ignore_type(), config.unlocked():
+        for name in nones:
+            parent, _, last = name.rpartition(".")
+            (config[parent] if parent else config)[last] = None
+    return config.to_dict()
+
+
+def _get_config(argument):
+    path, has_variant, variant = argument.partition(":")
+    places = [pathlib.Path(path), pathlib.Path(__file__).parents[1] / path]
+    found = [place for place in places if place.is_file()]
+    if not found:
+        raise UserError(f"--config={argument}: no file {places[0]}, nor {places[1]}")
+    spec = importlib.util.spec_from_file_location(f"{found[0].stem}_config", found[0])
+    if spec is None:
+        raise UserError(f"--config={argument}: expected a Python file with get_config(variant)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    variants = [variant] if has_variant else []
+    try:
+        inspect.signature(module.get_config).bind(*variants)
+    except AttributeError:
+        raise UserError(f"{found[0]} has no get_config(variant)") from None
+    except TypeError:
+        raise UserError(f"--config={argument}: {'takes no' if variants else 'needs a'} variant") from None
+    return module.get_config(*variants)
+
+
+def _make_settable(config) -> None:
+    """Lets flags reach what ml_collections has no parser for: fields that are None, and lists (they become tuples)."""
+    from ml_collections import config_dict
+
+    with config.unlocked(), config.ignore_type():
+        for name, value in list(config.items()):
+            if isinstance(value, config_dict.ConfigDict):
+                _make_settable(value)
+            elif value is None:
+                config[name] = config_dict.placeholder(object)
+            elif isinstance(value, list):
+                del config[name]  # set over a list, a tuple becomes one again
+                config[name] = tuple(value)
+
+
+def _check_key(config, name) -> None:
+    node, where = config, "config"
+    for part in name.split("."):
+        if not isinstance(node, Mapping) and not hasattr(node, "keys"):
+            raise UserError(f"--config.{name}: {where} is a value and has no fields")
+        if part not in node:
+            raise UserError(f"--config.{name}: unknown key; {where} has {', '.join(sorted(node.keys()))}")
+        node, where = node[part], f"{where}.{part}"
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def _prepare(args, overrides) -> int:
+    config = from_dict(DataConfig, load_config(args.config, overrides))
+    from voxcpm2_jax import prepare
+
+    _print(prepare.prepare(config, args.output, vae=args.vae))
+    return DONE
+
+
+def _train(args, overrides) -> int:
+    config = from_dict(BackboneRun, load_config(args.config, overrides))
+    from voxcpm2_jax.train import backbone
+
+    return _run_training(lambda: backbone.train(config, args.workdir, args.data))
+
+
+def _train_vae(args, overrides) -> int:
+    from voxcpm2_jax.train import vae
+
+    config = from_dict(vae.VAERun, load_config(args.config, overrides))
+    return _run_training(lambda: vae.train(config, args.workdir, args.data))
+
+
+def _run_training(train) -> int:
+    from voxcpm2_jax.train.loop import BrokenRun, Preempted
+
+    try:
+        _print(train())
+    except BrokenRun as broken:
+        print(f"error: {broken}", file=sys.stderr)
+        return FAILED
+    except Preempted as preempted:
+        print(preempted, file=sys.stderr)
+        return PREEMPTED
+    return DONE
+
+
+def _generate(args, overrides) -> int:
+    from voxcpm2_jax import api, checkpoint
+    from voxcpm2_jax.data import audio
+
+    settings = {
+        "prompt_wav_path": args.prompt_audio, "prompt_text": args.prompt_text, "cfg_value": args.cfg_value,
+        "inference_timesteps": args.inference_timesteps, "min_len": args.min_len, "max_len": args.max_len,
+    }  # fmt: skip
+    texts = _texts(args)
+    for path, text in texts.items():
+        api.check_settings(text=text, **settings)
+        _check_writable(path)
+    for flag in ("reference_audio", "prompt_audio"):
+        path = getattr(args, flag)
+        if path is not None and not pathlib.Path(path).is_file():
+            raise UserError(f"--{flag.replace('_', '-')}={path}: no such file")
+    if args.seed is not None and not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed must lie between 0 and {2**31 - 1}, got {args.seed}")
+    checkpoint.kind(args.checkpoint)
+
+    model = api.VoxCPM.from_pretrained(args.checkpoint)
+    settings |= {"reference_wav_path": args.reference_audio, "seed": args.seed}
+    if args.stream:
+        ((path, text),) = texts.items()
+        _stream(model, path, text, settings)
+        return DONE
+    items = list(texts.items())
+    for start in range(0, len(items), _LINES_AT_ONCE):
+        chunk = items[start : start + _LINES_AT_ONCE]
+        for (path, text), speech in zip(chunk, model.speak([settings | {"text": text} for _, text in chunk])):
+            audio.save(path, speech.audio_A, model.sample_rate)
+            _print({
+                "output": str(path), "text": text, "sec": len(speech.audio_A) / model.sample_rate, "seed": speech.seed,
+                "stopped_by": speech.stopped_by, "num_tries": speech.num_tries,
+            })  # fmt: skip
+    return DONE
+
+
+def _texts(args) -> dict[pathlib.Path, str]:
+    """What to speak by the file it goes to."""
+    if (args.text is None) != (args.output is None):
+        raise UserError("--text goes with --output, --input with --output-dir")
+    if args.control is not None:
+        if args.prompt_text is not None:
+            raise UserError("--control does not go with --prompt-text: the prompt sets voice and style")
+        if not args.control.strip():
+            raise UserError("--control must not be empty")
+    style = "" if args.control is None else f"({args.control})"
+    if args.text is not None:
+        if not args.text.strip():
+            raise UserError("--text must not be empty")
+        return {pathlib.Path(args.output): style + args.text}
+    if args.stream:
+        raise UserError("--stream goes with --text, not with --input")
+    try:
+        lines = pathlib.Path(args.input).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--input={args.input}: {error}") from None
+    directory = pathlib.Path(args.output_dir)
+    texts = {directory / f"{number:04d}.wav": style + line for number, line in enumerate(lines, 1) if line.strip()}
+    if not texts:
+        raise UserError(f"--input={args.input}: no text in it")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir={directory}: {error}") from None
+    return texts
+
+
+def _check_writable(path: pathlib.Path) -> None:
+    if path.suffix.lower() != ".wav":
+        raise UserError(f"{path}: expected a name that ends in .wav")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written; its directory must exist and be writable")
+
+
+def _stream(model, path, text, settings) -> None:
+    """Speaks into a file that grows beside `path` and takes its name when it is whole."""
+    import time
+
+    import soundfile
+
+    aside = path.with_name(path.name + ".part")
+    begin, first_sec, num_samples = time.perf_counter(), None, 0
+    with soundfile.SoundFile(aside, "w", model.sample_rate, channels=1, subtype="PCM_16", format="WAV") as file:
+        for audio_A in model.generate_streaming(text=text, **settings):
+            first_sec = time.perf_counter() - begin if first_sec is None else first_sec
+            file.write(audio_A)
+            file.flush()
+            num_samples += len(audio_A)
+    os.replace(aside, path)
+    _print({"output": str(path), "text": text, "sec": num_samples / model.sample_rate, "first_audio_sec": first_sec})
+
+
+def _import_torch(args, overrides) -> int:
+    from voxcpm2_jax import torch_io
+
+    torch_io.import_torch(args.source, args.destination)
+    _print({"checkpoint": args.destination})
+    return DONE
+
+
+def _export_torch(args, overrides) -> int:
+    from voxcpm2_jax import torch_io
+
+    torch_io.export_torch(args.checkpoint, args.destination)
+    _print({"directory": args.destination})
+    return DONE
+
+
+def _print(result: dict) -> None:
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
