@@ -579,16 +579,18 @@ class DataConfig:
 
     source: str = "demo"  # "demo": spoken on the spot; "manifest": recordings of one's own
     demo: DemoConfig = DemoConfig()
-    manifests: tuple[str, ...] = ()  # JSON lines, see data/corpus.py
-    tokenizer: str | None = None  # directory or file; None: a new vocabulary trained on the transcripts
-    vocab_size: int = 512  # V of a new vocabulary, at most
-    trim_db: float | None = None  # cut leading and trailing silence this far below the loudest 10 ms; None: leave it
+    manifest: str = ""  # JSON lines (data/corpus.py); several files with commas between
+    heldout: str = ""  # the same, for clips that are not trained on; they become shards of their own, OUTPUT/heldout
+    tokenizer: str = ""  # directory or file; empty: a new vocabulary from the transcripts
+    vocab_size: int = 512  # V of a new vocabulary
+    patch_size: int = 4  # P, latent frames in a patch
+    trim_db: float = 0.0  # cut silence at both ends this far below the loudest 10 ms, such as -40; 0: leave it
     trim_keep_ms: float = 40.0  # silence that stays
     min_sec: float = 0.16  # shorter clips are left out
     max_sec: float = 60.0  # longer clips are left out
-    latent_dtype: str = "float16"  # of the shards: "float16", "bfloat16", "float32"
+    latent_dtype: str = "float16"  # in the shards: "float16", "bfloat16", "float32"
     shard_clips: int = 4096  # clips of one shard
-    encode_sec: float = 60.0  # seconds of audio the codec sees at once
+    encode_sec: float = 60.0  # seconds of audio the codec hears at once
 
     def __post_init__(self):
         def check(ok, message):
@@ -596,11 +598,54 @@ class DataConfig:
                 raise UserError(f"data config: {message}")
 
         check(self.source in ("demo", "manifest"), f"source must be demo or manifest, got {self.source!r}")
-        check(self.source == "demo" or self.manifests, "source 'manifest' needs --config.manifests=FILE[,FILE]")
-        check(self.latent_dtype in ("float16", "bfloat16", "float32"), f"latent_dtype must be float16, bfloat16 or float32, got {self.latent_dtype!r}")
+        check(self.source == "demo" or self.manifest, "source 'manifest' needs --config.manifest=FILE[,FILE]")
+        check(self.source == "manifest" or not (self.manifest or self.heldout), "manifest and heldout need source 'manifest'")
+        dtypes = ("float16", "bfloat16", "float32")
+        check(self.latent_dtype in dtypes, f"latent_dtype must be one of {', '.join(dtypes)}, got {self.latent_dtype!r}")
         check(self.vocab_size > 104, f"vocab_size must be over 104 (the special ids), got {self.vocab_size}")
+        check(self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
         check(0 < self.min_sec < self.max_sec, f"expected 0 < min_sec < max_sec, got {self.min_sec} and {self.max_sec}")
-        check(self.trim_db is None or self.trim_db < 0, f"trim_db must be negative, got {self.trim_db}")
+        check(self.trim_db <= 0, f"trim_db must be negative, or 0 for no trimming, got {self.trim_db}")
         check(self.trim_keep_ms >= 0, f"trim_keep_ms must be 0 or more, got {self.trim_keep_ms}")
         check(self.shard_clips >= 1, f"shard_clips must be at least 1, got {self.shard_clips}")
         check(self.encode_sec > 0, f"encode_sec must be over 0, got {self.encode_sec}")
+
+
+# ---- codec run -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    """Weights of the codec's losses; see vae/losses.py."""
+
+    mel: float = 15.0
+    spectrum: float = 10.0
+    kl: float = 5e-5
+
+
+@dataclass(frozen=True)
+class VAERun:
+    """One training run of the codec; configs/vae.py has the variants."""
+
+    vae: AudioVAEConfig
+    seed: int = 0  # of parameters, crops and noise
+    num_steps: int = 1000  # updates
+    rows: int = 8  # crops of a batch, over all hosts
+    crop_frames: int = 25  # latent frames of a crop
+    remat: bool = False  # recompute each block in the backward pass
+    loss: VAELossConfig = VAELossConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    sample_every_steps: int = 1000  # updates between two reconstructions of held-out clips
+    num_samples: int = 4  # held-out clips that are reconstructed
+
+    def __post_init__(self):
+        def check(name, ok, expected):
+            if not ok:
+                raise UserError(f"codec run: {name}: expected {expected}, got {getattr(self, name)!r}")
+
+        for name in ("num_steps", "rows", "crop_frames", "sample_every_steps"):
+            check(name, getattr(self, name) >= 1, "at least 1")
+        check("num_samples", self.num_samples >= 0, "0 or more")
+        check("loss", min(self.loss.mel, self.loss.spectrum, self.loss.kl) >= 0, "weights of 0 or more")
