@@ -202,14 +202,13 @@ def array_specs(path) -> dict:
     return _flatten(_metadata(_weights(path)))
 
 
-def iter_arrays(path):
-    """Yields (path, numpy array) of the weights that `load_params` would read, holding one at a time."""
-    item = _weights(path)
-    handler, numpy_args = ocp.PyTreeCheckpointHandler(), ocp.RestoreArgs(restore_type=np.ndarray)
-    for key, spec in _flatten(_metadata(item)).items():
-        args = ocp.args.PyTreeRestore(_nest({key: spec}), restore_args=_nest({key: numpy_args}), partial_restore=True)
-        (array,) = jax.tree.leaves(handler.restore(epath.Path(item), args=args))
-        yield key, array
+def read_array(path, key: str) -> np.ndarray:
+    """One of the arrays that `array_specs` lists."""
+    args = ocp.args.PyTreeRestore(
+        _nest({key: 0}), restore_args=_nest({key: ocp.RestoreArgs(restore_type=np.ndarray)}), partial_restore=True
+    )
+    (array,) = jax.tree.leaves(ocp.PyTreeCheckpointHandler().restore(epath.Path(_weights(path)), args=args))
+    return array
 
 
 # ---- trees as flat paths ---------------------------------------------------------------------------------------------

@@ -18,15 +18,16 @@ import os
 import pathlib
 import pickle
 import shutil
-import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
 from voxcpm2_jax import checkpoint
@@ -35,13 +36,13 @@ from voxcpm2_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 BACKBONE_FILE, VAE_FILE = "model.safetensors", "audiovae.safetensors"
 _BOUNDARIES = "decoder.sr_bin_boundaries"  # int32, the one tensor that is no parameter
-_DTYPES = {  # in the order in which a file lays them out
+DTYPES = {  # in the order in which a file lays them out
     "F32": np.dtype(np.float32),
     "I32": np.dtype(np.int32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ def _open_safetensors(path: pathlib.Path) -> dict[str, Stored]:
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
     return {
-        name: Stored(_DTYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape()), lambda name=name: file.get_tensor(name))
+        name: Stored(DTYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape()), lambda name=name: file.get_tensor(name))
         for name, s in slices.items()
     }
 
@@ -313,7 +314,7 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Stored]:
 
     return {
         name: Stored(
-            _DTYPES[dtypes[t.dtype]] if t.dtype in dtypes else str(t.dtype), tuple(t.shape), lambda t=t: read(t.detach())
+            DTYPES[dtypes[t.dtype]] if t.dtype in dtypes else str(t.dtype), tuple(t.shape), lambda t=t: read(t.detach())
         )
         for name, t in tensors.items()
     }
@@ -331,7 +332,7 @@ def _differences(tensors: Mapping[str, Stored], rows: list[Row]) -> list[str]:
         tensor = tensors[name]
         if tensor.shape != row.torch_shape:
             problems.append(f"{name} is {tensor}, expected shape [{','.join(map(str, row.torch_shape))}]")
-        allowed = {_DTYPES["I32"]} if row.path is None else {_DTYPES[k] for k in ("BF16", "F16", "F32")}
+        allowed = {DTYPES["I32"]} if row.path is None else {DTYPES[k] for k in ("BF16", "F16", "F32")}
         if tensor.dtype not in allowed:
             problems.append(f"{name} is {tensor}, expected {' or '.join(sorted(d.name for d in allowed))}")
         elif dtypes.setdefault(row.path, tensor.dtype) != tensor.dtype:
@@ -419,7 +420,7 @@ def _write_params(
     groups, leaves, constants = _by_path(rows), _flatten(params), constants or {}
     _check_params(leaves, groups, path.name)
     header = _header(groups, leaves) | {name: (array.dtype, array.shape) for name, array in constants.items()}
-    write_safetensors(path, header, itertools.chain(constants.items(), _torch_tensors(groups, leaves.items())))
+    write_safetensors(path, header, itertools.chain(constants.items(), _torch_tensors(groups, leaves.__getitem__)))
 
 
 def _check_params(leaves: Mapping[str, Any], groups: Mapping[str, list[Row]], what: str) -> None:
@@ -440,10 +441,12 @@ def _header(groups, leaves: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tupl
     return {row.name: (np.dtype(leaves[path].dtype), row.torch_shape) for path, group in groups.items() for row in group}
 
 
-def _torch_tensors(groups, leaves: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
-    for path, leaf in leaves:
-        for row in groups[path]:
+def _torch_tensors(groups, read: Callable[[str], Any]) -> Iterator[tuple[str, np.ndarray]]:
+    for path, group in _progress(groups.items(), "writing tensors"):
+        leaf = read(path)
+        for row in group:
             yield row.name, row.to_torch(np.asarray(leaf if row.layer is None else leaf[row.layer]))
+        del leaf  # before the next one is read
 
 
 def write_safetensors(path, header: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, np.ndarray]]):
@@ -531,10 +534,10 @@ def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
         scratch = aside / "scratch"
         scratch.mkdir()
         arrays = {}
-        for path, group in _progress(groups.items(), "reading tensors", len(groups)):
+        for path, group in _progress(groups.items(), "reading tensors"):
             mapped = functools.partial(_mapped, scratch / path.replace("/", "."))
             arrays[path] = _stack(opened.backbone, group, mapped)
-        for _ in _progress(range(1), "writing checkpoint", None):
+        with Console(stderr=True).status("writing the checkpoint"):
             checkpoint.save_arrays(aside, 0, arrays, {"config": config})
         del arrays
         shutil.rmtree(scratch)
@@ -558,8 +561,8 @@ def export_torch(path: str | os.PathLike, directory: str | os.PathLike) -> None:
     _check_params(specs, groups, str(path))
     with _aside(directory) as aside:
         _write_json(aside / "config.json", to_released(work.config, work.vae_config, work.raw))
-        leaves = _progress(checkpoint.iter_arrays(path), "writing tensors", len(specs))
-        write_safetensors(aside / BACKBONE_FILE, _header(groups, specs), _torch_tensors(groups, leaves))
+        read = functools.partial(checkpoint.read_array, path)
+        write_safetensors(aside / BACKBONE_FILE, _header(groups, specs), _torch_tensors(groups, read))
         shutil.copyfile(work.codec_dir / VAE_FILE, aside / VAE_FILE)
         tokenizer.save(aside)
 
@@ -597,9 +600,7 @@ def _mapped(path: pathlib.Path, shape, dtype) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype=dtype, mode="w+", shape=shape))
 
 
-def _progress(items, what: str, total: int | None):
+def _progress(items: Sized, what: str):
     """Goes through `items` with a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, what, total=total, console=Console(stderr=True), disable=not sys.stderr.isatty())
+    console = Console(stderr=True)
+    return track(items, what, console=console, disable=not console.is_terminal, transient=True)

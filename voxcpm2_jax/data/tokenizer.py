@@ -87,7 +87,7 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         settings, special_map = dict(self._settings), dict(self._special_map)
         for name, piece in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
-            settings.setdefault(name, special_map.get(name, piece))
+            settings.setdefault(name, _content(special_map.get(name, piece)))
             special_map.setdefault(name, settings[name])
         added = self._backend.get_added_tokens_decoder()
         settings.setdefault("added_tokens_decoder", {str(i): added[i].__getstate__() for i in sorted(added)})

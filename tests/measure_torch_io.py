@@ -1,0 +1,99 @@
+"""Peak memory of conversion at full size, both directions, and whether every byte comes back.
+
+    python tests/measure_torch_io.py DIR          DIR: absent or empty, about 20 GB free
+
+Makes a random checkpoint of the released shape (577 tensors, 4.58 GB of bfloat16; random bytes, so nothing compresses)
+with its codec and a small tokenizer, imports it, exports it and compares the files. The figures are anonymous memory
+of this process (RssAnon: mapped files are not counted), sampled every 10 ms, and include Python and its libraries.
+"""
+
+import dataclasses
+import filecmp
+import json
+import pathlib
+import sys
+import threading
+import time
+
+import numpy as np
+
+from voxcpm2_jax import torch_io
+from voxcpm2_jax.config import AudioVAEConfig, DiTConfig, LMConfig, LocalConfig, ModelConfig, to_released
+from voxcpm2_jax.data.tokenizer import train_tokenizer
+
+
+def released_shape() -> ModelConfig:
+    lm = LMConfig(kv_channels=128, use_mup=False)
+    return ModelConfig(
+        lm_config=lm,
+        residual_lm_no_rope=True,
+        encoder_config=LocalConfig(num_layers=12, kv_channels=128),
+        dit_config=DiTConfig(num_layers=12, kv_channels=128),
+    )
+
+
+def write_random(directory: pathlib.Path) -> None:
+    model, vae = released_shape(), AudioVAEConfig()
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(to_released(model, vae), indent=2) + "\n")
+    train_tokenizer(["one two three four"] * 4, 300).save(directory)
+    rng = np.random.default_rng(0)
+    for name, table, dtype in (
+        (torch_io.BACKBONE_FILE, torch_io.backbone_table(model), "BF16"),
+        (torch_io.VAE_FILE, torch_io.vae_table(vae), "F32"),
+    ):
+        header = {row.name: (torch_io.DTYPES[dtype if row.path else "I32"], row.torch_shape) for row in table}
+
+        def tensors(header=header):
+            for tensor_name, (kind, shape) in header.items():
+                if kind == np.int32:
+                    yield tensor_name, np.array(vae.sr_bin_boundaries, np.int32)
+                else:
+                    yield tensor_name, np.frombuffer(rng.bytes(kind.itemsize * int(np.prod(shape))), kind).reshape(shape)
+
+        torch_io.write_safetensors(directory / name, header, tensors())
+
+
+@dataclasses.dataclass
+class Peak:
+    """Largest RssAnon while the block runs."""
+
+    gigabytes: float = 0.0
+    seconds: float = 0.0
+
+    def __enter__(self):
+        self._start, self._stop = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self.seconds = time.monotonic() - self._start
+
+    def _sample(self):
+        while not self._stop.wait(0.01):
+            status = pathlib.Path("/proc/self/status").read_text()
+            (line,) = [line for line in status.splitlines() if line.startswith("RssAnon")]
+            self.gigabytes = max(self.gigabytes, int(line.split()[1]) * 1024 / 1e9)
+
+
+def main(directory: pathlib.Path) -> None:
+    source, workdir, back = directory / "source", directory / "workdir", directory / "back"
+    write_random(source)
+    figures = {}
+    for what, convert, *paths in (
+        ("import", torch_io.import_torch, source, workdir),
+        ("export", torch_io.export_torch, workdir, back),
+    ):
+        with Peak() as peak:
+            convert(*paths)
+        figures[what] = {"peak_anonymous_gb": round(peak.gigabytes, 2), "seconds": round(peak.seconds, 1)}
+    names = ("config.json", torch_io.BACKBONE_FILE, torch_io.VAE_FILE, "tokenizer.json")
+    figures["files_equal"] = all(filecmp.cmp(source / name, back / name, shallow=False) for name in names)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
