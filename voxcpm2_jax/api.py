@@ -79,10 +79,10 @@ class VoxCPM:
         Raises:
             UserError: not such a directory, or a file in it is missing or does not fit.
         """
-        from voxcpm2_jax import checkpoint
+        from voxcpm2_jax import torch_io
         from voxcpm2_jax.data.tokenizer import load_tokenizer
 
-        loaded = checkpoint.load_model(path)
+        loaded = torch_io.load_model(path)
         return cls(loaded.config, loaded.params, loaded.vae_config, loaded.vae_params, load_tokenizer(loaded.tokenizer_dir))
 
     @property
