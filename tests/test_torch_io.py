@@ -279,10 +279,21 @@ def test_import_then_export_gives_every_file_back(released, tmp_path, model):
         load_tokenizer(loaded.tokenizer_dir)
 
 
+def test_export_of_a_released_directory_makes_one_file_each(released, tmp_path):
+    torch = pytest.importorskip("torch")
+    codec = (released / "audiovae.safetensors").read_bytes()
+    torch.save(
+        {k: torch.from_numpy(v) for k, v in load_file(released / "audiovae.safetensors").items()}, released / "audiovae.pth"
+    )
+    (released / "audiovae.safetensors").unlink()
+    torch_io.export_torch(released, tmp_path / "back")
+    assert (tmp_path / "back/audiovae.safetensors").read_bytes() == codec
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (released / name).read_bytes(), name
+
+
 def test_a_workdir_without_codec_is_refused(released, tmp_path):
     torch_io.import_torch(released, tmp_path / "work")
     shutil.rmtree(tmp_path / "work/codec")
     with pytest.raises(UserError, match=r"work/codec: no such directory"):
         torch_io.export_torch(tmp_path / "work", tmp_path / "back")
-    with pytest.raises(UserError, match="already a released directory"):
-        torch_io.export_torch(released, tmp_path / "back")

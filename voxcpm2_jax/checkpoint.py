@@ -14,6 +14,7 @@ experimental home is bound to move.
 """
 
 import dataclasses
+import logging
 import pathlib
 
 import jax
@@ -193,8 +194,14 @@ def save_arrays(workdir, step: int, arrays: dict, meta: dict) -> None:
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     directory = pathlib.Path(workdir).absolute() / "checkpoints"
     handlers = {"params": params, _META: ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
-        manager.save(step, args=ocp.args.Composite(**items), force=True)
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)  # Orbax warns of both choices above
+    try:
+        with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
+            manager.save(step, args=ocp.args.Composite(**items), force=True)
+    finally:
+        absl.setLevel(level)
 
 
 def array_specs(path) -> dict:

@@ -549,11 +549,20 @@ def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
 def export_torch(path: str | os.PathLike, directory: str | os.PathLike) -> None:
     """Turns a training workdir, or one step of it, into a directory that the reference loads, tensor by tensor.
 
+    A released directory may be given too: it comes out with one file of weights each for backbone and codec.
+
     Raises:
-        UserError: not a training workdir, or its weights do not fit its config.
+        UserError: no checkpoint, or its weights do not fit its config.
     """
-    if checkpoint.kind(path) != checkpoint.TRAINING:
-        raise UserError(f"{path}: already a released directory; expected a training workdir or one step of it")
+    if checkpoint.kind(path) == checkpoint.RELEASED:
+        opened = _Source(path)
+        tokenizer = load_tokenizer(opened.directory)
+        with _aside(directory) as aside:
+            _write_json(aside / "config.json", to_released(opened.released.model, opened.vae_config, opened.released.raw))
+            _copy(opened.backbone, aside / BACKBONE_FILE)
+            _copy(opened.vae, aside / VAE_FILE)
+            tokenizer.save(aside)
+        return
     work = _Workdir(path)
     tokenizer = load_tokenizer(work.tokenizer_dir)
     groups = _by_path(backbone_table(work.config))
@@ -563,8 +572,14 @@ def export_torch(path: str | os.PathLike, directory: str | os.PathLike) -> None:
         _write_json(aside / "config.json", to_released(work.config, work.vae_config, work.raw))
         read = functools.partial(checkpoint.read_array, path)
         write_safetensors(aside / BACKBONE_FILE, _header(groups, specs), _torch_tensors(groups, read))
-        shutil.copyfile(work.codec_dir / VAE_FILE, aside / VAE_FILE)
+        _copy(work.vae, aside / VAE_FILE)
         tokenizer.save(aside)
+
+
+def _copy(tensors: Mapping[str, Stored], path: pathlib.Path) -> None:
+    header = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    content = ((name, tensor.read()) for name, tensor in _progress(tensors.items(), f"writing {path.name}"))
+    write_safetensors(path, header, content)
 
 
 def save_codec(workdir: str | os.PathLike, config: AudioVAEConfig, vae_params: Mapping) -> None:
