@@ -14,6 +14,15 @@ import numpy as np
 
 from voxcpm2_jax.config import UserError
 
+
+class BadRecording(UserError):  # noqa: N818
+    """A recording that is of no use; `reason` is one of few words that counts can be kept of."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 SILENT = 1e-4  # peak below which a recording counts as silent (-80 dB)
 
 
@@ -31,7 +40,7 @@ def load(
         path: wav, flac, mp3, ogg or opus, any rate and channel count.   start_sec, end_sec: the part; None: its ends.
         min_samples: shortest result that is of use, at `sample_rate`.
     Raises:
-        UserError: missing, unreadable, empty, not finite, silent or too short.
+        BadRecording: missing, unreadable, empty, not finite, silent or too short.
     """
     import soundfile
     import soxr
@@ -39,36 +48,39 @@ def load(
     path = pathlib.Path(path)
     start_sec = start_sec or 0.0
     if start_sec < 0 or (end_sec is not None and end_sec <= start_sec):
-        raise UserError(f"{path}: cannot take seconds {start_sec} to {end_sec}; expected 0 <= start < end")
+        raise BadRecording("bad part", f"{path}: cannot take seconds {start_sec} to {end_sec}; expected 0 <= start < end")
     if not path.is_file():
-        raise UserError(f"{path}: no such audio file")
+        raise BadRecording("missing", f"{path}: no such audio file")
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
             start = int(start_sec * rate)
             if start >= file.frames > 0:
-                raise UserError(f"{path}: starts at {start_sec} s, but the recording has {file.frames / rate:.2f} s")
+                raise BadRecording(
+                    "bad part", f"{path}: starts at {start_sec} s, but the recording has {file.frames / rate:.2f} s"
+                )
             file.seek(start)
             count = -1 if end_sec is None else int((end_sec - start_sec) * rate)
             audio_AE = file.read(count, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise UserError(f"{path}: not a readable recording ({error.error_string.rstrip('.')}); expected wav, flac, mp3, ogg "
-                        "or opus") from None  # fmt: skip
+        what = error.error_string.rstrip(".")
+        raise BadRecording(
+            "unreadable", f"{path}: not a readable recording ({what}); expected wav, flac, mp3, ogg or opus"
+        ) from None
     if not len(audio_AE):
-        raise UserError(f"{path}: empty recording")
+        raise BadRecording("empty", f"{path}: empty recording")
     if not np.isfinite(audio_AE).all():
-        raise UserError(f"{path}: samples that are not finite numbers")
+        raise BadRecording("not finite", f"{path}: samples that are not finite numbers")
     audio_A = audio_AE.mean(axis=1)
     if rate != sample_rate:
         samples = math.ceil(len(audio_A) * (sample_rate / rate))  # in this order: the reference's rounding
         audio_A = soxr.resample(audio_A, rate, sample_rate, quality="HQ")[:samples]
         audio_A = np.pad(audio_A, (0, samples - len(audio_A)))
     if len(audio_A) < min_samples:
-        raise UserError(
-            f"{path}: {len(audio_A) / sample_rate:.3f} s is too short; expected at least {min_samples / sample_rate:.3f} s"
-        )
+        got, wanted = len(audio_A) / sample_rate, min_samples / sample_rate
+        raise BadRecording("too short", f"{path}: {got:.3f} s is too short; expected at least {wanted:.3f} s")
     if np.abs(audio_A).max() < SILENT:
-        raise UserError(f"{path}: silent (peak {np.abs(audio_A).max():.1e})")
+        raise BadRecording("silent", f"{path}: silent (peak {np.abs(audio_A).max():.1e})")
     return audio_A
 
 
@@ -140,10 +152,13 @@ def draw_spectrograms(
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.2), sharey=True, constrained_layout=True)
-    window = 1024
+    window, hop = 1024, 256
     for axis, x_A, title in zip(axes, (audio_A, other_A), titles):
-        x_A = np.pad(x_A, (0, max(0, window - len(x_A)))) + 1e-9  # silence has no logarithm
-        axis.specgram(x_A, NFFT=window, Fs=rate, noverlap=window * 3 // 4, scale="dB", vmin=-140, vmax=-30)
+        x_A = np.pad(x_A, (0, max(0, window - len(x_A))))
+        blocks = np.lib.stride_tricks.sliding_window_view(x_A, window)[::hop] * np.hanning(window)
+        level_db = 20 * np.log10(np.abs(np.fft.rfft(blocks)).T + 1e-4)
+        extent = (0, len(x_A) / rate, 0, rate / 2)
+        axis.imshow(level_db, origin="lower", aspect="auto", extent=extent, vmin=-60, vmax=30)
         axis.set(title=title, xlabel="s")
     axes[0].set_ylabel("Hz")
     figure.savefig(path, dpi=110)

@@ -1,0 +1,160 @@
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from voxcpm2_jax.config import UserError
+from voxcpm2_jax.data import packing, pipeline
+from voxcpm2_jax.data.packing import Clip, PackPlan
+
+HEADER = pipeline.Header(
+    num_clips=0, hours=1.0, patch_size=2, latent_dim=3, patch_sec=0.16, encoder_hz=16000, decoder_hz=48000, codec_sha256="c",
+    tokenizer_sha256="t", vocab_size=300, latent_dtype="float16", latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3,
+    latent_min=(-1.0,) * 3, latent_max=(1.0,) * 3, shards=(), trim_db=0.0, trim_keep_ms=40.0, sources=("demo",),
+    sources_sha256="s", skipped={"silent": 2}, versions={"jax": "1"},
+)  # fmt: skip
+
+
+def some_clips(count, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def patches(m):
+        return rng.standard_normal((m, 2, 3)).astype(np.float16).astype(np.float32)
+
+    return [
+        Clip(
+            rng.integers(105, 300, rng.integers(1, 8)).astype(np.int32),
+            patches(rng.integers(1, 12)),
+            patches(3) if i % 3 == 0 else None,
+            i % 7 == 1,
+            text=f"line {i}\nmore",
+            description="ä voice" if i % 2 else None,
+            dataset="d",
+            speaker=str(i),
+        )
+        for i in range(count)
+    ]
+
+
+def write(directory, clips, **changes):
+    directory.mkdir(exist_ok=True)
+    names = pipeline.write_shards(directory, iter(clips), "float16", shard_clips=7)
+    lengths = [
+        (len(c.text_ids), len(c.patches_MPC), 0 if c.reference_MPC is None else len(c.reference_MPC), c.is_prompt)
+        for c in clips
+    ]
+    np.save(directory / pipeline.LENGTHS_FILE, np.array(lengths, np.int32))
+    pipeline.write_header(directory, dataclasses.replace(HEADER, num_clips=len(clips), shards=names, **changes))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return some_clips(30)
+
+
+@pytest.fixture(scope="module")
+def shards(clips, tmp_path_factory):
+    return pipeline.Shards(write(tmp_path_factory.mktemp("shards"), clips))
+
+
+def same(a: Clip, b: Clip):
+    for x, y in zip(a, b):
+        if isinstance(x, np.ndarray):
+            np.testing.assert_array_equal(x, y)
+            assert x.dtype == y.dtype
+        else:
+            assert x == y
+
+
+@pytest.mark.parametrize("dtype, error", [("float32", 0), ("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_record_round_trip(dtype, error):
+    clip = some_clips(1, seed=5)[0]
+    clip = clip._replace(patches_MPC=clip.patches_MPC + np.float32(1e-4))
+    back = pipeline.from_record(pipeline.to_record(clip, dtype))
+    np.testing.assert_allclose(back.patches_MPC, clip.patches_MPC, rtol=error, atol=1e-7)
+    same(back._replace(patches_MPC=None, reference_MPC=None), clip._replace(patches_MPC=None, reference_MPC=None))
+
+
+def test_shards_give_every_clip_back_by_index(shards, clips):
+    assert len(shards) == len(clips) and len(shards.header.shards) == 5
+    assert shards.header.shards[0] == "shard-00000-of-00005.array_record"
+    for i in (29, 0, 13, 6, 7):
+        same(shards[i], clips[i])
+    assert shards.patch_shape == (2, 3) and shards.patch_sec == 0.16 and shards.vocab_size == 300
+    assert shards.header.skipped == {"silent": 2}
+
+
+def plan_of(source, num_rows=4):
+    return PackPlan(3, packing.sizes(source.lengths), num_rows=num_rows, num_slots=32, num_patches=20)
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_any_start_step_gives_the_same_batches(shards):
+    plan = plan_of(shards)
+    expected = list(itertools.islice(pipeline.batches(shards, plan), 6))
+    assert not equal(expected[0], expected[1])
+    for start, prefetch in ((0, 1), (1, 4), (5, 2)):
+        got = list(itertools.islice(pipeline.batches(shards, plan_of(shards), start, prefetch=prefetch), 6 - start))
+        assert all(equal(a, b) for a, b in zip(got, expected[start:], strict=True))
+    assert equal(pipeline.host_rows(shards, plan_of(shards), 5), expected[5])
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_number_of_hosts_changes_nothing(shards, hosts):
+    plan = plan_of(shards)
+    parts = [pipeline.batches(shards, plan_of(shards), 2, part=(i, hosts)) for i in range(hosts)]
+    for step in (2, 3):
+        joined = jax.tree.map(lambda *rows: np.concatenate(rows), *[next(part) for part in parts])
+        assert equal(joined, pipeline.host_rows(shards, plan, step))
+
+
+def test_every_clip_of_an_epoch_reaches_a_batch_whole(shards, clips):
+    plan = plan_of(shards, num_rows=1)
+    seen = 0
+    for batch, step in zip(pipeline.batches(shards, plan), range(1000)):
+        (row,) = plan.rows(step)
+        for segment, i in enumerate(row, 1):
+            tokens_T = batch.tokens_BT[0][batch.segment_BT[0] == segment]
+            sequence = packing.lay_out_clip(clips[i])
+            np.testing.assert_array_equal(tokens_T, sequence.tokens_T)
+        seen += len(row)
+        if seen == len(clips):
+            break
+    assert seen == len(clips)
+
+
+def test_the_synthetic_corpus_goes_the_same_way():
+    source = packing.synthetic_corpus(0, num_clips=20, vocab_size=200, patch_shape=(2, 3))
+    plan = PackPlan(0, packing.sizes(source.lengths), num_rows=2, num_slots=128, num_patches=96)
+    batch = next(pipeline.batches(source, plan, 3))
+    assert batch.patches_BMPC.shape == (2, 96, 2, 3) and batch.stop_BM.sum() == sum(map(len, plan.rows(3)))
+
+
+def test_shards_refuse(tmp_path, clips):
+    with pytest.raises(UserError, match="no shards here"):
+        pipeline.Shards(tmp_path)
+    for std in ((1.0, 0.1, 1.0), (1.0, 1.0, 5.1)):
+        with pytest.raises(UserError, match=r"standard deviation of latent channel \d \((0.1|5.1)\) is outside 0.2..5"):
+            pipeline.Shards(write(tmp_path / "scale", clips, latent_std=std))
+    directory = write(tmp_path / "a", clips)
+    (directory / "shard-00002-of-00005.array_record").rename(directory / "elsewhere")
+    with pytest.raises(UserError, match=r"shard-00002-of-00005\.array_record missing"):
+        pipeline.Shards(directory)
+    directory = write(tmp_path / "b", clips)
+    pipeline.write_header(directory, dataclasses.replace(pipeline.read_header(directory), num_clips=31))
+    with pytest.raises(UserError, match=r"disagree \(31, 30 and 30 clips\)"):
+        pipeline.Shards(directory)
+    header = json.loads((directory / "header.json").read_text())
+    (directory / "header.json").write_text(json.dumps(header | {"new": 1}))
+    with pytest.raises(UserError, match="new: unknown key"):
+        pipeline.Shards(directory)
+    (directory / "header.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        pipeline.Shards(directory)

@@ -1,0 +1,194 @@
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from voxcpm2_jax import prepare as prepare_module
+from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, from_dict
+from voxcpm2_jax.data import audio, corpus, packing, pipeline
+from voxcpm2_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from voxcpm2_jax.prepare import codec_sha256, prepare
+from voxcpm2_jax.vae import autoencoder
+
+VAE = AudioVAEConfig(
+    encoder_dim=2, encoder_rates=(8, 8), latent_dim=3, decoder_dim=8, decoder_rates=(24, 8), sample_rate=8000,
+    out_sample_rate=24000,
+)  # fmt: skip
+P, HOP = 2, 64
+TEXTS = ["hello there", "good morning", "a b c", "numbers of words", "the end", "again and again", "yes"]
+
+
+@pytest.fixture(scope="module")
+def vae_params():
+    shapes = jax.eval_shape(lambda key: autoencoder.init(key, VAE), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(0.5, 0.5, leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TEXTS, 300).save(directory)
+    return directory
+
+
+def record(path, sec, seed, rate=16000):
+    rng = np.random.default_rng(seed)
+    soundfile.write(path, 0.2 * rng.standard_normal(round(sec * rate)), rate)
+    return path
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    secs = (0.45, 0.21, 0.45, 0.45, 0.9, 0.05, 3.0)  # the last two are too short and too long
+    found = [corpus.Recording(record(tmp_path / f"{i}.wav", sec, i), text) for i, (sec, text) in enumerate(zip(secs, TEXTS))]
+    found[1] = corpus.Recording(found[1].audio, found[1].text, description="low voice", is_prompt=True, speaker="x")
+    found[2] = corpus.Recording(found[2].audio, found[2].text, ref_audio=found[0].audio, dataset="own")
+    found[4] = corpus.Recording(found[4].audio, found[4].text, start_sec=0.2, end_sec=0.65)
+    (tmp_path / "bad.wav").write_bytes(b"not audio")
+    found.insert(2, corpus.Recording(tmp_path / "bad.wav", "bad"))
+    found.insert(4, corpus.Recording(tmp_path / "missing.wav", "missing"))
+    found.append(corpus.Recording(found[0].audio, "bad reference", ref_audio=tmp_path / "missing.wav"))
+    corpus.write_manifest(tmp_path / "m.jsonl", found)
+    return [found[i] for i in (0, 1, 3, 5, 6)]
+
+
+def config_of(tmp_path, tokenizer_dir, **changes):
+    fields = {
+        "source": "manifest", "manifest": str(tmp_path / "m.jsonl"), "tokenizer": str(tokenizer_dir), "patch_size": P,
+        "min_sec": 0.1, "max_sec": 2.0, "latent_dtype": "float32", "shard_clips": 2, "encode_sec": 1.0,
+    }  # fmt: skip
+    return DataConfig(**(fields | changes))
+
+
+def test_shards_hold_what_the_codec_gives_clip_by_clip(tmp_path, recordings, tokenizer_dir, vae_params):
+    header = prepare(config_of(tmp_path, tokenizer_dir), tmp_path / "out", vae_params, VAE)
+    assert header == pipeline.read_header(tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    lengths = np.load(tmp_path / "out" / pipeline.LENGTHS_FILE)
+    source = pipeline.grain_source(tmp_path / "out", header)
+    assert len(source) == len(recordings) == header.num_clips == len(lengths)
+    encode = jax.jit(autoencoder.encode, static_argnums=1)
+
+    def latents(path, *part):
+        audio_A = audio.pad_to_patches(audio.load(path, 8000, *part), P * HOP, "right")
+        return np.asarray(encode(vae_params, VAE, audio_A[None]))[0].reshape(-1, P, 3)
+
+    frames = []
+    for recording, clip, sizes in zip(recordings, map(pipeline.from_record, source), lengths):
+        assert clip.text == recording.text and clip.text_ids.tolist() == tokenizer.encode(recording.full_text)
+
+        wanted_MPC = latents(recording.audio, recording.start_sec, recording.end_sec)
+        np.testing.assert_allclose(clip.patches_MPC, wanted_MPC, atol=1e-5 * np.abs(wanted_MPC).max())
+        if recording.ref_audio:
+            np.testing.assert_allclose(clip.reference_MPC, latents(recording.ref_audio), rtol=1e-4)
+        reference = len(clip.reference_MPC) if recording.ref_audio else 0
+        assert sizes.tolist() == [len(clip.text_ids), len(clip.patches_MPC), reference, recording.is_prompt]
+        assert (clip.description, clip.speaker, clip.is_prompt) == (
+            recording.description,
+            recording.speaker,
+            recording.is_prompt,
+        )
+        frames.append(clip.patches_MPC.reshape(-1, 3))
+    frames_TC = np.concatenate(frames).astype(np.float64)
+    np.testing.assert_allclose(header.latent_mean, frames_TC.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(header.latent_std, frames_TC.std(0), rtol=1e-6)
+    np.testing.assert_allclose(header.latent_min, frames_TC.min(0), rtol=1e-12)
+    np.testing.assert_allclose(header.latent_max, frames_TC.max(0), rtol=1e-12)
+    assert header.hours == pytest.approx(len(frames_TC) * HOP / 8000 / 3600)
+    assert header.skipped == {"unreadable": 1, "missing": 2, "too short": 1, "too long": 1}
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert reasons == ["unreadable", "missing", "too short", "too long", "missing"]
+    assert (header.encoder_hz, header.decoder_hz, header.patch_sec, header.latent_dim) == (8000, 24000, P * HOP / 8000, 3)
+    assert (tmp_path / "out" / "codec" / "config.json").is_file() and not [
+        f for f in tmp_path.iterdir() if f.name.startswith(".")
+    ]
+
+
+def test_the_stored_type_is_the_latents_rounded(tmp_path, recordings, tokenizer_dir, vae_params):
+    exact, rounded = (
+        prepare(config_of(tmp_path, tokenizer_dir, latent_dtype=dtype), tmp_path / dtype, vae_params, VAE)
+        for dtype in ("float32", "float16")
+    )
+    for a, b in zip(pipeline.grain_source(tmp_path / "float32", exact), pipeline.grain_source(tmp_path / "float16", rounded)):
+        a, b = pipeline.from_record(a), pipeline.from_record(b)
+        np.testing.assert_array_equal(a.patches_MPC.astype(np.float16), b.patches_MPC.astype(np.float16))
+    assert exact.codec_sha256 == rounded.codec_sha256 == codec_sha256(vae_params, VAE)
+    assert exact.sources_sha256 == rounded.sources_sha256 and exact.tokenizer_sha256 == rounded.tokenizer_sha256
+
+
+def test_trimming_and_held_out_clips(tmp_path, recordings, tokenizer_dir, vae_params):
+    quiet = np.zeros(8000)
+    sound, rate = soundfile.read(recordings[0].audio)
+    soundfile.write(tmp_path / "wide.wav", np.concatenate([quiet, sound, quiet]), rate)
+    corpus.write_manifest(tmp_path / "h.jsonl", [corpus.Recording(tmp_path / "wide.wav", "hello there")])
+    config = config_of(tmp_path, tokenizer_dir, heldout=str(tmp_path / "h.jsonl"), trim_db=-40.0, trim_keep_ms=0.0)
+    prepare(config, tmp_path / "out", vae_params, VAE)
+    header = pipeline.read_header(tmp_path / "out" / "heldout")
+    lengths = np.load(tmp_path / "out" / "heldout" / pipeline.LENGTHS_FILE)
+    assert header.num_clips == 1 and abs(lengths[0, packing.PATCHES] - 0.45 * 8000 / (P * HOP)) <= 2
+    assert header.trim_db == -40.0
+
+
+def test_prepare_refuses(tmp_path, recordings, tokenizer_dir, vae_params):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match="already there"):
+        prepare(config_of(tmp_path, tokenizer_dir), tmp_path / "full", vae_params, VAE)
+    corpus.write_manifest(tmp_path / "m.jsonl", [corpus.Recording(tmp_path / "missing.wav", "a")])
+    with pytest.raises(UserError, match=r"none of 1 recordings is of use; the first: .*missing\.wav: no such audio file"):
+        prepare(config_of(tmp_path, tokenizer_dir), tmp_path / "out", vae_params, VAE)
+    with pytest.raises(UserError, match="no such manifest"):
+        prepare(config_of(tmp_path, tokenizer_dir, manifest="no.jsonl"), tmp_path / "out", vae_params, VAE)
+    assert not (tmp_path / "out").exists() and not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+def test_codec_hash_sees_every_parameter_and_the_config(vae_params):
+    known = codec_sha256(vae_params, VAE)
+    changed = jax.tree.map(np.copy, vae_params)
+    jax.tree.leaves(changed)[-1].flat[0] += 1e-6
+    assert known == codec_sha256(jax.tree.map(jax.numpy.asarray, vae_params), VAE)
+    assert known != codec_sha256(changed, VAE) and known != codec_sha256(vae_params, AudioVAEConfig())
+
+
+def test_buckets_waste_a_third_at_most():
+    for patches in range(5, 400):
+        assert patches <= prepare_module._bucket(patches) < 1.5 * patches
+    assert len({prepare_module._bucket(patches) for patches in range(1, 376)}) < 16
+
+
+def configs():
+    path = pathlib.Path(__file__).parent.parent / "configs" / "data.py"
+    spec = importlib.util.spec_from_file_location("configs_data", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_configs():
+    module = configs()
+    for variant in module.VARIANTS:
+        plain = module.get_config(variant)
+        if variant == "manifest":
+            with pytest.raises(UserError, match=r"--config\.manifest=FILE"):
+                from_dict(DataConfig, plain.to_dict())
+            plain.manifest = "a.jsonl,b.jsonl"
+        config = from_dict(DataConfig, plain.to_dict())
+        assert config.source == ("manifest" if variant == "manifest" else "demo")
+    with pytest.raises(UserError, match="got 'huge'"):
+        module.get_config("huge")
+
+
+def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):
+    config = from_dict(DataConfig, configs().get_config("tiny").to_dict())
+    header = prepare(config, tmp_path / "out", vae_params, VAE)
+    assert header.num_clips == 70 and header.sources == ("demo",) and not header.skipped
+    assert pipeline.read_header(tmp_path / "out" / "heldout").num_clips == 8
+    assert len(corpus.read_manifest(tmp_path / "out" / "demo" / "heldout.jsonl")) == 8
+    clip = pipeline.from_record(pipeline.grain_source(tmp_path / "out", header)[69])
+    assert clip.description in [description for description, _ in corpus.FOREIGN.values()]
+    assert load_tokenizer(tmp_path / "out" / "tokenizer").encode(f"({clip.description}){clip.text}") == clip.text_ids.tolist()
