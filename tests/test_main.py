@@ -232,6 +232,42 @@ def test_a_value_the_dataclass_refuses_gets_one_line(tmp_path, run_config, capsy
     assert "config.num_steps: expected int, got None" in refusal(capsys, *argv, "--config.num_steps=None")
 
 
+def test_train_vae_hands_over_its_own_config(tmp_path, monkeypatch, capsys):
+    from voxcpm2_jax.train import vae
+
+    path = tmp_path / "vae.py"
+    path.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'vae': {}, 'rows': 3})\n")
+    calls = []
+    monkeypatch.setattr(vae, "train", lambda *call: calls.append(call) or {"step": 1}, raising=False)
+    assert run("train-vae", f"--config={path}", f"--workdir={tmp_path}/w", "--config.rows=4") == 0
+    ((config, workdir, data),) = calls
+    assert config.rows == 4 and (workdir, data) == (f"{tmp_path}/w", None)
+    assert json.loads(capsys.readouterr().out) == {"step": 1}
+
+
+# ---- data and conversion ---------------------------------------------------------------------------------------------
+
+
+def test_prepare_and_conversions_hand_over_and_answer_in_json(tmp_path, monkeypatch, capsys):
+    from voxcpm2_jax import torch_io
+
+    calls = []
+    path = tmp_path / "data.py"
+    path.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'vocab_size': 300})\n")
+    fake = types.SimpleNamespace(
+        prepare=lambda config, output, vae: calls.append((config.vocab_size, output, vae)) or {"clips": 2}
+    )
+    monkeypatch.setattr(voxcpm2_jax, "prepare", fake, raising=False)
+    assert run("prepare", f"--config={path}", "--output=O", "--vae=V", "--config.vocab_size=400") == 0
+    monkeypatch.setattr(torch_io, "import_torch", lambda *call: calls.append(call))
+    assert run("import-torch", "S", "D") == 0
+    monkeypatch.setattr(torch_io, "export_torch", lambda *call: calls.append(call))
+    assert run("export-torch", "C", "E") == 0
+    assert calls == [(400, "O", "V"), ("S", "D"), ("C", "E")]
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert said == [{"clips": 2}, {"checkpoint": "D"}, {"directory": "E"}]
+
+
 # ---- speech ----------------------------------------------------------------------------------------------------------
 
 

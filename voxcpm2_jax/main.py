@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from voxcpm2_jax import __version__
-from voxcpm2_jax.config import BackboneRun, DataConfig, UserError, from_dict
+from voxcpm2_jax.config import BackboneRun, DataConfig, UserError, VAERun, from_dict
 
 DONE, FAILED, MISTAKE, PREEMPTED = 0, 1, 2, 75
 
@@ -231,9 +231,9 @@ def _train(args, overrides) -> int:
 
 
 def _train_vae(args, overrides) -> int:
+    config = from_dict(VAERun, load_config(args.config, overrides))
     from voxcpm2_jax.train import vae
 
-    config = from_dict(vae.VAERun, load_config(args.config, overrides))
     return _run_training(lambda: vae.train(config, args.workdir, args.data))
 
 
