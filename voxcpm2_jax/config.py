@@ -269,6 +269,66 @@ class ModelConfig:
         return self.lm_config.scale_emb if self.lm_config.use_mup else 1.0
 
 
+def _shape(*, lm, locenc, locdit, head_dim, ralm_layers, fsq_dim, feat_dim, vocab_size, dtype, max_length, rope=RopeScaling()):
+    """lm: (layers, D, F, heads, kv heads); locenc, locdit: (layers, D, F, heads)."""
+    layers, width, mlp, heads, kv_heads = lm
+
+    def local(cls, layers, width, mlp, heads, **kwargs):
+        return cls(num_layers=layers, hidden_dim=width, ffn_dim=mlp, num_heads=heads, kv_channels=head_dim, **kwargs)
+
+    return ModelConfig(
+        lm_config=LMConfig(
+            num_hidden_layers=layers, hidden_size=width, intermediate_size=mlp, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, kv_channels=head_dim, vocab_size=vocab_size, use_mup=False, rope_scaling=rope,
+        ),
+        feat_dim=feat_dim,
+        residual_lm_num_layers=ralm_layers,
+        residual_lm_no_rope=True,
+        scalar_quantization_latent_dim=fsq_dim,
+        encoder_config=local(LocalConfig, *locenc),
+        dit_config=local(DiTConfig, *locdit, cfm_config=FlowConfig(inference_cfg_rate=2.0)),
+        max_length=max_length,
+        dtype=dtype,
+    )  # fmt: skip
+
+
+# LongRoPE divisors of the release, short and long alike.
+_RELEASED_FACTORS = (
+    0.9977997200264581, 1.014658295992452, 1.0349680404997148, 1.059429246056193, 1.0888815016813513, 1.1243301355211495,
+    1.166977103606075, 1.2182568066927284, 1.2798772354275727, 1.3538666751582975, 1.4426259039919596, 1.5489853358570191,
+    1.6762658237220625, 1.8283407612492941, 2.0096956085876183, 2.225478927469756, 2.481536379650452, 2.784415934557119,
+    3.1413289096347365, 3.560047844772632, 4.048719380066383, 4.615569542115128, 5.2684819496549835, 6.014438591970396,
+    6.858830049237097, 7.804668263503327, 8.851768731513417, 9.99600492938444, 11.228766118181639, 12.536757560834843,
+    13.902257701387796, 15.303885189125953, 16.717837610115794, 18.119465097853947, 19.484965238406907, 20.792956681060105,
+    22.02571786985731, 23.16995406772833, 24.217054535738416, 25.16289275000465, 26.007284207271347, 26.753240849586767,
+    27.40615325712662, 27.973003419175363, 28.461674954469114, 28.880393889607006, 29.237306864684626, 29.540186419591297,
+    29.79624387177199, 30.01202719065413, 30.193382037992453, 30.34545697551969, 30.47273746338473, 30.579096895249787,
+    30.66785612408345, 30.741845563814174, 30.80346599254902, 30.85474569563567, 30.897392663720595, 30.932841297560394,
+    30.962293553185553, 30.986754758742034, 31.007064503249293, 31.02392307921529,
+)  # fmt: skip
+
+# Shapes of the backbone by name. "2b" is the release; "small" is its plan at 100 M parameters.
+MODELS = {
+    "tiny": _shape(
+        lm=(2, 32, 64, 4, 2), locenc=(1, 32, 64, 4), locdit=(2, 32, 64, 4), head_dim=8, ralm_layers=1, fsq_dim=16,
+        feat_dim=16, vocab_size=384, dtype="float32", max_length=512,
+    ),
+    "demo": _shape(
+        lm=(4, 256, 768, 4, 2), locenc=(2, 128, 384, 4), locdit=(4, 192, 512, 4), head_dim=48, ralm_layers=2, fsq_dim=64,
+        feat_dim=24, vocab_size=512, dtype="float32", max_length=1024,
+    ),
+    "small": _shape(
+        lm=(8, 640, 1920, 10, 2), locenc=(4, 448, 1344, 8), locdit=(6, 448, 1344, 8), head_dim=64, ralm_layers=3,
+        fsq_dim=256, feat_dim=64, vocab_size=16384, dtype="bfloat16", max_length=8192,
+    ),
+    "2b": _shape(
+        lm=(28, 2048, 6144, 16, 2), locenc=(12, 1024, 4096, 16), locdit=(12, 1024, 4096, 16), head_dim=128, ralm_layers=8,
+        fsq_dim=512, feat_dim=64, vocab_size=73448, dtype="bfloat16", max_length=8192,
+        rope=RopeScaling(long_factor=_RELEASED_FACTORS, short_factor=_RELEASED_FACTORS),
+    ),
+}  # fmt: skip
+
+
 # ---- dataclass <-> plain data --------------------------------------------------------------------------------------
 
 
@@ -497,6 +557,14 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
+class SampleConfig:
+    """What a run says while it trains, for the ear and the eye."""
+
+    every_steps: int = 0  # updates between two times; 0: never
+    texts: tuple[str, ...] = ("one two three",)
+
+
+@dataclass(frozen=True)
 class BackboneRun:
     """One training run of the backbone; configs/backbone.py has the variants."""
 
@@ -512,6 +580,8 @@ class BackboneRun:
     log: LogConfig = LogConfig()
     mesh: tuple[int, int, int] = (1, -1, 1)  # devices along (replica, data, tensor); -1: what is left
     patch_sec: float = 0.16  # seconds of a patch; the shards' header is checked against it
+    stages: tuple[tuple[int, int], ...] = ()  # curriculum: (first step, slots of the longest clip), the last for all clips
+    samples: SampleConfig = SampleConfig()
 
     def __post_init__(self):
         if self.num_steps < 1:
@@ -520,27 +590,6 @@ class BackboneRun:
             raise UserError(f"remat must be full or none, got {self.remat!r}")
         if self.batch.slots > self.model.max_length:
             raise UserError(f"batch.slots {self.batch.slots} exceed model.max_length {self.model.max_length}")
-
-
-# Shapes of the backbone by name; head size 128 and two key/value heads are the family's.
-def _model(width, mlp, heads, layers, local, *, kv_heads=2, head_dim, ralm, patch=4, dim, vocab, fsq, dtype="float32",
-           max_length=8192) -> ModelConfig:  # fmt: skip
-    local_width, local_mlp, local_heads, enc_layers, dit_layers = local
-    lm = LMConfig(hidden_size=width, intermediate_size=mlp, num_attention_heads=heads, num_hidden_layers=layers,
-                  num_key_value_heads=kv_heads, kv_channels=head_dim, vocab_size=vocab, use_mup=False)  # fmt: skip
-    return ModelConfig(
-        lm_config=lm,
-        patch_size=patch,
-        feat_dim=dim,
-        residual_lm_num_layers=ralm,
-        residual_lm_no_rope=True,
-        scalar_quantization_latent_dim=fsq,
-        encoder_config=LocalConfig(local_width, local_mlp, local_heads, enc_layers, head_dim),
-        dit_config=DiTConfig(local_width, local_mlp, local_heads, dit_layers, head_dim,
-                             cfm_config=FlowConfig(inference_cfg_rate=2.0)),
-        max_length=max_length,
-        dtype=dtype,
-    )  # fmt: skip
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -101,6 +101,9 @@ class Pair:
 def _reference_is_installed():
     if importlib.util.find_spec("voxcpm") is None:
         pytest.fail("the reference is not installed: pip install --no-deps voxcpm==2.0.3")
+    import torch
+
+    torch.set_num_threads(1)  # tiny shapes: a second thread only waits for the first
 
 
 def randomise(state, seed):
@@ -115,7 +118,7 @@ def randomise(state, seed):
         if name.endswith(".alpha"):  # Snake
             value = torch.exp(0.4 * noise)
         elif name.endswith(".weight_g"):
-            value = torch.exp(0.3 * noise)
+            value = 0.5 * torch.exp(0.3 * noise)  # larger ones make the deep Snakes chaotic, as no trained codec is
         elif "norm.weight" in name or "scale_embed" in name:
             value = 1 + 0.2 * noise
         elif name.endswith(".bias") or "bias_embed" in name:

@@ -7,16 +7,22 @@ not depend on the mesh.
 """
 
 import dataclasses
+import pathlib
+import shutil
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from voxcpm2_jax import optim
-from voxcpm2_jax.config import BackboneRun
+from voxcpm2_jax import metrics, optim, sharding
+from voxcpm2_jax.config import BackboneRun, UserError, to_dict
+from voxcpm2_jax.data import packing
 from voxcpm2_jax.models import flow, voxcpm2
 from voxcpm2_jax.sequence import Batch
+from voxcpm2_jax.train import loop
 
 
 @jax.tree_util.register_dataclass
@@ -83,16 +89,131 @@ def train_step(state: TrainState, batch: Batch, *, config: BackboneRun) -> tuple
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     progress = state.step.astype(jnp.float32) / config.num_steps
     draws = draw(key, config, batch.patches_BMPC, progress)
-    (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, draws)
+    (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, draws)
     updates, opt_state = optim.make(config.optim, config.num_steps).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else optim.ema_update(state.ema, params, config.optim.ema_decay)
-    metrics |= {
+    is_patch_BM = batch.slot_BM >= 0
+    slots = jnp.sum((batch.segment_BT > 0).astype(jnp.float32))
+    patches = jnp.sum(is_patch_BM.astype(jnp.float32))
+    figures |= {
         "loss": loss,
         "grad_norm": optax.global_norm(grads),
         "learning_rate": optim.schedule(config.optim, config.num_steps)(state.step),
-        "audio_sec": jnp.sum((batch.slot_BM >= 0).astype(jnp.float32)) * config.patch_sec,
-        "slots_used": jnp.mean((batch.segment_BT > 0).astype(jnp.float32)),
-        "patches_used": jnp.mean((batch.slot_BM >= 0).astype(jnp.float32)),
+        "audio_sec": patches * config.patch_sec,
+        "slots": slots,
+        "patches": patches,
+        "targets": jnp.sum((batch.target_BM.astype(bool) & is_patch_BM).astype(jnp.float32)),
+        # n slots of a segment stand at positions 0 .. n - 1, which add up to n (n - 1) / 2.
+        "squares": 2 * jnp.sum(jnp.where(batch.segment_BT > 0, batch.position_BT, 0).astype(jnp.float32)) + slots,
+        "slots_used": slots / batch.segment_BT.size,
+        "patches_used": patches / is_patch_BM.size,
     }
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    return TrainState(state.step + 1, params, opt_state, ema), figures
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def train(config: BackboneRun, workdir, data=None) -> dict:
+    """Trains in `workdir`, from where it stopped if it holds a checkpoint -> the last row of metrics.jsonl.
+
+    Args:
+        data: directory of shards; None: a seeded corpus in memory, of the model's own shape.
+    Raises:
+        UserError: shards that this model cannot read (every difference is named), or a batch that suits no mesh.
+    """
+    workdir = pathlib.Path(workdir)
+    source = _open(config, workdir, data)
+    plan = packing.PackPlan(
+        config.seed,
+        packing.sizes(source.lengths),
+        num_rows=config.batch.rows,
+        num_slots=config.batch.slots,
+        num_patches=config.batch.patches,
+        target_patches=config.batch.target_patches,
+        stages=config.stages,
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    row_shards = mesh.shape["replica"] * mesh.shape["data"]
+    if config.batch.rows % row_shards:
+        raise UserError(f"batch.rows {config.batch.rows} cannot be split over {row_shards} devices (mesh {config.mesh})")
+    with jax.set_mesh(mesh):
+        layout = sharding.param_shardings(jax.eval_shape(partial(init_state, config)), mesh)
+        state = jax.jit(partial(init_state, config), out_shardings=layout)()
+        state, row = loop.run(
+            workdir=workdir,
+            config=to_dict(config),
+            state=state,
+            train_step=jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=(layout, None)),
+            batches_from=partial(_batches, source, plan, sharding.batch_sharding(mesh)),
+            num_steps=config.num_steps,
+            log=config.log,
+            checkpoint=config.checkpoint,
+            evaluators=[] if data is None or not config.samples.every_steps else [_speaker(config, workdir)],
+            flops_of=partial(_flops, config),
+        )
+    names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
+    return {name: row.get(name) for name in names}
+
+
+def _open(config: BackboneRun, workdir: pathlib.Path, data) -> packing.Source:
+    """The corpus; shards leave their codec and tokenizer in the workdir, so that its checkpoints speak by themselves."""
+    model = config.model
+    if data is None:
+        return packing.synthetic_corpus(
+            config.seed,
+            vocab_size=model.lm_config.vocab_size,
+            patch_shape=(model.patch_size, model.feat_dim),
+            patch_sec=config.patch_sec,
+            max_patches=min(config.batch.slots // 2, config.batch.target_patches or config.batch.patches),
+        )
+    from voxcpm2_jax.data import pipeline
+
+    shards = pipeline.Shards(data)
+    pairs = {
+        "patch size (model.patch_size)": (shards.header.patch_size, model.patch_size),
+        "latent channels (model.feat_dim)": (shards.header.latent_dim, model.feat_dim),
+        "vocabulary (model.lm_config.vocab_size)": (shards.header.vocab_size, model.lm_config.vocab_size),
+        "seconds of a patch (patch_sec)": (shards.header.patch_sec, config.patch_sec),
+    }
+    wrong = [f"{name}: shards {theirs}, config {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if wrong:
+        raise UserError(f"{data} does not fit this config: {'; '.join(wrong)}")
+    for part in ("codec", "tokenizer"):
+        if jax.process_index() == 0 and not (workdir / part).exists():
+            aside = workdir / f".{part}.incomplete"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(pathlib.Path(data) / part, aside)
+            aside.rename(workdir / part)
+    return shards
+
+
+def _batches(source, plan, layout, start_step: int) -> Iterator[Batch]:
+    from voxcpm2_jax.data import pipeline
+
+    for batch in pipeline.batches(source, plan, start_step):
+        yield jax.tree.map(lambda x: jax.device_put(x, layout), batch)
+
+
+def _flops(config: BackboneRun, row: dict) -> float:
+    used = {name: row[name] for name in ("slots", "patches", "targets", "squares")}
+    return metrics.train_flops(config.model, **used)
+
+
+def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
+    """Speaks the sample texts with the weights of the moment: audio and a picture of its spectrogram."""
+    from voxcpm2_jax import torch_io
+    from voxcpm2_jax.api import VoxCPM
+    from voxcpm2_jax.data.tokenizer import load_tokenizer
+
+    vae_config, vae_params = torch_io.load_codec(workdir)
+    tokenizer = load_tokenizer(workdir / "tokenizer")
+
+    def run(state: TrainState):
+        params = state.params if state.ema is None else state.ema
+        model = VoxCPM(config.model, params, vae_config, vae_params, tokenizer)
+        for i, speech in enumerate(model.speak([{"text": text, "seed": 0} for text in config.samples.texts])):
+            yield f"sample_{i}", metrics.Audio(speech.audio_A, model.sample_rate)
+
+    return loop.Evaluator(config.samples.every_steps, run)

@@ -1,0 +1,73 @@
+"""What `train` trains.
+
+    voxcpm2-jax train --config=configs/backbone.py:demo --workdir=DIR --data=SHARDS
+
+    variant     shape          hardware              wall time          result
+    tiny        0.1 M          any                   seconds            loss falls; needs no --data
+    demo        see below      2 CPU cores           see README         spoken digits (launch/quickstart.sh)
+    demo_long   the same       2 CPU cores           see README         the same, trained longer
+    small       100 M          one GPU or TPU        unmeasured         unmeasured
+    2b          2.29 B         a pod or cluster      unmeasured         unmeasured; the released shape
+
+Learning rates and step counts of "small" and "2b" follow the first VoxCPM paper's stable phase (1e-4, WSD) where the
+report on VoxCPM2 gives none.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from voxcpm2_jax.config import (
+    MODELS,
+    BackboneRun,
+    BatchConfig,
+    CheckpointConfig,
+    LogConfig,
+    OptimConfig,
+    SampleConfig,
+    UserError,
+)
+
+VARIANTS = ("tiny", "demo", "demo_long", "small", "2b")
+
+
+def get_config(variant: str = "tiny") -> ConfigDict:
+    """A variant as a ConfigDict; the fields and their units stand in config.BackboneRun."""
+    if variant == "tiny":
+        run = BackboneRun(
+            model=MODELS["tiny"],
+            num_steps=60,
+            remat="none",
+            batch=BatchConfig(rows=8, slots=128, patches=80),
+            optim=OptimConfig(learning_rate=3e-3, warmup_steps=10, ema_decay=0.95),
+            checkpoint=CheckpointConfig(every_steps=20, keep=2),
+            log=LogConfig(every_steps=5),
+        )
+    elif variant in ("demo", "demo_long"):
+        run = BackboneRun(
+            model=MODELS["demo"],
+            num_steps=3000,
+            remat="none",
+            batch=BatchConfig(rows=4, slots=160, patches=112),
+            optim=OptimConfig(learning_rate=1.5e-3, warmup_steps=100, end_ratio=0.02, ema_decay=0.995),
+            checkpoint=CheckpointConfig(every_steps=500, keep=2),
+            log=LogConfig(every_steps=20),
+            samples=SampleConfig(every_steps=1000, texts=("one two three",)),
+        )
+    elif variant == "small":
+        run = BackboneRun(
+            model=MODELS["small"],
+            num_steps=100_000,
+            batch=BatchConfig(rows=16, slots=4096, patches=2816),
+            optim=OptimConfig(learning_rate=6e-4, warmup_steps=2000, schedule="wsd", weight_decay=0.1, ema_decay=0.9995),
+        )
+    elif variant == "2b":
+        run = BackboneRun(
+            model=MODELS["2b"],
+            num_steps=400_000,
+            batch=BatchConfig(rows=256, slots=4096, patches=2816),
+            optim=OptimConfig(learning_rate=1e-4, warmup_steps=2000, schedule="wsd", weight_decay=0.1),
+        )
+    else:
+        raise UserError(f"configs/backbone.py has {', '.join(VARIANTS)}; got {variant!r}")
+    return ConfigDict(dataclasses.asdict(run))
