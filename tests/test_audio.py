@@ -93,10 +93,11 @@ def test_save_is_whole_or_not_at_all(tmp_path):
     audio.save(tmp_path / "a.wav", x_A, 24000)
     np.testing.assert_allclose(audio.load(tmp_path / "a.wav", 24000), x_A, atol=1 / 32000)
     assert os.listdir(tmp_path) == ["a.wav"]
-    for path in (tmp_path / "no" / "a.wav", tmp_path / "a.xyz"):
+    (tmp_path / "taken.wav").mkdir()
+    for path in (tmp_path / "no" / "a.wav", tmp_path / "a.wav" / "b.wav", tmp_path / "a.xyz", tmp_path / "taken.wav"):
         with pytest.raises(UserError, match="cannot be written"):
             audio.save(path, x_A, 24000)
-    assert os.listdir(tmp_path) == ["a.wav"]
+    assert sorted(os.listdir(tmp_path)) == ["a.wav", "taken.wav"]
 
 
 def test_picture(tmp_path):

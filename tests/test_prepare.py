@@ -11,7 +11,7 @@ from voxcpm2_jax import prepare as prepare_module
 from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, from_dict
 from voxcpm2_jax.data import audio, corpus, packing, pipeline
 from voxcpm2_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from voxcpm2_jax.prepare import codec_sha256, prepare
+from voxcpm2_jax.prepare import codec_sha256, make_shards
 from voxcpm2_jax.vae import autoencoder
 
 VAE = AudioVAEConfig(
@@ -66,7 +66,7 @@ def config_of(tmp_path, tokenizer_dir, **changes):
 
 
 def test_shards_hold_what_the_codec_gives_clip_by_clip(tmp_path, recordings, tokenizer_dir, vae_params):
-    header = prepare(config_of(tmp_path, tokenizer_dir), tmp_path / "out", vae_params, VAE)
+    header = make_shards(config_of(tmp_path, tokenizer_dir), tmp_path / "out", vae_params, VAE)
     assert header == pipeline.read_header(tmp_path / "out")
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
     lengths = np.load(tmp_path / "out" / pipeline.LENGTHS_FILE)
@@ -111,7 +111,7 @@ def test_shards_hold_what_the_codec_gives_clip_by_clip(tmp_path, recordings, tok
 
 def test_the_stored_type_is_the_latents_rounded(tmp_path, recordings, tokenizer_dir, vae_params):
     exact, rounded = (
-        prepare(config_of(tmp_path, tokenizer_dir, latent_dtype=dtype), tmp_path / dtype, vae_params, VAE)
+        make_shards(config_of(tmp_path, tokenizer_dir, latent_dtype=dtype), tmp_path / dtype, vae_params, VAE)
         for dtype in ("float32", "float16")
     )
     for a, b in zip(pipeline.grain_source(tmp_path / "float32", exact), pipeline.grain_source(tmp_path / "float16", rounded)):
@@ -127,7 +127,7 @@ def test_trimming_and_held_out_clips(tmp_path, recordings, tokenizer_dir, vae_pa
     soundfile.write(tmp_path / "wide.wav", np.concatenate([quiet, sound, quiet]), rate)
     corpus.write_manifest(tmp_path / "h.jsonl", [corpus.Recording(tmp_path / "wide.wav", "hello there")])
     config = config_of(tmp_path, tokenizer_dir, heldout=str(tmp_path / "h.jsonl"), trim_db=-40.0, trim_keep_ms=0.0)
-    prepare(config, tmp_path / "out", vae_params, VAE)
+    make_shards(config, tmp_path / "out", vae_params, VAE)
     header = pipeline.read_header(tmp_path / "out" / "heldout")
     lengths = np.load(tmp_path / "out" / "heldout" / pipeline.LENGTHS_FILE)
     assert header.num_clips == 1 and abs(lengths[0, packing.PATCHES] - 0.45 * 8000 / (P * HOP)) <= 2
@@ -138,12 +138,12 @@ def test_prepare_refuses(tmp_path, recordings, tokenizer_dir, vae_params):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="already there"):
-        prepare(config_of(tmp_path, tokenizer_dir), tmp_path / "full", vae_params, VAE)
+        make_shards(config_of(tmp_path, tokenizer_dir), tmp_path / "full", vae_params, VAE)
     corpus.write_manifest(tmp_path / "m.jsonl", [corpus.Recording(tmp_path / "missing.wav", "a")])
     with pytest.raises(UserError, match=r"none of 1 recordings is of use; the first: .*missing\.wav: no such audio file"):
-        prepare(config_of(tmp_path, tokenizer_dir), tmp_path / "out", vae_params, VAE)
+        make_shards(config_of(tmp_path, tokenizer_dir), tmp_path / "out", vae_params, VAE)
     with pytest.raises(UserError, match="no such manifest"):
-        prepare(config_of(tmp_path, tokenizer_dir, manifest="no.jsonl"), tmp_path / "out", vae_params, VAE)
+        make_shards(config_of(tmp_path, tokenizer_dir, manifest="no.jsonl"), tmp_path / "out", vae_params, VAE)
     assert not (tmp_path / "out").exists() and not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
 
 
@@ -185,10 +185,15 @@ def test_configs():
 
 def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):
     config = from_dict(DataConfig, configs().get_config("tiny").to_dict())
-    header = prepare(config, tmp_path / "out", vae_params, VAE)
+    header = make_shards(config, tmp_path / "out", vae_params, VAE)
     assert header.num_clips == 70 and header.sources == ("demo",) and not header.skipped
     assert pipeline.read_header(tmp_path / "out" / "heldout").num_clips == 8
     assert len(corpus.read_manifest(tmp_path / "out" / "demo" / "heldout.jsonl")) == 8
     clip = pipeline.from_record(pipeline.grain_source(tmp_path / "out", header)[69])
     assert clip.description in [description for description, _ in corpus.FOREIGN.values()]
     assert load_tokenizer(tmp_path / "out" / "tokenizer").encode(f"({clip.description}){clip.text}") == clip.text_ids.tolist()
+
+
+def test_prepare_needs_a_codec(tmp_path, tokenizer_dir):
+    with pytest.raises(UserError, match="prepare needs a codec: --vae=CKPT"):
+        prepare_module.prepare(config_of(tmp_path, tokenizer_dir), tmp_path / "out", None)

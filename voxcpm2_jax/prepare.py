@@ -15,6 +15,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,29 @@ _ROUND_SEC = 1800.0  # recordings in memory at once
 _PACKAGES = ("voxcpm2_jax", "jax", "flax", "numpy", "soundfile", "soxr", "tokenizers", "array-record")
 
 
-def prepare(config: DataConfig, output: str | os.PathLike, vae_params, vae_config: AudioVAEConfig) -> pipeline.Header:
+def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLike | None) -> dict:
+    """What `voxcpm2-jax prepare` does: `make_shards` with the codec of checkpoint `vae`; the result sums the shards up.
+
+    Raises:
+        UserError: as make_shards, or no codec.
+    """
+    if vae is None:
+        raise UserError("prepare needs a codec: --vae=CKPT (a workdir of train-vae, or a released directory)")
+    vae_config, vae_params = torch_io.load_codec(vae)
+    start = time.monotonic()
+    header = make_shards(config, output, vae_params, vae_config)
+    return {
+        "output": str(output),
+        "clips": header.num_clips,
+        "hours": round(header.hours, 4),
+        "skipped": header.skipped,
+        "vocab_size": header.vocab_size,
+        "latent_std": [round(min(header.latent_std), 4), round(max(header.latent_std), 4)],
+        "wall_sec": round(time.monotonic() - start, 1),
+    }
+
+
+def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_config: AudioVAEConfig) -> pipeline.Header:
     """Makes `output`, a directory of shards, and in it `heldout` if there are held-out clips.
 
     The demo corpus stays in output/demo. Copies of codec and tokenizer lie in output/codec and output/tokenizer.

@@ -6,6 +6,7 @@
 from the two libraries underneath it: librosa itself takes seconds to import and is not needed.
 """
 
+import contextlib
 import math
 import os
 import pathlib
@@ -134,7 +135,8 @@ def save(path: str | os.PathLike, audio_A: np.ndarray, rate: int) -> None:
         soundfile.write(aside, audio_A, rate)
         aside.replace(path)
     except (soundfile.LibsndfileError, OSError, TypeError, ValueError) as error:
-        aside.unlink(missing_ok=True) if path.parent.is_dir() else None
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise UserError(f"{path}: cannot be written ({error})") from None
 
 
