@@ -174,8 +174,8 @@ class VoxCPM:
                 raise UserError(f"{name}=True is not available in this package; prepare the input yourself")
         text = re.sub(r"\s+", " ", text)
         num_tokens = len(self.tokenizer.encode(text))
-        reference_MPC = None if reference_wav_path is None else self._encode_file(reference_wav_path, pad="right")
-        prompt_MPC = None if prompt_wav_path is None else self._encode_file(prompt_wav_path, pad="left")
+        reference_MPC = None if reference_wav_path is None else self.encode_file(reference_wav_path, pad="right")
+        prompt_MPC = None if prompt_wav_path is None else self.encode_file(prompt_wav_path, pad="left")
         prefix = sequence.lay_out(
             self.tokenizer.encode((prompt_text or "") + text), reference_MPC=reference_MPC, prompt_MPC=prompt_MPC
         )
@@ -203,8 +203,12 @@ class VoxCPM:
             max_tries=retry_badcase_max_times,
         )
 
-    def _encode_file(self, path, *, pad: str) -> np.ndarray:
-        """Latents [M, P, C] of an audio file, padded to whole patches."""
+    def encode_file(self, path: str | os.PathLike, *, pad: str) -> np.ndarray:
+        """Latents [M, P, C] of an audio file, padded with silence to whole patches, on the "left" or the "right".
+
+        Raises:
+            UserError: no audio there, or less than one patch of it.
+        """
         from voxcpm2_jax.data import audio
 
         P, hop = self.config.patch_size, self.vae_config.encoder_hop
@@ -216,18 +220,24 @@ class VoxCPM:
         latents_BTC = _encode(self._vae_params, self.vae_config, padded_A[None])
         return np.asarray(latents_BTC[0, :num_frames]).reshape(-1, P, self.vae_config.latent_dim)
 
-    def _with_audio(self, speeches: list[Speech], contexts: list[np.ndarray]) -> list[Speech]:
-        """Decodes all utterances together, each behind its context."""
-        P, C = self.config.patch_size, self.config.feat_dim
-        whole = [np.concatenate([c, s.patches_MPC]).reshape(-1, C) for s, c in zip(speeches, contexts)]
+    def decode(self, utterances: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Audio [samples] of latents [M, P, C], all utterances together."""
+        C, hop = self.config.feat_dim, self.vae_config.decoder_hop
+        whole = [patches_MPC.reshape(-1, C) for patches_MPC in utterances]
+        # The decoder is causal too.
         latents_BTC = np.zeros((len(whole), generation.bucket(max(map(len, whole))), C), np.float32)
         for b, x_TC in enumerate(whole):
             latents_BTC[b, : len(x_TC)] = x_TC
         audio_BA = np.asarray(_decode(self._vae_params, self.vae_config, latents_BTC, self.sample_rate))
-        hop = self.vae_config.decoder_hop
+        return [audio_A[: len(x_TC) * hop] for audio_A, x_TC in zip(audio_BA, whole)]
+
+    def _with_audio(self, speeches: list[Speech], contexts: list[np.ndarray]) -> list[Speech]:
+        """Decodes every utterance behind its context, which is dropped again."""
+        patch_samples = self.config.patch_size * self.vae_config.decoder_hop
+        decoded = self.decode([np.concatenate([c, s.patches_MPC]) for s, c in zip(speeches, contexts)])
         return [
-            dataclasses.replace(s, audio_A=audio_A[len(c) * P * hop : len(x_TC) * hop])
-            for s, c, x_TC, audio_A in zip(speeches, contexts, whole, audio_BA)
+            dataclasses.replace(s, audio_A=audio_A[len(c) * patch_samples :])
+            for s, c, audio_A in zip(speeches, contexts, decoded)
         ]
 
 

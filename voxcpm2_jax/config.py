@@ -698,3 +698,24 @@ class VAERun:
             check(name, getattr(self, name) >= 1, "at least 1")
         check("num_samples", self.num_samples >= 0, "0 or more")
         check("loss", min(self.loss.mel, self.loss.spectrum, self.loss.kl) >= 0, "weights of 0 or more")
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How `evaluate` speaks and judges; configs/evaluate.py has the variants."""
+
+    measure: str = "words"  # what the judge's transcripts are scored by: "words" (1 - WER) or "digits"
+    seed: int = 0  # of the first text's noise; text i takes seed + i
+    cfg_value: float = 2.0  # guidance
+    inference_timesteps: int = 10  # Euler steps a patch
+    batch_texts: int = 16  # spoken together
+    num_pictures: int = 4  # spectrograms of recording and speech side by side
+
+    def __post_init__(self):
+        if self.measure not in ("words", "digits"):
+            raise UserError(f"measure must be words or digits, got {self.measure!r}")
+        if self.batch_texts < 1 or self.num_pictures < 0:
+            raise UserError(f"batch_texts must be at least 1 and num_pictures 0 or more; got {self}")

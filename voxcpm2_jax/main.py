@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from voxcpm2_jax import __version__
-from voxcpm2_jax.config import BackboneRun, DataConfig, UserError, VAERun, from_dict
+from voxcpm2_jax.config import BackboneRun, DataConfig, EvaluateConfig, UserError, VAERun, from_dict
 
 DONE, FAILED, MISTAKE, PREEMPTED = 0, 1, 2, 75
 
@@ -108,6 +108,14 @@ def _parse(argv):
     sub.add_argument("--max-len", type=int, default=4096, metavar="N", help="most patches of speech (default 4096)")
     sub.add_argument("--seed", type=int, metavar="N", help="of the noise; without it every run speaks differently")
     sub.add_argument("--stream", action="store_true", help="write the audio patch by patch as it is drawn")
+
+    sub = command(
+        "evaluate", _evaluate, "speak held-out texts and have them judged beside the recordings",
+        config="configs/evaluate.py:words",
+    )  # fmt: skip
+    sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
+    sub.add_argument("--data", required=True, metavar="MANIFEST", help="held-out recordings with texts, JSON lines")
+    sub.add_argument("--output", required=True, metavar="DIR", help="result.json, audio, spectrograms")
 
     sub = command("import-torch", _import_torch, "turn a released PyTorch directory into a checkpoint of ours")
     sub.add_argument(
@@ -343,6 +351,16 @@ def _stream(model, path, text, settings) -> None:
             num_samples += len(audio_A)
     os.replace(aside, path)
     _print({"output": str(path), "text": text, "sec": num_samples / model.sample_rate, "first_audio_sec": first_sec})
+
+
+def _evaluate(args, overrides) -> int:
+    config = from_dict(EvaluateConfig, load_config(args.config, overrides))
+    from voxcpm2_jax.evaluate import report
+
+    result = report.evaluate(config, args.checkpoint, args.data, args.output)
+    report.show(result)
+    _print({name: value for name, value in result.items() if name not in ("rows", "config")})
+    return DONE
 
 
 def _import_torch(args, overrides) -> int:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import sys
 import time
 from collections import Counter
@@ -38,11 +37,15 @@ _PACKAGES = ("voxcpm2_jax", "jax", "flax", "numpy", "soundfile", "soxr", "tokeni
 def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLike | None) -> dict:
     """What `voxcpm2-jax prepare` does: `make_shards` with the codec of checkpoint `vae`; the result sums the shards up.
 
+    Without a codec the demo corpus is spoken and nothing else: recordings and manifests that a codec can be trained on.
+
     Raises:
-        UserError: as make_shards, or no codec.
+        UserError: as make_shards, or recordings of one's own without a codec.
     """
     if vae is None:
-        raise UserError("prepare needs a codec: --vae=CKPT (a workdir of train-vae, or a released directory)")
+        if config.source != "demo":
+            raise UserError("prepare needs a codec: --vae=CKPT (a workdir of train-vae, or a released directory)")
+        return _speak_demo(config, output)
     vae_config, vae_params = torch_io.load_codec(vae)
     start = time.monotonic()
     header = make_shards(config, output, vae_params, vae_config)
@@ -57,6 +60,13 @@ def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLik
     }
 
 
+def _speak_demo(config: DataConfig, output: str | os.PathLike) -> dict:
+    with torch_io.fresh_directory(output) as aside:
+        train, heldout = corpus.make_demo(aside, config.demo)
+        clips = [len(corpus.read_manifest(path)) for path in (train, heldout)]
+    return {"output": str(output), "clips": clips[0], "heldout_clips": clips[1]}
+
+
 def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_config: AudioVAEConfig) -> pipeline.Header:
     """Makes `output`, a directory of shards, and in it `heldout` if there are held-out clips.
 
@@ -65,15 +75,7 @@ def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_c
     Raises:
         UserError: the output is already there, a manifest is wrong, or no recording is of use.
     """
-    output = pathlib.Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output}: already there; name another --output or remove it")
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error})") from None
-    try:
+    with torch_io.fresh_directory(output) as aside:
         if config.source == "demo":
             train, heldout = ([path] for path in corpus.make_demo(aside / "demo", config.demo))
         else:
@@ -92,12 +94,6 @@ def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_c
         if heldout and (config.source == "manifest" or config.demo.num_heldout):
             (aside / HELDOUT).mkdir()
             maker.write(aside / HELDOUT, [r for path in heldout for r in corpus.read_manifest(path)], heldout)
-        if output.exists():
-            output.rmdir()
-        aside.rename(output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return header
 
 

@@ -402,7 +402,7 @@ def save(
         UserError: the directory holds something, or parameters differ from the table (each is named).
     """
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-    with _aside(directory) as aside:
+    with fresh_directory(directory) as aside:
         _write_json(aside / "config.json", to_released(config, vae_config, raw))
         _write_params(aside / BACKBONE_FILE, backbone_table(config), params)
         _write_params(aside / VAE_FILE, vae_table(vae_config), vae_params, _constants(vae_config))
@@ -479,15 +479,21 @@ def write_safetensors(path, header: Mapping[str, tuple[np.dtype, tuple[int, ...]
 
 
 @contextlib.contextmanager
-def _aside(directory) -> Iterator[pathlib.Path]:
-    """A fresh directory that becomes `directory` when the block ends, and vanishes when it fails."""
+def fresh_directory(directory) -> Iterator[pathlib.Path]:
+    """A fresh directory that becomes `directory` when the block ends, and vanishes when it fails.
+
+    Raises:
+        UserError: `directory` holds something already, or cannot be made.
+    """
     directory = pathlib.Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: already there; choose a directory that is absent or empty")
-    directory.parent.mkdir(parents=True, exist_ok=True)
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.incomplete")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error})") from None
     try:
         yield aside
         aside.replace(directory)
@@ -530,7 +536,7 @@ def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
     tokenizer = load_tokenizer(source)
     groups = _by_path(opened.backbone_rows)
     config = {"model": to_dict(opened.released.model), "released": opened.released.raw}
-    with _aside(workdir) as aside:
+    with fresh_directory(workdir) as aside:
         scratch = aside / "scratch"
         scratch.mkdir()
         arrays = {}
@@ -557,7 +563,7 @@ def export_torch(path: str | os.PathLike, directory: str | os.PathLike) -> None:
     if checkpoint.kind(path) == checkpoint.RELEASED:
         opened = _Source(path)
         tokenizer = load_tokenizer(opened.directory)
-        with _aside(directory) as aside:
+        with fresh_directory(directory) as aside:
             _write_json(aside / "config.json", to_released(opened.released.model, opened.vae_config, opened.released.raw))
             _copy(opened.backbone, aside / BACKBONE_FILE)
             _copy(opened.vae, aside / VAE_FILE)
@@ -568,7 +574,7 @@ def export_torch(path: str | os.PathLike, directory: str | os.PathLike) -> None:
     groups = _by_path(backbone_table(work.config))
     specs = checkpoint.array_specs(path)
     _check_params(specs, groups, str(path))
-    with _aside(directory) as aside:
+    with fresh_directory(directory) as aside:
         _write_json(aside / "config.json", to_released(work.config, work.vae_config, work.raw))
         read = functools.partial(checkpoint.read_array, path)
         write_safetensors(aside / BACKBONE_FILE, _header(groups, specs), _torch_tensors(groups, read))
@@ -584,9 +590,55 @@ def _copy(tensors: Mapping[str, Stored], path: pathlib.Path) -> None:
 
 def save_codec(workdir: str | os.PathLike, config: AudioVAEConfig, vae_params: Mapping) -> None:
     """Writes WORKDIR/codec/."""
-    with _aside(pathlib.Path(workdir) / "codec") as aside:
+    with fresh_directory(pathlib.Path(workdir) / "codec") as aside:
         _write_json(aside / "config.json", to_dict(config))
         _write_params(aside / VAE_FILE, vae_table(config), vae_params, _constants(config))
+
+
+def load_codec(path: str | os.PathLike) -> tuple[AudioVAEConfig, dict]:
+    """The codec of whatever holds one: a workdir of train-vae, one of train, a step of either, shards, a released directory.
+
+    Returns:
+        vae_config, and vae_params as nested dicts of numpy arrays.
+    Raises:
+        UserError: none of these, or tensors differ from the table.
+    """
+    path = pathlib.Path(path).absolute()
+    if (path / "codec").is_dir():
+        return _read_codec(*_open_codec(path / "codec"))
+    if checkpoint.kind(path) == checkpoint.RELEASED:
+        config, tensors = read_released(path).vae, _open(path, VAE_FILE, "audiovae.pth")
+        _refuse(path, _differences(tensors, vae_table(config)))
+        return _read_codec(_with_boundaries(config, tensors), tensors)
+    config = checkpoint.read_meta(checkpoint.step_directory(path))["config"]
+    if "vae" not in config:
+        return _read_codec(*_open_codec(_root(path) / "codec"))
+    vae_config = from_dict(AudioVAEConfig, config["vae"], where=f"{path}: config.vae")
+    _, params, _ = checkpoint.load_params(path)
+    _check_params(_flatten(params), _by_path(vae_table(vae_config)), str(path))
+    return vae_config, params
+
+
+def _open_codec(directory: pathlib.Path) -> tuple[AudioVAEConfig, dict[str, Stored]]:
+    """A codec/ directory, checked, nothing read yet."""
+    path = directory / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    config = from_dict(AudioVAEConfig, content, where=str(path))
+    tensors = _open(directory, VAE_FILE)
+    _refuse(directory, _differences(tensors, vae_table(config)))
+    return config, tensors
+
+
+def _read_codec(config: AudioVAEConfig, tensors: Mapping[str, Stored]) -> tuple[AudioVAEConfig, dict]:
+    return config, _nest(_assemble(tensors, vae_table(config)))
+
+
+def _root(path: pathlib.Path) -> pathlib.Path:
+    """The workdir of a workdir or of one of its steps."""
+    return path if (path / "checkpoints").is_dir() else path.parent.parent
 
 
 class _Workdir:
@@ -594,21 +646,14 @@ class _Workdir:
 
     def __init__(self, path):
         path = pathlib.Path(path).absolute()
-        root = path if (path / "checkpoints").is_dir() else path.parent.parent
-        self.codec_dir, self.tokenizer_dir = root / "codec", root / "tokenizer"
+        self.codec_dir, self.tokenizer_dir = _root(path) / "codec", _root(path) / "tokenizer"
         for directory in (self.codec_dir, self.tokenizer_dir):
             if not directory.is_dir():
                 raise UserError(f"{directory}: no such directory; a workdir keeps its codec and tokenizer beside checkpoints/")
         config = checkpoint.read_meta(checkpoint.step_directory(path))["config"]
         self.config = from_dict(ModelConfig, config.get("model", {}), where=f"{path}: config.model")
         self.raw = config.get("released")
-        try:
-            content = json.loads((self.codec_dir / "config.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"{self.codec_dir / 'config.json'}: cannot be read ({error})") from None
-        self.vae_config = from_dict(AudioVAEConfig, content, where=str(self.codec_dir / "config.json"))
-        self.vae = _open(self.codec_dir, VAE_FILE)
-        _refuse(self.codec_dir, _differences(self.vae, vae_table(self.vae_config)))
+        self.vae_config, self.vae = _open_codec(self.codec_dir)
 
 
 def _mapped(path: pathlib.Path, shape, dtype) -> np.ndarray:
