@@ -25,6 +25,13 @@ class UserError(ValueError):
     """The user's mistake: its message is the one line to show (what we got, what we expected, what to do)."""
 
 
+def _check_at_least(least, config, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise UserError(f"{where}.{name} must be at least {least}, got {value}")
+
+
 # ---- model ---------------------------------------------------------------------------------------------------------
 
 
@@ -62,6 +69,9 @@ class LMConfig:
     no_rope: bool = False
 
     def __post_init__(self):
+        _check_at_least(1, self, "lm_config", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers",
+                        "num_key_value_heads", "kv_channels", "max_position_embeddings")  # fmt: skip
+        _check_at_least(2, self.rope_scaling, "lm_config.rope_scaling", "original_max_position_embeddings")
         ones = (1.0,) * ((self.kv_channels or self.hidden_size // self.num_attention_heads) // 2)
         rope = self.rope_scaling
         filled = dataclasses.replace(rope, long_factor=rope.long_factor or ones, short_factor=rope.short_factor or ones)
@@ -127,7 +137,7 @@ class AudioVAEConfig:
 
         check(self.encoder_rates and self.decoder_rates, "encoder_rates and decoder_rates must not be empty")
         check(min(self.encoder_rates + self.decoder_rates) >= 1, "every rate must be at least 1")
-        check(min(self.encoder_dim, self.latent_dim) >= 1, "encoder_dim and latent_dim must be at least 1")
+        _check_at_least(1, self, "audio_vae_config", "encoder_dim", "latent_dim", "sample_rate", "out_sample_rate")
         check(
             self.decoder_dim // 2 ** len(self.decoder_rates) >= 1,
             f"decoder_dim {self.decoder_dim} cannot be halved {len(self.decoder_rates)} times",
@@ -205,19 +215,23 @@ class ModelConfig:
         for name in ("patch_size", "feat_dim", "residual_lm_num_layers", "scalar_quantization_latent_dim",
                      "scalar_quantization_scale", "max_length"):  # fmt: skip
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for where in ("encoder_config", "dit_config"):
+            local = getattr(self, where)
+            _check_at_least(1, local, where, "hidden_dim", "ffn_dim", "num_heads", "num_layers", "kv_channels")
         vocab_size = self.lm_config.vocab_size
         check(vocab_size > 104, f"vocab_size must be over 104 (the special ids), got {vocab_size}")
         for name, stack in (("lm_config", self.tslm), ("encoder_config", self.locenc), ("dit_config", self.locdit)):
-            check(min(stack.num_layers, stack.width, stack.mlp_width, stack.head_dim) >= 1, f"{name}: sizes must be at least 1")
+            check(stack.head_dim >= 1, f"{name}: {stack.num_heads} heads do not fit a width of {stack.width}")
             check(
-                stack.num_kv_heads >= 1 and stack.num_heads % stack.num_kv_heads == 0,
+                stack.num_heads % stack.num_kv_heads == 0,
                 f"{name}: {stack.num_heads} heads cannot share {stack.num_kv_heads} key/value heads evenly",
             )
             check(stack.head_dim % 2 == 0, f"{name}: head size must be even for RoPE, got {stack.head_dim}")
             if stack.rope_factor is not None:
                 got, expected = len(stack.rope_factor), stack.head_dim // 2
                 check(got == expected, f"{name}: rope_scaling needs {expected} factors (half the head size), got {got}")
-        check(self.dit_config.hidden_dim % 2 == 0, f"dit_config.hidden_dim must be even, got {self.dit_config.hidden_dim}")
+        width = self.dit_config.hidden_dim
+        check(width % 2 == 0 and width >= 4, f"dit_config.hidden_dim must be even and at least 4 (time embedding), got {width}")
         flow = self.dit_config.cfm_config
         check(flow.t_scheduler in ("log-norm", "uniform"), f"t_scheduler must be log-norm or uniform, got {flow.t_scheduler!r}")
         check(flow.solver == "euler", f"solver must be euler, got {flow.solver!r}")
@@ -381,7 +395,8 @@ def _coerce(hint, value, where, unknown):
         items = list(value)
         if args[-1] is not Ellipsis and len(items) != len(args):
             raise UserError(f"{where}: expected {len(args)} values, got {len(items)}")
-        return tuple(_coerce(args[0], item, f"{where}[{i}]", unknown) for i, item in enumerate(items))
+        hints = args[:1] * len(items) if args[-1] is Ellipsis else args
+        return tuple(_coerce(h, item, f"{where}[{i}]", unknown) for i, (h, item) in enumerate(zip(hints, items)))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
