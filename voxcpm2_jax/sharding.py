@@ -56,7 +56,8 @@ def make_mesh(shape: tuple[int, int, int] = (1, -1, 1), devices=None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     known = int(np.prod([n for n in shape if n != -1]))
-    if list(shape).count(-1) > 1 or len(devices) % known or (-1 not in shape and known != len(devices)):
+    is_sound = all(n == -1 or n >= 1 for n in shape) and list(shape).count(-1) <= 1
+    if not is_sound or len(devices) % known or (-1 not in shape and known != len(devices)):
         raise UserError(
             f"mesh {tuple(shape)} (replica, data, tensor) does not fit {len(devices)} devices; -1 may stand once for the rest"
         )
