@@ -1,0 +1,186 @@
+"""The mesh, the rule of every parameter, and that no mesh changes a loss or a gradient."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from voxcpm2_jax import sequence, sharding
+from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig, OptimConfig, UserError
+from voxcpm2_jax.models import voxcpm2
+from voxcpm2_jax.train import backbone
+
+TINY = MODELS["tiny"]
+
+
+def shapes_of(config):
+    return jax.eval_shape(lambda key: voxcpm2.init(key, config), jax.random.key(0))
+
+
+def flat(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+# ---- mesh ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1, -1, 1), (1, 8, 1)), ((-1, 1, 2), (4, 1, 2)), ((2, 2, -1), (2, 2, 2)), ((8, -1, 1), (8, 1, 1)),
+        ((1, 4, 2), (1, 4, 2)),
+    ],
+)  # fmt: skip
+def test_make_mesh(shape, expected):
+    mesh = sharding.make_mesh(shape)
+    assert mesh.axis_names == ("replica", "data", "tensor") and tuple(mesh.shape.values()) == expected
+
+
+def test_a_mesh_over_some_devices():
+    mesh = sharding.make_mesh((1, -1, 2), jax.devices()[:4])
+    assert dict(mesh.shape) == {"replica": 1, "data": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 1), (1, 4, 1), (2, 8, 1), (1, -1, 3), (-1, -1, 1), (0, -1, 1), (1, 8, 0), (1, -2, -4)]
+)
+def test_a_mesh_that_does_not_fit(shape):
+    with pytest.raises(UserError) as error:
+        sharding.make_mesh(shape)
+    assert f"mesh {shape} (replica, data, tensor) does not fit 8 devices" in str(error.value)
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "2b"])
+def test_every_parameter_matches_exactly_one_rule_of_its_rank(name):
+    for path, leaf in flat(shapes_of(MODELS[name])).items():
+        matching = [dims for pattern, dims in sharding.PARAM_AXES if re.fullmatch(pattern, path)]
+        assert len(matching) == 1 and len(matching[0]) == leaf.ndim, (path, leaf.shape, matching)
+        assert sharding.param_dims(path, leaf.ndim) == matching[0]
+
+
+def test_no_rule_is_idle():
+    paths = flat(shapes_of(TINY))
+    for pattern, _ in sharding.PARAM_AXES:
+        assert any(re.fullmatch(pattern, path) for path in paths), pattern
+
+
+@pytest.mark.parametrize(
+    ("path", "ndim"), [("feat_encoder/strange/kernel", 2), ("base_lm/embed/embedding", 3), ("my_base_lm/embed/embedding", 2)]
+)
+def test_a_parameter_without_a_rule_is_a_fault(path, ndim):
+    with pytest.raises(AssertionError, match="matches 0 rules of PARAM_AXES"):
+        sharding.param_dims(path, ndim)
+
+
+def test_matrices_are_split_over_data_and_tensor():
+    """The released shape on (2, 16, 2): what FSDP and tensor parallelism split, and what stays whole."""
+    mesh = jax.sharding.AbstractMesh((2, 16, 2), sharding.MESH_AXES)
+    specs = {path: s.spec for path, s in flat(sharding.param_shardings(shapes_of(MODELS["2b"]), mesh)).items()}
+    assert specs["base_lm/embed/embedding"] == PartitionSpec("tensor", "data")
+    assert specs["base_lm/layers/q/kernel"] == PartitionSpec(None, "data", "tensor", None)
+    assert specs["base_lm/layers/k/kernel"] == PartitionSpec(None, "data", "tensor", None)
+    assert specs["feat_decoder/layers/down/kernel"] == PartitionSpec(None, "tensor", "data")
+    assert specs["base_lm/norm/scale"] == PartitionSpec(None)
+    assert specs["enc_to_lm_proj/kernel"] == PartitionSpec("data", None)
+
+
+def test_a_dim_that_the_mesh_does_not_divide_stays_whole():
+    mesh = jax.sharding.AbstractMesh((1, 1, 4), sharding.MESH_AXES)
+    specs = {path: s.spec for path, s in flat(sharding.param_shardings(shapes_of(TINY), mesh)).items()}
+    assert specs["base_lm/layers/k/kernel"] == PartitionSpec(None, "data", None, None)  # 2 key/value heads
+    assert specs["base_lm/layers/q/kernel"] == PartitionSpec(None, "data", "tensor", None)
+
+
+def test_optimiser_state_lies_where_its_parameters_lie():
+    mesh = sharding.make_mesh((1, 4, 2))
+    config = BackboneRun(model=TINY, optim=OptimConfig(ema_decay=0.9), batch=BatchConfig(8, 64, 32))
+    state = jax.eval_shape(partial(backbone.init_state, config))
+    layout = sharding.param_shardings(state, mesh)
+    assert jax.tree.structure(layout) == jax.tree.structure(state)
+    wanted = {path: s.spec for path, s in flat(layout.params).items()}
+    assert {path: s.spec for path, s in flat(layout.ema).items()} == wanted
+    moments = {path: s.spec for path, s in flat(layout.opt_state).items()}
+    for moment in ("mu", "nu"):
+        found = {path.split(f"{moment}/")[1]: spec for path, spec in moments.items() if f"{moment}/" in path}
+        assert found == wanted
+    others = [spec for path, spec in moments.items() if "mu/" not in path and "nu/" not in path]
+    assert others and set(others) == {PartitionSpec()} and layout.step.spec == PartitionSpec()
+
+
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+
+def test_constrain_does_nothing_without_a_mesh():
+    x = jnp.ones((8, 4))
+    assert sharding.constrain(x, "batch", "embed") is x
+
+
+def test_constrain_lays_out_by_logical_dims():
+    mesh = sharding.make_mesh((2, 2, 2))
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: sharding.constrain(x, "batch", None, "mlp"))(jnp.ones((8, 3, 4)))
+        odd = jax.jit(lambda x: sharding.constrain(x, "batch", "mlp"))(jnp.ones((6, 3)))  # 6 rows over 4 devices
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("replica", "data"), None, "tensor")), 3)
+    assert odd.sharding.is_fully_replicated
+
+
+# ---- sharded == unsharded --------------------------------------------------------------------------------------------
+
+RUN = BackboneRun(model=TINY, remat="none", batch=BatchConfig(rows=8, slots=16, patches=8))
+
+
+@pytest.fixture(scope="module")
+def problem(tiny_params):
+    """A packed batch of eight rows, draws; loss and gradients of one device."""
+    rng = np.random.default_rng(0)
+    shape = (TINY.patch_size, TINY.feat_dim)
+
+    def clip(num_text, num_patches):
+        audio = rng.normal(size=(num_patches, *shape)).astype(np.float32)
+        return sequence.lay_out(rng.integers(110, 380, num_text), target_MPC=audio)
+
+    rows = [[clip(1 + b % 3, 2 + b % 2), clip(2, 1 + b % 3)] for b in range(8)]
+    batch = sequence.pack(rows, num_slots=16, num_patches=8, patch_shape=shape)
+    draws = voxcpm2.Draws(
+        rng.uniform(size=(8, 8)).astype(np.float32),
+        rng.normal(size=batch.patches_BMPC.shape).astype(np.float32),
+        rng.uniform(size=(8, 8)) < 0.3,
+    )
+    expected = jax.jit(_loss_and_grads)(tiny_params, batch, draws)
+    return tiny_params, batch, draws, jax.device_get(expected)
+
+
+def _loss_and_grads(params, batch, draws):
+    return jax.value_and_grad(backbone.objective, has_aux=True)(params, RUN, batch, draws)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1)])
+def test_sharded_equals_unsharded(problem, shape):
+    params, batch, draws, ((loss, sums), grads) = problem
+    mesh = sharding.make_mesh(shape)
+    layout = sharding.param_shardings(params, mesh)
+    rows = sharding.batch_sharding(mesh)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, layout)
+        batch, draws = (jax.tree.map(lambda x: jax.device_put(x, rows), tree) for tree in (batch, draws))
+        sharded = jax.jit(_loss_and_grads, out_shardings=(None, layout))
+        (got_loss, got_sums), got_grads = sharded(params, batch, draws)
+    if shape != (8, 1, 1):
+        assert not params["base_lm"]["layers"]["q"]["kernel"].sharding.is_fully_replicated
+    np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
+    for name in sums:
+        np.testing.assert_allclose(got_sums[name], sums[name], rtol=1e-5)
+    got_grads = flat(jax.device_get(got_grads))
+    for path, expected in flat(grads).items():
+        error = np.linalg.norm(got_grads[path] - expected) / (np.linalg.norm(expected) + 1e-12)
+        assert error < 1e-4, (path, error)
+        assert np.linalg.norm(expected) > 0, path
