@@ -13,4 +13,4 @@ python -m pip install --quiet --editable '.[test,demo,eval,torch]' transformers 
 python -m pip install --quiet --no-deps voxcpm==2.0.3
 
 ruff check .
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

@@ -7,9 +7,12 @@ R is a row, one patch; tens of thousands of rows are one batch.
 Source: VoxCPM2 report, sections on LocEnc and LocDiT. Differs from the reference: time stays in float32.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from voxcpm2_jax.config import TransformerConfig
 from voxcpm2_jax.models.transformer import Linear, run_layers
@@ -42,7 +45,9 @@ class LocEnc(nn.Module):
 def time_embedding(t_R: jax.Array, width: int) -> jax.Array:
     """Sines, then cosines, of 1000 t at `width / 2` frequencies from 1 down to 1e-4; float32."""
     half = width // 2
-    frequency = jnp.exp(jnp.arange(half, dtype=jnp.float32) * -(jnp.log(10000.0) / (half - 1)))
+    # Angles reach 1000 radians, where the last bit of a frequency shows in the sine: float32 exponents, exactly rounded.
+    exponent = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0) / (half - 1))
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angle = TIME_SCALE * t_R.astype(jnp.float32)[:, None] * frequency[None]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 

@@ -1,0 +1,114 @@
+"""Training of the backbone: draws, the update, resuming, shards that do not fit."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig, CheckpointConfig, LogConfig, OptimConfig, UserError
+from voxcpm2_jax.data import packing, pipeline
+from voxcpm2_jax.train import backbone
+
+RUN = BackboneRun(
+    model=MODELS["tiny"],
+    num_steps=6,
+    remat="none",
+    batch=BatchConfig(rows=8, slots=64, patches=40),
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=2, ema_decay=0.9),
+    checkpoint=CheckpointConfig(every_steps=3, keep=2),
+    log=LogConfig(every_steps=1),
+)
+
+
+def test_trap_13_draws_are_float32_from_global_keys():
+    """Whatever the model computes in, and wherever the rows of the batch live."""
+    half = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, dtype="bfloat16"))
+    shape = (8, 40, RUN.model.patch_size, RUN.model.feat_dim)
+    draw = jax.jit(lambda key, patches: backbone.draw(key, half, patches, 0.0))
+    draws = draw(jax.random.key(1), jnp.zeros(shape))
+    assert draws.time_BM.dtype == draws.noise_BMPC.dtype == jnp.float32
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.NamedSharding(mesh, jax.P("x"))
+    spread = draw(jax.random.key(1), jax.device_put(jnp.zeros(shape), rows))
+    jax.tree.map(np.testing.assert_array_equal, draws, spread)
+    assert len({float(t) for t in draws.time_BM[:, 0]}) == 8, "rows share their draws"
+
+
+def test_mean_mode_draws_a_share_of_intervals_that_grows():
+    model = dataclasses.replace(RUN.model, dit_config=dataclasses.replace(RUN.model.dit_config, dit_mean_mode=True))
+    run = dataclasses.replace(RUN, model=model)
+    shares = []
+    for progress in (0.0, 1.0):
+        draws = backbone.draw(jax.random.key(0), run, jnp.zeros((40, 100, 4, 16)), progress)
+        assert (draws.start_BM <= draws.time_BM).all()
+        shares.append(float(jnp.mean(draws.start_BM < draws.time_BM)))
+    assert shares == pytest.approx([0.25, 0.75], abs=0.03)
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    return workdir, backbone.train(RUN, workdir)
+
+
+def test_loss_falls_and_the_result_says_so(straight):
+    workdir, result = straight
+    rows = rows_of(workdir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert set(result) == {"step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu"}
+    assert result["step"] == 6 and result["loss"] == rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["slots_used"] > 0.8 and rows[-1]["patches_used"] > 0.7
+
+
+def test_resume_is_exact(straight, tmp_path, monkeypatch):
+    """Stopped after three of six updates and started again: the same losses, bit for bit."""
+    run_step = backbone.loop.run
+
+    def stop_early(**kwargs):
+        return run_step(**kwargs | {"num_steps": 3})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone.loop, "run", stop_early)
+        backbone.train(RUN, tmp_path / "run")
+    backbone.train(RUN, tmp_path / "run")
+    exact = ("step", "loss", "loss_diff", "loss_stop", "grad_norm")
+    first, second = ([[row[name] for name in exact] for row in rows_of(d)] for d in (straight[0], tmp_path / "run"))
+    assert first == second
+
+
+def test_update_does_not_depend_on_the_mesh(straight):
+    """One update on eight devices (the run above) and on one."""
+    source = packing.synthetic_corpus(0, vocab_size=384, patch_shape=(4, 16), patch_sec=RUN.patch_sec, max_patches=32)
+    b = RUN.batch
+    plan = packing.PackPlan(0, packing.sizes(source.lengths), num_rows=b.rows, num_slots=b.slots, num_patches=b.patches)
+    batch = pipeline.host_rows(source, plan, 0)
+    state = jax.jit(partial(backbone.init_state, RUN))()
+    _, figures = jax.jit(partial(backbone.train_step, config=RUN))(state, batch)
+    assert float(figures["loss"]) == pytest.approx(rows_of(straight[0])[0]["loss"], rel=1e-5)
+
+
+def test_rows_that_suit_no_mesh_are_refused(tmp_path):
+    run = dataclasses.replace(RUN, batch=dataclasses.replace(RUN.batch, rows=3))
+    with pytest.raises(UserError, match=r"batch.rows 3 cannot be split over 8 devices"):
+        backbone.train(run, tmp_path / "run")
+
+
+def test_shards_of_another_shape_are_refused(tmp_path, monkeypatch):
+    header = pipeline.Header(
+        num_clips=1, hours=0.1, patch_size=2, latent_dim=8, patch_sec=0.08, encoder_hz=16000, decoder_hz=16000,
+        codec_sha256="", tokenizer_sha256="", vocab_size=400, latent_dtype="float16", latent_mean=(0.0,), latent_std=(1.0,),
+        latent_min=(0.0,), latent_max=(1.0,), shards=(), trim_db=0.0, trim_keep_ms=0.0, sources=(), sources_sha256="",
+    )  # fmt: skip
+    monkeypatch.setattr(pipeline, "Shards", lambda _: type("Shards", (), {"header": header}))
+    with pytest.raises(UserError) as error:
+        backbone.train(RUN, tmp_path / "run", tmp_path)
+    for name in ("model.patch_size", "model.feat_dim", "model.lm_config.vocab_size", "patch_sec"):
+        assert name in str(error.value)
