@@ -62,10 +62,17 @@ class VoxCPM:
     """A backbone, its codec and its tokenizer.
 
     Args:
-        params: backbone parameters as in training.   tokenizer: has `encode(text) -> ids`.
+        params: backbone parameters as in training.   tokenizer: has `encode(text) -> ids` and `vocab_size`.
+    Raises:
+        UserError: a tokenizer with ids that the model has no embedding for.
     """
 
     def __init__(self, config: ModelConfig, params, vae_config: AudioVAEConfig, vae_params, tokenizer):
+        if tokenizer.vocab_size > config.lm_config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces, the model embeds {config.lm_config.vocab_size} "
+                "(lm_config.vocab_size); they are not of the same checkpoint"
+            )
         self.config = config
         self.vae_config = vae_config
         self.tokenizer = tokenizer
@@ -127,8 +134,10 @@ class VoxCPM:
         while todo:
             tries += 1
             again = []
-            for num_steps in sorted({jobs[i].num_steps for i in todo}):
-                group = [i for i in todo if jobs[i].num_steps == num_steps]
+            # One program draws rows with as many steps and the same kind of noise.
+            kinds = {i: (jobs[i].num_steps, jobs[i].row.noise_MPC is None) for i in todo}
+            for num_steps, is_drawn in sorted(set(kinds.values())):
+                group = [i for i in todo if kinds[i] == (num_steps, is_drawn)]
                 rows = [dataclasses.replace(jobs[i].row, seed=jobs[i].row.seed + tries - 1) for i in group]
                 all_drawn = generation.generate(self._params, self.config, rows, num_steps=num_steps)
                 for i, row, drawn in zip(group, rows, all_drawn):
@@ -224,6 +233,8 @@ class VoxCPM:
         """Audio [samples] of latents [M, P, C], all utterances together."""
         C, hop = self.config.feat_dim, self.vae_config.decoder_hop
         whole = [patches_MPC.reshape(-1, C) for patches_MPC in utterances]
+        if not whole:
+            return []
         # The decoder is causal too.
         latents_BTC = np.zeros((len(whole), generation.bucket(max(map(len, whole))), C), np.float32)
         for b, x_TC in enumerate(whole):
