@@ -343,13 +343,16 @@ def _stream(model, path, text, settings) -> None:
 
     aside = path.with_name(path.name + ".part")
     begin, first_sec, num_samples = time.perf_counter(), None, 0
-    with soundfile.SoundFile(aside, "w", model.sample_rate, channels=1, subtype="PCM_16", format="WAV") as file:
-        for audio_A in model.generate_streaming(text=text, **settings):
-            first_sec = time.perf_counter() - begin if first_sec is None else first_sec
-            file.write(audio_A)
-            file.flush()
-            num_samples += len(audio_A)
-    os.replace(aside, path)
+    try:
+        with soundfile.SoundFile(aside, "w", model.sample_rate, channels=1, subtype="PCM_16", format="WAV") as file:
+            for audio_A in model.generate_streaming(text=text, **settings):
+                first_sec = time.perf_counter() - begin if first_sec is None else first_sec
+                file.write(audio_A)
+                file.flush()
+                num_samples += len(audio_A)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
     _print({"output": str(path), "text": text, "sec": num_samples / model.sample_rate, "first_audio_sec": first_sec})
 
 
