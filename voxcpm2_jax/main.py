@@ -233,6 +233,7 @@ def _prepare(args, overrides) -> int:
 
 def _train(args, overrides) -> int:
     config = from_dict(BackboneRun, load_config(args.config, overrides))
+    _check_directory(args.workdir)
     from voxcpm2_jax.train import backbone
 
     return _run_training(lambda: backbone.train(config, args.workdir, args.data))
@@ -240,9 +241,17 @@ def _train(args, overrides) -> int:
 
 def _train_vae(args, overrides) -> int:
     config = from_dict(VAERun, load_config(args.config, overrides))
+    _check_directory(args.workdir)
     from voxcpm2_jax.train import vae
 
     return _run_training(lambda: vae.train(config, args.workdir, args.data))
+
+
+def _check_directory(path: str) -> None:
+    path = pathlib.Path(path).absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{path}: cannot be written; expected a directory, or a name for a new one")
 
 
 def _run_training(train) -> int:
@@ -344,7 +353,11 @@ def _stream(model, path, text, settings) -> None:
     aside = path.with_name(path.name + ".part")
     begin, first_sec, num_samples = time.perf_counter(), None, 0
     try:
-        with soundfile.SoundFile(aside, "w", model.sample_rate, channels=1, subtype="PCM_16", format="WAV") as file:
+        file = soundfile.SoundFile(aside, "w", model.sample_rate, channels=1, subtype="PCM_16", format="WAV")
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
+    try:
+        with file:
             for audio_A in model.generate_streaming(text=text, **settings):
                 first_sec = time.perf_counter() - begin if first_sec is None else first_sec
                 file.write(audio_A)
