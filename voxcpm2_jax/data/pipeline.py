@@ -69,7 +69,9 @@ def read_header(directory: str | os.PathLike) -> Header:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{directory}: no shards here (no {HEADER_FILE}); make some with voxcpm2-jax prepare") from None
-    except json.JSONDecodeError as error:
+    except NotADirectoryError:
+        raise UserError(f"{directory}: a file; expected a directory of shards made by voxcpm2-jax prepare") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); prepare the shards again") from None
     return from_dict(Header, content, where=str(path))
 
