@@ -37,12 +37,12 @@ def evaluate(
     if not recordings:
         raise UserError(f"{manifest}: holds no recordings to evaluate on")
     judge.whisper_directory()  # a judge that is not installed is told of before anything is spoken
+    model = VoxCPM.from_pretrained(checkpoint)
     output = pathlib.Path(output)
     try:
         (output / "audio").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error})") from None
-    model = VoxCPM.from_pretrained(checkpoint)
 
     start = time.monotonic()
     spoken = _speak(model, config, [r.full_text for r in recordings])
