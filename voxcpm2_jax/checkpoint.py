@@ -182,22 +182,22 @@ def save_arrays(workdir, step: int, arrays: dict, meta: dict) -> None:
         arrays: numpy arrays by path; they may be mapped files, of which at most a few chunks are held in memory.
         meta: plain data, among it "config".
     """
-    # Orbax's own array handler copies every array first, and its default format (OCDBT) buffers the whole checkpoint.
-    handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
-    params = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=False)
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=1 << 26), _nest(arrays))
-    items = {
-        "params": ocp.args.PyTreeSave(_nest(arrays), save_args=chunks),
-        _META: ocp.args.JsonSave({"step": step} | meta),
-    }
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    directory = pathlib.Path(workdir).absolute() / "checkpoints"
-    handlers = {"params": params, _META: ocp.JsonCheckpointHandler()}
     absl = logging.getLogger("absl")
     level = absl.level
-    absl.setLevel(logging.ERROR)  # Orbax warns of both choices above
+    absl.setLevel(logging.ERROR)  # Orbax warns of both choices below
     try:
+        # Orbax's own array handler copies every array first, and its default format (OCDBT) buffers the whole checkpoint.
+        handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
+        params = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=False)
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=1 << 26), _nest(arrays))
+        items = {
+            "params": ocp.args.PyTreeSave(_nest(arrays), save_args=chunks),
+            _META: ocp.args.JsonSave({"step": step} | meta),
+        }
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        handlers = {"params": params, _META: ocp.JsonCheckpointHandler()}
         with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
             manager.save(step, args=ocp.args.Composite(**items), force=True)
     finally:
