@@ -329,7 +329,7 @@ MODELS = {
     ),
     "demo": _shape(
         lm=(4, 256, 768, 4, 2), locenc=(2, 128, 384, 4), locdit=(4, 192, 512, 4), head_dim=48, ralm_layers=2, fsq_dim=64,
-        feat_dim=24, vocab_size=512, dtype="float32", max_length=1024,
+        feat_dim=16, vocab_size=512, dtype="float32", max_length=1024,
     ),
     "small": _shape(
         lm=(8, 640, 1920, 10, 2), locenc=(4, 448, 1344, 8), locdit=(6, 448, 1344, 8), head_dim=64, ralm_layers=3,

@@ -86,13 +86,17 @@ def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None) -> jax.Array:
     """Softmax attention of N query heads over K <= N shared key/value heads; a None mask sees everything."""
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    logits_BKGTS = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH).astype(jnp.float32) * H**-0.5
+    S, K = k_BSKH.shape[1:3]
+    G = N // K
+    # The heads of a group are rows of one product, and all leading dims one batch: XLA's CPU is 3.6 times slower without.
+    q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, H)
+    k_BKSH, v_BKSH = (x_BSKH.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x_BSKH in (k_BSKH, v_BSKH))
+    logits_BKGTS = einsum("BXH,BSH->BXS", q_BKXH, k_BKSH).reshape(B, K, G, T, S).astype(jnp.float32) * H**-0.5
     if mask_BTS is not None:
         logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
-    probs_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
+    probs_BKXS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype).reshape(B * K, G * T, S)
+    o_BKXH = einsum("BXS,BSH->BXH", probs_BKXS, v_BKSH)
+    return o_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def causal_mask(segment_BT: jax.Array) -> jax.Array:
