@@ -5,22 +5,26 @@
 
 Update i reads `Crops.batch(seed, i)` and draws its noise from `fold_in(key(seed), i)` at global shape. The decoder is
 trained with its own rate as the listener's; other buckets of a rate-conditioned codec keep what they began with.
-There is no discriminator yet: mel and spectrum distances alone give intelligible, somewhat metallic speech.
+Clips are held in memory. There is no discriminator yet: spectral distances alone give intelligible, metallic speech.
 """
 
 import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from voxcpm2_jax import optim
-from voxcpm2_jax.config import UserError, VAERun
+from voxcpm2_jax import metrics, optim, sharding
+from voxcpm2_jax.config import UserError, VAERun, to_dict
+from voxcpm2_jax.data import audio, corpus
+from voxcpm2_jax.train import loop
 from voxcpm2_jax.vae import autoencoder, losses
 
 
@@ -53,14 +57,14 @@ def objective(params, config: VAERun, batch: dict, key):
     mel = losses.mel_distance(audio_BA, batch["target_BA"], vae.out_sample_rate)
     spectrum = losses.spectrum_distance(audio_BA, batch["target_BA"], vae.out_sample_rate)
     kl = losses.kl_divergence(mu_BTC, logvar_BTC)
-    metrics = {
+    figures = {
         "loss_mel": mel,
         "loss_spectrum": spectrum,
         "loss_kl": kl,
         "latent_std": jnp.std(mu_BTC),
         "posterior_std": jnp.mean(jnp.exp(0.5 * logvar_BTC)),
     }
-    return weights.mel * mel + weights.spectrum * spectrum + weights.kl * kl, metrics
+    return weights.mel * mel + weights.spectrum * spectrum + weights.kl * kl, figures
 
 
 def train_step(state: TrainState, batch: dict, *, config: VAERun) -> tuple[TrainState, dict]:
@@ -70,18 +74,21 @@ def train_step(state: TrainState, batch: dict, *, config: VAERun) -> tuple[Train
         batch: `input_BA` at the encoder's rate and `target_BA` at the decoder's, the same whole hops of sound.
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    (loss, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, key)
+    (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, key)
     updates, opt_state = optim.make(config.optim, config.num_steps).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else optim.ema_update(state.ema, params, config.optim.ema_decay)
     seconds = batch["target_BA"].size / config.vae.out_sample_rate
-    metrics |= {
+    figures |= {
         "loss": loss,
         "grad_norm": optax.global_norm(grads),
         "learning_rate": optim.schedule(config.optim, config.num_steps)(state.step),
         "audio_sec": jnp.float32(seconds),
     }
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    return TrainState(state.step + 1, params, opt_state, ema), figures
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 class Crops:
@@ -117,12 +124,6 @@ class Crops:
                 x_BA[row, max(-start, 0) * unit :][: len(part_A)] = part_A
         return {"input_BA": batch[0], "target_BA": batch[1]}
 
-    def batches_from(self, seed: int, step: int) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of updates `step`, `step + 1`, .."""
-        while True:
-            yield self.batch(seed, step)
-            step += 1
-
 
 def tiny_clips(config: VAERun, *, num_clips: int = 16, sec: float = 1.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Seeded harmonic glides at both rates: sound enough for a run that needs no data."""
@@ -138,13 +139,82 @@ def tiny_clips(config: VAERun, *, num_clips: int = 16, sec: float = 1.0) -> tupl
     return clips
 
 
-def load_clips(manifest: pathlib.Path, config: VAERun) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Every clip of a manifest at both rates, in memory."""
-    from voxcpm2_jax.data import audio, corpus
-
+def load_clips(recordings: Sequence[corpus.Recording], config: VAERun) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Every recording at the encoder's and at the decoder's rate, in memory."""
     inputs, targets = [], []
-    for recording in corpus.read_manifest(manifest):
-        target_A = audio.load(recording.audio, config.vae.out_sample_rate, recording.start_sec, recording.end_sec)
+    for r in recordings:
+        target_A = audio.load(r.audio, config.vae.out_sample_rate, r.start_sec, r.end_sec)
         targets.append(target_A)
         inputs.append(audio.resample(target_A, config.vae.out_sample_rate, config.vae.sample_rate))
     return inputs, targets
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def train(config: VAERun, workdir, data=None) -> dict:
+    """Trains in `workdir`, from where it stopped if it holds a checkpoint -> figures of the last logged step.
+
+    Args:
+        data: manifest, or a directory with train.jsonl; a heldout.jsonl beside it is listened to. None: seeded glides.
+    Raises:
+        UserError: recordings that cannot be used, or rows that suit no mesh.
+    """
+    if data is None:
+        clips = tiny_clips(config)
+        samples = [wave_A for wave_A, _ in zip(clips[0], range(config.num_samples))]
+    else:
+        manifest = pathlib.Path(data) / "train.jsonl" if pathlib.Path(data).is_dir() else pathlib.Path(data)
+        heldout = manifest.with_name("heldout.jsonl")
+        clips = load_clips(corpus.read_manifest(manifest), config)
+        recordings = corpus.read_manifest(heldout if heldout.is_file() else manifest)[: config.num_samples]
+        samples = load_clips(recordings, config)[0]
+    crops = Crops(config, *clips)
+    mesh = sharding.make_mesh()
+    if config.rows % mesh.size:
+        raise UserError(f"rows {config.rows} cannot be split over {mesh.size} devices")
+    copied = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        state = jax.jit(partial(init_state, config), out_shardings=copied)()
+        state, row = loop.run(
+            workdir=workdir,
+            config=to_dict(config),
+            state=state,
+            train_step=jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=(copied, None)),
+            batches_from=partial(_batches, crops, config.seed, sharding.batch_sharding(mesh)),
+            num_steps=config.num_steps,
+            log=config.log,
+            checkpoint=config.checkpoint,
+            evaluators=[_listener(config, samples)] if samples else [],
+        )
+    return {name: row.get(name) for name in ("step", "loss", "loss_mel", "loss_kl", "audio_sec_per_sec", "mfu")}
+
+
+def _batches(crops: Crops, seed: int, layout, step: int) -> Iterator[dict]:
+    while True:
+        yield jax.device_put(crops.batch(seed, step), layout)
+        step += 1
+
+
+def _listener(config: VAERun, samples: Sequence[np.ndarray]) -> loop.Evaluator:
+    """Reconstructs clips with the weights of the moment: audio, and a picture of its mel spectrogram."""
+    vae = config.vae
+    longest = max(map(len, samples))
+    audio_BA = np.stack([np.pad(wave_A, (0, longest - len(wave_A))) for wave_A in samples])
+    reconstruct = jax.jit(lambda params: autoencoder.decode(params, vae, autoencoder.encode(params, vae, audio_BA)))
+
+    def run(state: TrainState):
+        reconstructed_BA = np.asarray(reconstruct(state.params if state.ema is None else state.ema))
+        for i, wave_A in enumerate(samples):
+            samples_A = reconstructed_BA[i, : len(wave_A) * vae.out_sample_rate // vae.sample_rate]
+            yield f"sample_{i}", metrics.Audio(samples_A, vae.out_sample_rate)
+            yield f"spectrogram_{i}", metrics.Image(_picture(samples_A, vae.out_sample_rate))
+
+    return loop.Evaluator(config.sample_every_steps, run)
+
+
+def _picture(audio_A: np.ndarray, hz: int) -> np.ndarray:
+    """Log-mel spectrogram in grey, low pitches at the bottom, uint8 [80 x 2, frames x 2, 1]."""
+    log_mel_TE = np.asarray(losses.log_mel(audio_A[None], hz, window=1024, bins=80)[0])
+    grey = np.clip(255 * (log_mel_TE + 5.0) / 5.0, 0, 255).astype(np.uint8).T[::-1]
+    return np.repeat(np.repeat(grey, 2, axis=0), 2, axis=1)[:, :, None]

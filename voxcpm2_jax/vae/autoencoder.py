@@ -29,7 +29,8 @@ weight_g, bias; kernels are transposed to [window, in, out]; d = 1 if depthwise 
     (no parameter: the configuration)   decoder.sr_bin_boundaries
 
 Source: VoxCPM2 report, section on AudioVAE V2; the layers are those of descript-audio-codec, made causal.
-Differs from the reference: initial weights (fan-in scaled, so that small models train at once).
+Differs from the reference: initial weights (fan-in scaled, speech brought to the order of one, residual branches small, latents
+nearly free of noise), so that small models train at once.
 """
 
 import flax.linen as nn
@@ -39,6 +40,7 @@ import jax.numpy as jnp
 from voxcpm2_jax.config import AudioVAEConfig
 from voxcpm2_jax.vae.conv import Conv, DownConv, Snake, UpConv
 
+_WINDOW = 7  # of every convolution that is neither pointwise nor strided, but for the two heads
 _DILATIONS = (1, 3, 9)  # of a block's three residual units
 
 
@@ -52,9 +54,9 @@ class ResidualUnit(nn.Module):
     def __call__(self, x_BAE, left_BAE=None):
         E = x_BAE.shape[-1]
         h_BAE = Snake(name="snake_in")(x_BAE)
-        h_BAE, left_BAE = Conv(E, 7, self.dilation, self.is_depthwise, name="conv_in")(h_BAE, left_BAE)
+        h_BAE, left_BAE = Conv(E, _WINDOW, self.dilation, self.is_depthwise, name="conv_in")(h_BAE, left_BAE)
         h_BAE = Snake(name="snake_out")(h_BAE)
-        h_BAE, _ = Conv(E, 1, name="conv_out")(h_BAE)
+        h_BAE, _ = Conv(E, 1, initial_gain=0.2, name="conv_out")(h_BAE)
         return x_BAE + h_BAE, left_BAE
 
 
@@ -81,11 +83,11 @@ class Encoder(nn.Module):
     def __call__(self, audio_BA):
         c = self.config
         Block = nn.remat(EncoderBlock) if self.use_remat else EncoderBlock
-        x_BAE, _ = Conv(c.encoder_dim, 7, name="conv_in")(audio_BA[:, :, None])
+        x_BAE, _ = Conv(c.encoder_dim, _WINDOW, initial_gain=10.0, name="conv_in")(audio_BA[:, :, None])
         for i, stride in enumerate(c.encoder_rates):
             x_BAE = Block(c.encoder_dim * 2 ** (i + 1), stride, c.depthwise, name=f"block_{i}")(x_BAE)
         mu_BTC, _ = Conv(c.latent_dim, 3, name="mu")(x_BAE)
-        logvar_BTC, _ = Conv(c.latent_dim, 3, name="logvar")(x_BAE)
+        logvar_BTC, _ = Conv(c.latent_dim, 3, initial_gain=0.1, initial_bias=-4.0, name="logvar")(x_BAE)
         return mu_BTC, logvar_BTC
 
 
@@ -134,7 +136,7 @@ class Decoder(nn.Module):
         Block = nn.remat(DecoderBlock) if self.use_remat else DecoderBlock
         features = c.latent_dim if c.depthwise else c.decoder_dim
         next_state = {}
-        conv_in = Conv(features, 7, is_depthwise=c.depthwise, name="conv_in")
+        conv_in = Conv(features, _WINDOW, is_depthwise=c.depthwise, name="conv_in")
         x_BAE, next_state["conv_in"] = conv_in(latents_BTC, state.get("conv_in"))
         if c.depthwise:
             x_BAE, _ = Conv(c.decoder_dim, 1, name="proj")(x_BAE)
@@ -143,7 +145,7 @@ class Decoder(nn.Module):
             block = Block(c.decoder_dim // 2 ** (i + 1), stride, c.depthwise, num_buckets, name=name)
             x_BAE, next_state[name] = block(x_BAE, bucket_B, state.get(name, {}))
         x_BAE = Snake(name="snake")(x_BAE)
-        x_BAE, next_state["conv_out"] = Conv(1, 7, name="conv_out")(x_BAE, state.get("conv_out"))
+        x_BAE, next_state["conv_out"] = Conv(1, _WINDOW, name="conv_out")(x_BAE, state.get("conv_out"))
         return jnp.tanh(x_BAE[:, :, 0]), next_state
 
 
@@ -189,11 +191,16 @@ def reconstruct(vae_params, vae_config: AudioVAEConfig, latents_BTC, target_hz=4
 def decode_state(vae_config: AudioVAEConfig, batch: int):
     """The streaming decoder's state at the start of a signal: zeros, the left context of every convolution."""
 
-    def first_frame(key):
-        latents_BTC = jnp.zeros((batch, 1, vae_config.latent_dim))
-        return _decode(init(key, vae_config), vae_config, latents_BTC, 48000, {}, False)[1]
+    def left(samples, features):
+        return jnp.zeros((batch, samples, features))
 
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(first_frame, jax.random.key(0)))
+    c = vae_config
+    state = {"conv_in": left(_WINDOW - 1, c.latent_dim)}
+    for i in range(len(c.decoder_rates)):
+        E = c.decoder_dim // 2 ** (i + 1)
+        units = {f"unit_{j}": left((_WINDOW - 1) * dilation, E) for j, dilation in enumerate(_DILATIONS)}
+        state[f"block_{i}"] = {"up": left(1, c.decoder_dim // 2**i)} | units
+    return state | {"conv_out": left(_WINDOW - 1, E)}
 
 
 def decode_step(vae_params, vae_config: AudioVAEConfig, latents_BTC, state, target_hz=48000):

@@ -84,11 +84,14 @@ class Conv(nn.Module):
     window: int
     dilation: int = 1
     is_depthwise: bool = False
+    initial_gain: float = 1.0  # of the output's size at the start
+    initial_bias: float = 0.0
 
     @nn.compact
     def __call__(self, x_BAE, left_BAE=None):
         in_features = 1 if self.is_depthwise else x_BAE.shape[-1]
-        kernel_WIO, bias_E = _weights(self, (self.window, in_features, self.features), gain_dim=2)
+        shape_WIO = (self.window, in_features, self.features)
+        kernel_WIO, bias_E = _weights(self, shape_WIO, 2, self.initial_gain, self.initial_bias)
         x_BAE, left_BAE = _with_left(x_BAE, left_BAE, (self.window - 1) * self.dilation)
         if self.is_depthwise:
             y_BAE = depthwise(x_BAE, kernel_WIO[:, 0], self.dilation)
@@ -182,13 +185,13 @@ def add_bias(x_BAE, bias_E):
 add_bias.defvjp(lambda x_BAE, bias_E: (add_bias(x_BAE, bias_E), None), lambda _, g_BAE: (g_BAE, _sum_over_time(g_BAE)))
 
 
-def _weights(module, shape_WIO, gain_dim):
+def _weights(module, shape_WIO, gain_dim, initial_gain=1.0, initial_bias=0.0):
     """The folded kernel and the bias. gain_dim: 2 per output channel, 1 per input channel (transposed)."""
     kernel_WIO = module.param("kernel", nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"), shape_WIO)
     dims = tuple(d for d in range(3) if d != gain_dim)
     norm_WIO = jnp.sqrt(jnp.sum(jnp.square(kernel_WIO), dims, keepdims=True))
-    gain_E = module.param("gain", lambda _: norm_WIO.reshape(-1))
-    bias_E = module.param("bias", nn.initializers.zeros, (shape_WIO[2],))
+    gain_E = module.param("gain", lambda _: initial_gain * norm_WIO.reshape(-1))
+    bias_E = module.param("bias", nn.initializers.constant(initial_bias), (shape_WIO[2],))
     return kernel_WIO * (gain_E.reshape(norm_WIO.shape) / norm_WIO), bias_E
 
 

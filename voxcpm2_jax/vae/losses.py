@@ -23,17 +23,14 @@ _DAC_MELS = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}  # 
 _CLAMP = 1e-5
 _SPECTRUM_WINDOWS = (256, 1024, 2048)  # samples at DAC's rate
 _COMPRESSION = 0.3
+_FLOOR = 1e-2  # magnitude below which nothing is compressed further: else near-silence has all the gradient
 
 
 def mel_distance(audio_BA, target_BA, hz: int):
     """Multi-scale log-mel distance, mean over the scales."""
     distances = []
     for dac_window, bins in _DAC_MELS.items():
-        window = _window(dac_window, hz)
-        filters = mel_filters(hz, window, bins)
-        mel_BTE, target_mel_BTE = (
-            jnp.log10(jnp.maximum(_magnitude(spectrum(x_BA, window)) @ filters, _CLAMP)) for x_BA in (audio_BA, target_BA)
-        )
+        mel_BTE, target_mel_BTE = (log_mel(x_BA, hz, _window(dac_window, hz), bins) for x_BA in (audio_BA, target_BA))
         distances.append(jnp.mean(jnp.abs(mel_BTE - target_mel_BTE)))
     return sum(distances) / len(distances)
 
@@ -43,7 +40,7 @@ def spectrum_distance(audio_BA, target_BA, hz: int):
     distances = []
     for dac_window in _SPECTRUM_WINDOWS:
         x, y = (spectrum(audio, _window(dac_window, hz)) for audio in (audio_BA, target_BA))
-        x, y = (jnp.stack([z.real, z.imag]) * _magnitude(z) ** (_COMPRESSION - 1) for z in (x, y))
+        x, y = (jnp.stack([z.real, z.imag]) * (_magnitude(z) + _FLOOR)[None] ** (_COMPRESSION - 1) for z in (x, y))
         distances.append(jnp.mean(jnp.abs(x - y)))
     return sum(distances) / len(distances)
 
@@ -51,6 +48,12 @@ def spectrum_distance(audio_BA, target_BA, hz: int):
 def kl_divergence(mu_BTC, logvar_BTC):
     """From the posterior to a unit normal, nats, mean over rows, frames and channels."""
     return 0.5 * jnp.mean(jnp.square(mu_BTC) + jnp.exp(logvar_BTC) - 1.0 - logvar_BTC)
+
+
+def log_mel(audio_BA, hz: int, window: int, bins: int):
+    """log10 of the mel magnitudes, [B, T, bins]."""
+    magnitude_BTE = _magnitude(spectrum(audio_BA, window))
+    return jnp.log10(jnp.maximum(magnitude_BTE @ mel_filters(hz, window, bins), _CLAMP))
 
 
 def spectrum(audio_BA, window: int):
