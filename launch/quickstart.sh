@@ -22,7 +22,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
 fi
 extras=demo,eval
 if command -v nvidia-smi > /dev/null && nvidia-smi > /dev/null 2>&1; then extras="$extras,cuda"; fi
-python -m pip install --quiet --editable ".[$extras]"
+python -m pip install -qq --editable ".[$extras]"
 
 started=$SECONDS
 step() { printf '\n== %s (%d min)\n' "$1" $(((SECONDS - started) / 60)) >&2; }

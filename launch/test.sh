@@ -8,9 +8,9 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
   . .venv/bin/activate
 fi
-python -m pip install --quiet --editable '.[test,demo,eval,torch]' transformers einops pydantic
+python -m pip install -qq --editable '.[test,demo,eval,torch]' transformers einops pydantic
 # The reference brings a web demo and downloaders along; the comparison needs its model alone.
-python -m pip install --quiet --no-deps voxcpm==2.0.3
+python -m pip install -qq --no-deps voxcpm==2.0.3
 
 ruff check .
 python -m pytest -n 2 --dist loadfile "$@"

@@ -34,8 +34,6 @@ def evaluate(
         UserError: no checkpoint, no manifest, no judge installed, or an output directory that cannot be written to.
     """
     recordings = corpus.read_manifest(manifest)
-    if not recordings:
-        raise UserError(f"{manifest}: holds no recordings to evaluate on")
     judge.whisper_directory()  # a judge that is not installed is told of before anything is spoken
     model = VoxCPM.from_pretrained(checkpoint)
     output = pathlib.Path(output)
