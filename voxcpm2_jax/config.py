@@ -328,7 +328,7 @@ MODELS = {
         feat_dim=16, vocab_size=384, dtype="float32", max_length=512,
     ),
     "demo": _shape(
-        lm=(4, 256, 768, 4, 2), locenc=(2, 128, 384, 4), locdit=(4, 192, 512, 4), head_dim=48, ralm_layers=2, fsq_dim=64,
+        lm=(4, 192, 512, 4, 2), locenc=(1, 128, 384, 4), locdit=(4, 160, 448, 4), head_dim=40, ralm_layers=2, fsq_dim=64,
         feat_dim=16, vocab_size=512, dtype="float32", max_length=1024,
     ),
     "small": _shape(
@@ -683,7 +683,7 @@ class VAELossConfig:
     """Weights of the codec's losses; see vae/losses.py."""
 
     mel: float = 15.0
-    spectrum: float = 10.0
+    spectrum: float = 0.25
     kl: float = 5e-5
 
 
