@@ -72,3 +72,14 @@ def _compilation_cache(tmp_path_factory):
     """What one test has compiled, another need not: a run and its resumption are the same program."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How near tests/reference came, file by file."""
+    worst: dict[str, float] = {}
+    for report in terminalreporter.getreports(""):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "relative error":
+                worst[report.fspath] = max(value, worst.get(report.fspath, 0.0))
+    for path, value in sorted(worst.items()):
+        terminalreporter.write_line(f"worst relative error to the reference: {value:.1e}  {path}")

@@ -37,7 +37,7 @@ def flat(tree):
 
 def random_params(table, seed, dtype=np.float32):
     rng = np.random.default_rng(seed)
-    return torch_io._nest(
+    return checkpoint.nest(
         {
             path: rng.standard_normal(group[0].shape if group[0].layer is None else (len(group), *group[0].shape)).astype(dtype)
             for path, group in torch_io._by_path(table).items()

@@ -62,7 +62,7 @@ class Checkpoints:
             step: finished updates.   state: dataclass of trees; fields without arrays are left out.
             meta: plain data, among it "config".
         """
-        items = {name: ocp.args.PyTreeSave(_nest(_flatten(tree))) for name, tree in _fields(state).items()}
+        items = {name: ocp.args.PyTreeSave(nest(flatten(tree))) for name, tree in _fields(state).items()}
         items[_META] = ocp.args.JsonSave({"step": step} | meta)
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -88,11 +88,11 @@ class Checkpoints:
                 f"{self.directory}: no complete checkpoint {step or 'at all'}; there is {sorted(steps) or 'nothing'}"
             )
         path = self.directory / str(step)
-        wanted = {name: _flatten(tree) for name, tree in _fields(state).items()}
+        wanted = {name: flatten(tree) for name, tree in _fields(state).items()}
         _compare(path, wanted)
         fields = {}
         for name, flat in wanted.items():
-            found = _flatten(_read(path / name, _nest(flat)))
+            found = flatten(_read(path / name, nest(flat)))
             fields[name] = jax.tree.unflatten(jax.tree.structure(getattr(state, name)), [found[key] for key in flat])
         return dataclasses.replace(state, **fields), read_meta(path)
 
@@ -190,9 +190,9 @@ def save_arrays(workdir, step: int, arrays: dict, meta: dict) -> None:
         handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
         registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, handler))
         params = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=False)
-        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=1 << 26), _nest(arrays))
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=1 << 26), nest(arrays))
         items = {
-            "params": ocp.args.PyTreeSave(_nest(arrays), save_args=chunks),
+            "params": ocp.args.PyTreeSave(nest(arrays), save_args=chunks),
             _META: ocp.args.JsonSave({"step": step} | meta),
         }
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
@@ -206,13 +206,13 @@ def save_arrays(workdir, step: int, arrays: dict, meta: dict) -> None:
 
 def array_specs(path) -> dict:
     """Shape and dtype, by path, of the weights that `load_params` would read."""
-    return _flatten(_metadata(_weights(path)))
+    return flatten(_metadata(_weights(path)))
 
 
 def read_array(path, key: str) -> np.ndarray:
     """One of the arrays that `array_specs` lists."""
     args = ocp.args.PyTreeRestore(
-        _nest({key: 0}), restore_args=_nest({key: ocp.RestoreArgs(restore_type=np.ndarray)}), partial_restore=True
+        nest({key: 0}), restore_args=nest({key: ocp.RestoreArgs(restore_type=np.ndarray)}), partial_restore=True
     )
     (array,) = jax.tree.leaves(ocp.PyTreeCheckpointHandler().restore(epath.Path(_weights(path)), args=args))
     return array
@@ -227,13 +227,14 @@ def _fields(state) -> dict:
     return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
-def _flatten(tree) -> dict:
+def flatten(tree) -> dict:
     """Leaves by path, in the tree's own order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/") or _BARE: leaf for path, leaf in leaves}
 
 
-def _nest(flat: dict) -> dict:
+def nest(flat: dict) -> dict:
+    """Nested dicts from leaves by path: what `flatten` takes apart."""
     nested: dict = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
@@ -259,7 +260,7 @@ def _read(path, abstract):
 def _compare(path, wanted: dict) -> None:
     """Raises one UserError that names every array that is missing, extra or of another shape or dtype."""
     saved_items = {p.name for p in path.iterdir() if p.is_dir()} - {_META}
-    found = {f"{item}/{key}": leaf for item in saved_items for key, leaf in _flatten(_metadata(path / item)).items()}
+    found = {f"{item}/{key}": leaf for item in saved_items for key, leaf in flatten(_metadata(path / item)).items()}
     wanted = {f"{item}/{key}": leaf for item, flat in wanted.items() for key, leaf in flat.items()}
     problems = [f"missing {key} {_spec(wanted[key])}" for key in sorted(wanted.keys() - found.keys())]
     problems += [f"extra {key} {_spec(found[key])}" for key in sorted(found.keys() - wanted.keys())]

@@ -222,7 +222,10 @@ def load(directory: str | os.PathLike) -> Loaded:
         UserError: a file is missing or unreadable, or tensors differ from the table (each is named).
     """
     source = _Source(directory)
-    params, vae_params = _nest(_assemble(source.backbone, source.backbone_rows)), _nest(_assemble(source.vae, source.vae_rows))
+    params, vae_params = (
+        checkpoint.nest(_assemble(source.backbone, source.backbone_rows)),
+        checkpoint.nest(_assemble(source.vae, source.vae_rows)),
+    )
     return Loaded(source.released.model, params, source.vae_config, vae_params, source.released.raw, source.directory)
 
 
@@ -363,24 +366,6 @@ def _stack(tensors, group, empty=np.empty) -> np.ndarray:
     return array
 
 
-def _nest(flat: Mapping[str, Any]) -> dict:
-    nested: dict = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return nested
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
@@ -417,7 +402,7 @@ def _constants(config: AudioVAEConfig) -> dict[str, np.ndarray]:
 def _write_params(
     path: pathlib.Path, rows: list[Row], params: Mapping, constants: Mapping[str, np.ndarray] | None = None
 ) -> None:
-    groups, leaves, constants = _by_path(rows), _flatten(params), constants or {}
+    groups, leaves, constants = _by_path(rows), checkpoint.flatten(params), constants or {}
     _check_params(leaves, groups, path.name)
     header = _header(groups, leaves) | {name: (array.dtype, array.shape) for name, array in constants.items()}
     write_safetensors(path, header, itertools.chain(constants.items(), _torch_tensors(groups, leaves.__getitem__)))
@@ -522,8 +507,8 @@ def load_model(path: str | os.PathLike) -> Loaded:
         return load(path)
     work = _Workdir(path)
     _, params, _ = checkpoint.load_params(path)
-    _check_params(_flatten(params), _by_path(backbone_table(work.config)), str(path))
-    vae_params = _nest(_assemble(work.vae, vae_table(work.vae_config)))
+    _check_params(checkpoint.flatten(params), _by_path(backbone_table(work.config)), str(path))
+    vae_params = checkpoint.nest(_assemble(work.vae, vae_table(work.vae_config)))
     return Loaded(work.config, params, work.vae_config, vae_params, work.raw, work.tokenizer_dir)
 
 
@@ -548,7 +533,7 @@ def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
         del arrays
         shutil.rmtree(scratch)
         _write_json(aside / "config.json", config)
-        save_codec(aside, opened.vae_config, _nest(_assemble(opened.vae, opened.vae_rows)))
+        save_codec(aside, opened.vae_config, checkpoint.nest(_assemble(opened.vae, opened.vae_rows)))
         tokenizer.save(aside / "tokenizer")
 
 
@@ -615,7 +600,7 @@ def load_codec(path: str | os.PathLike) -> tuple[AudioVAEConfig, dict]:
         return _read_codec(*_open_codec(_root(path) / "codec"))
     vae_config = from_dict(AudioVAEConfig, config["vae"], where=f"{path}: config.vae")
     _, params, _ = checkpoint.load_params(path)
-    _check_params(_flatten(params), _by_path(vae_table(vae_config)), str(path))
+    _check_params(checkpoint.flatten(params), _by_path(vae_table(vae_config)), str(path))
     return vae_config, params
 
 
@@ -633,7 +618,7 @@ def _open_codec(directory: pathlib.Path) -> tuple[AudioVAEConfig, dict[str, Stor
 
 
 def _read_codec(config: AudioVAEConfig, tensors: Mapping[str, Stored]) -> tuple[AudioVAEConfig, dict]:
-    return config, _nest(_assemble(tensors, vae_table(config)))
+    return config, checkpoint.nest(_assemble(tensors, vae_table(config)))
 
 
 def _root(path: pathlib.Path) -> pathlib.Path:

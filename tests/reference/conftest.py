@@ -187,3 +187,14 @@ def judge():
     from voxcpm.model.utils import mask_multichar_chinese_tokens
 
     return lambda directory: mask_multichar_chinese_tokens(LlamaTokenizerFast.from_pretrained(directory))
+
+
+@pytest.fixture(autouse=True)
+def _worst_error(request):
+    """Hands the worst relative error of each test to the summary."""
+    from tests.reference import compare
+
+    compare.errors.clear()
+    yield
+    if compare.errors:
+        request.node.user_properties.append(("relative error", max(compare.errors)))

@@ -9,6 +9,7 @@ import torch
 from voxcpm.modules.audiovae import AudioVAEV2
 from voxcpm.modules.audiovae.audio_vae_v2 import AudioVAEConfig as ReferenceConfig
 
+from tests.reference.compare import close
 from voxcpm2_jax import torch_io
 from voxcpm2_jax.config import AudioVAEConfig
 from voxcpm2_jax.vae import autoencoder
@@ -73,13 +74,6 @@ def codec(request):
     return Codec(config, params, model)
 
 
-def _assert_close(ours, theirs):
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    assert ours.shape == theirs.shape
-    error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-    assert error <= 1e-5, error
-
-
 def _latents(codec, frames, batch=2):
     return np.random.default_rng(frames).normal(size=(batch, frames, codec.config.latent_dim)).astype(np.float32)
 
@@ -97,20 +91,20 @@ def test_encode(codec, remainder):
     audio_BA = 0.3 * np.random.default_rng(0).normal(size=(2, samples)).astype(np.float32)
     with torch.no_grad():
         theirs = codec.torch_model.encode(torch.from_numpy(audio_BA), codec.config.sample_rate)
-    _assert_close(encode(codec.params, codec.config, audio_BA), theirs.transpose(1, 2).numpy())
+    close(encode(codec.params, codec.config, audio_BA), theirs.transpose(1, 2).numpy())
 
 
 def test_posterior_log_variance(codec):
     audio_BA = 0.3 * np.random.default_rng(1).normal(size=(1, 4 * codec.config.encoder_hop)).astype(np.float32)
     with torch.no_grad():
         theirs = codec.torch_model.encoder(torch.from_numpy(audio_BA)[:, None])["logvar"]
-    _assert_close(posterior(codec.params, codec.config, audio_BA)[1], theirs.transpose(1, 2).numpy())
+    close(posterior(codec.params, codec.config, audio_BA)[1], theirs.transpose(1, 2).numpy())
 
 
 def test_decode_without_a_rate(codec):
     latents_BTC = _latents(codec, 7)
     theirs = _their_decode(codec, latents_BTC)
-    _assert_close(decode(codec.params, codec.config, latents_BTC, codec.config.out_sample_rate), theirs)
+    close(decode(codec.params, codec.config, latents_BTC, codec.config.out_sample_rate), theirs)
 
 
 def test_trap_11_transposed_convolutions_trim_right_and_gains_are_per_input_channel(codec):
@@ -120,19 +114,19 @@ def test_trap_11_transposed_convolutions_trim_right_and_gains_are_per_input_chan
     latents_BTC = _latents(codec, 3)
     ours = decode(codec.params, codec.config, latents_BTC)
     assert ours.shape == (2, 3 * codec.config.decoder_hop)
-    _assert_close(ours, _their_decode(codec, latents_BTC))
+    close(ours, _their_decode(codec, latents_BTC))
 
 
 def test_trap_12_a_rate_equal_to_a_boundary_is_in_the_lower_bucket(codec):
     latents_BTC = _latents(codec, 4)
     for hz in RATES:
-        _assert_close(decode(codec.params, codec.config, latents_BTC, hz), _their_decode(codec, latents_BTC, hz))
+        close(decode(codec.params, codec.config, latents_BTC, hz), _their_decode(codec, latents_BTC, hz))
 
 
 def test_decode_with_a_rate_per_row(codec):
     latents_BTC = _latents(codec, 4)
     rates = np.array([20000, 48000], np.int32)
-    _assert_close(decode(codec.params, codec.config, latents_BTC, rates), _their_decode(codec, latents_BTC, rates))
+    close(decode(codec.params, codec.config, latents_BTC, rates), _their_decode(codec, latents_BTC, rates))
 
 
 def test_streaming(codec):
@@ -148,5 +142,5 @@ def test_streaming(codec):
                 theirs.append(decoder.decode_chunk(chunk)[:, 0].numpy())
             audio_BA, state = decode_step(codec.params, codec.config, latents_BTC[:, start:end], state)
             ours.append(audio_BA)
-            _assert_close(ours[-1], theirs[-1])
-    _assert_close(np.concatenate(ours, axis=1), offline)
+            close(ours[-1], theirs[-1])
+    close(np.concatenate(ours, axis=1), offline)

@@ -7,8 +7,7 @@ import pytest
 import soundfile
 import torch
 
-from tests.reference.draws import sampler_noise
-from tests.reference.test_models import close
+from tests.reference.compare import close, sampler_noise
 from voxcpm2_jax import VoxCPM
 from voxcpm2_jax.data.tokenizer import load_tokenizer
 

@@ -6,20 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.reference.compare import close
 from voxcpm2_jax.models import flow
 from voxcpm2_jax.models.local import time_embedding
 from voxcpm2_jax.models.transformer import causal_mask
 from voxcpm2_jax.models.voxcpm2 import VoxCPM2
-
-
-def close(ours, theirs, bound=1e-5):
-    """Relative error in norm, and the same shape."""
-    theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else np.asarray(theirs)
-    ours = np.asarray(ours)
-    assert ours.shape == theirs.shape
-    error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-    assert error <= bound, f"relative error {error:.2e}"
-    return error
 
 
 def call(pair, function, *args, jitted=True):

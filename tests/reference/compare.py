@@ -1,4 +1,4 @@
-"""The reference's random draws replaced by given ones: in its training loss, and in its sampler."""
+"""Judging against the reference: how near is near, and its random draws replaced by given ones."""
 
 import contextlib
 from unittest import mock
@@ -8,6 +8,19 @@ import torch
 from voxcpm.modules.locdit import unified_cfm
 
 from voxcpm2_jax import sequence
+
+BOUND = 1e-5
+errors: list[float] = []  # of the test that runs; conftest.py collects the worst of each file
+
+
+def close(ours, theirs) -> float:
+    """Asserts the same shape and a relative error in norm of at most BOUND."""
+    theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else np.asarray(theirs)
+    ours = np.asarray(ours, np.float64)
+    assert ours.shape == theirs.shape
+    errors.append(float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)))
+    assert errors[-1] <= BOUND, f"relative error {errors[-1]:.2e}"
+    return errors[-1]
 
 
 @contextlib.contextmanager
