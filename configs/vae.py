@@ -13,9 +13,10 @@
 `prepare --config=configs/data.py:demo` leaves; :tiny needs none.
 
 "demo": the share that Whisper-base hears in reconstructions of 30 held-out digit strings (88 digits, synthetic speech), and,
-on 15 of them, with noise of 0.3 standard deviations on the latents; mel distance 0.173; latents 0.2 .. 1.5 in standard deviation by
-channel. The time is that of 825 CPU-seconds on two cores, measured on a busy machine, before losses._FLOOR came in. It has
-dense windows where the release has depthwise ones: with so few channels they cost a CPU no more.
+on 15 of them, with noise of 0.3 standard deviations on the latents; mel distance 0.173; latents 0.2 .. 1.5 in
+standard deviation by channel. The time is that of 825 CPU-seconds on two cores, measured on a busy machine, before
+losses._FLOOR came in. It has dense windows where the release has depthwise ones: with so few channels they cost a CPU no
+more.
 
 Optimiser, crop length and KL weight of "small" and "release" follow the recipe of the first AudioVAE (mel 15, KL 5e-5, 2 s
 crops, betas 0.8 / 0.99, 1K warm-up, generator's clip 1000); that of V2 is unpublished. There is no discriminator yet.
