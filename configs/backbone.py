@@ -4,8 +4,8 @@
 
     variant     shape          hardware              wall time          result
     tiny        0.1 M          any                   seconds            loss falls; needs no --data
-    demo        see below      2 CPU cores           see README         spoken digits (launch/quickstart.sh)
-    demo_long   the same       2 CPU cores           see README         the same, trained longer
+    demo        4 M            2 CPU cores           unmeasured         spoken digits (launch/quickstart.sh)
+    demo_long   the same       2 CPU cores           unmeasured         the same, to be trained longer
     small       100 M          one GPU or TPU        unmeasured         unmeasured
     2b          2.29 B         a pod or cluster      unmeasured         unmeasured; the released shape
 
