@@ -44,15 +44,16 @@ def get_config(variant: str = "tiny") -> ConfigDict:
             log=LogConfig(every_steps=5),
         )
     elif variant in ("demo", "demo_long"):
+        is_long = variant == "demo_long"
         run = BackboneRun(
             model=MODELS["demo"],
-            num_steps=3000,
+            num_steps=8000 if is_long else 4500,
             remat="none",
-            batch=BatchConfig(rows=4, slots=160, patches=112),
-            optim=OptimConfig(learning_rate=1.5e-3, warmup_steps=100, end_ratio=0.02, ema_decay=0.995),
+            stop_weight=0.2,
+            batch=BatchConfig(rows=4 if is_long else 2, slots=128, patches=72),
+            optim=OptimConfig(learning_rate=1e-3, warmup_steps=50, end_ratio=0.02, weight_decay=0.1, ema_decay=0.99),
             checkpoint=CheckpointConfig(every_steps=500, keep=2),
-            log=LogConfig(every_steps=20),
-            samples=SampleConfig(every_steps=1000, texts=("one two three",)),
+            samples=SampleConfig(every_steps=1500, texts=("one two three",)),
         )
     elif variant == "small":
         run = BackboneRun(

@@ -29,7 +29,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
     elif variant == "demo":
         config = DataConfig()
     elif variant == "demo_long":
-        config = DataConfig(demo=DemoConfig(num_digit_clips=4000, num_foreign_clips=400, max_digits=12))
+        config = DataConfig(demo=DemoConfig(num_digit_clips=12_000, num_foreign_clips=400))
     elif variant == "manifest":
         config = DataConfig()
         return _plain(config, source="manifest")

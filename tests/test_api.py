@@ -258,6 +258,9 @@ def test_speech_past_max_length(short_of_room):
         for chunk in endless.generate_streaming(**request):
             assert len(chunk) == PATCH_SAMPLES
     assert len(brief.generate(**request)) == 4 * PATCH_SAMPLES  # it ends in time
+    cut, limited = endless.speak([request, request | {"max_len": 5}])
+    assert (cut.stopped_by, limited.stopped_by) == (generation.NO_ROOM, generation.MAX_LEN)
+    assert len(endless.generate_batch([request])[0]) == len(cut.audio_A) > len(limited.audio_A) == 5 * PATCH_SAMPLES
     room = 20 - len(endless.tokenizer.encode("one")) - 1
     assert len(endless.generate(**request, max_len=room)) == room * PATCH_SAMPLES  # asked for no more than there is
 

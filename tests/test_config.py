@@ -291,7 +291,7 @@ TINY = MODELS["tiny"]
         (BackboneRun, {"model": TINY, "remat": "some"}, "remat"),
         (BackboneRun, {"model": TINY, "batch": BatchConfig(slots=513, patches=1)}, "batch.slots 513"),
         (DemoConfig, {"num_digit_clips": 0}, "num_digit_clips"),
-        (DemoConfig, {"num_foreign_clips": 400}, "num_foreign_clips"),
+        (DemoConfig, {"num_foreign_clips": 4000}, "num_foreign_clips"),
         (DemoConfig, {"max_digits": 1}, "max_digits"),
         (DemoConfig, {"num_heldout": 1000}, "num_heldout"),
         (DataConfig, {"source": "web"}, "source"),

@@ -90,7 +90,7 @@ def test_held_out_strings_are_never_in_training():
 
 
 def test_demo_config_refuses():
-    for change in ({"num_foreign_clips": 300}, {"max_digits": 1}, {"num_heldout": 151}, {"num_digit_clips": 0}):
+    for change in ({"num_foreign_clips": 3000}, {"max_digits": 1}, {"num_heldout": 151}, {"num_digit_clips": 0}):
         with pytest.raises(UserError, match="demo: "):
             DemoConfig(**change)
 

@@ -13,7 +13,7 @@ import soundfile
 
 import voxcpm2_jax
 from voxcpm2_jax import main as cli
-from voxcpm2_jax.config import UserError
+from voxcpm2_jax.config import MODELS, UserError
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -285,9 +285,12 @@ def voice(monkeypatch, tmp_path):
             cls.loaded.append(path)
             return cls()
 
+        config = MODELS["tiny"]
+
         def speak(self, requests):
             self.asked.append(requests)
-            return [api.Speech(np.full(480 * (1 + i), 0.5, np.float32), None, 7, "stop head", 1) for i in range(len(requests))]
+            reasons = ["max_length" if "endless" in request["text"] else "stop head" for request in requests]
+            return [api.Speech(np.full(480 * (1 + i), 0.5, np.float32), None, 7, why, 1) for i, why in enumerate(reasons)]
 
         def generate_streaming(self, **request):
             self.asked.append([request])
@@ -321,6 +324,15 @@ def test_generate_lines(tmp_path, voice, capsys, monkeypatch):
     assert sorted(os.listdir(tmp_path / "out")) == ["0001.wav", "0003.wav", "0005.wav"]
     assert [[request["text"] for request in batch] for batch in voice.asked] == [["one", "three"], ["五"]]
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_line_without_end_does_not_cost_the_others_their_speech(tmp_path, voice, capsys):
+    (tmp_path / "lines.txt").write_text("one\nendless\nthree\n", encoding="utf-8")
+    assert run("generate", "--checkpoint=C", f"--input={tmp_path}/lines.txt", f"--output-dir={tmp_path}/out") == 2
+    assert sorted(os.listdir(tmp_path / "out")) == ["0001.wav", "0003.wav"]
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err.count("\n") == 1 and "0002.wav is not written: the speech did not end within the model's 512 slots" in err
 
 
 def test_generate_streams_into_a_file_that_is_whole_at_its_end(tmp_path, voice, capsys):

@@ -37,7 +37,8 @@ class Speech:
 
     Attributes:
         audio_A: float32 at `VoxCPM.sample_rate`.   patches_MPC: its latents.   seed: of the try that is heard.
-        stopped_by: "stop head" or "max_len".   num_tries: 1 without a bad case.
+        stopped_by: "stop head"; "max_len", the limit of the request; or "max_length", no slot was left in the model and
+            the speech is cut off.   num_tries: 1 without a bad case.
     """
 
     audio_A: np.ndarray
@@ -119,10 +120,16 @@ class VoxCPM:
             UserError: bad text, audio or setting; speech past the model's `max_length`.
         """
         request = {k: v for k, v in locals().items() if k != "self"}
-        return self.speak([request])[0].audio_A
+        (speech,) = self.speak([request])
+        if speech.stopped_by == generation.NO_ROOM:
+            raise generation.no_room(self.config)
+        return speech.audio_A
 
     def generate_batch(self, requests: Sequence[Mapping]) -> list[np.ndarray]:
-        """Speaks several requests at once, each a mapping of `generate`'s arguments; none depends on its neighbours."""
+        """Speaks several requests at once, each a mapping of `generate`'s arguments; none depends on its neighbours.
+
+        One that runs past the model's `max_length` is cut off there; `speak` says which.
+        """
         return [speech.audio_A for speech in self.speak(requests)]
 
     def speak(self, requests: Sequence[Mapping]) -> list[Speech]:
@@ -177,7 +184,9 @@ class VoxCPM:
         retry_badcase_ratio_threshold=6.0, seed=None, noise=None,
     ) -> _Job:  # fmt: skip
         check_settings(text=text, prompt_wav_path=prompt_wav_path, prompt_text=prompt_text, cfg_value=cfg_value,
-                       inference_timesteps=inference_timesteps, min_len=min_len, max_len=max_len)  # fmt: skip
+                       inference_timesteps=inference_timesteps, min_len=min_len, max_len=max_len,
+                       retry_badcase_max_times=retry_badcase_max_times,
+                       retry_badcase_ratio_threshold=retry_badcase_ratio_threshold)  # fmt: skip
         for name, is_on in (("normalize", normalize), ("denoise", denoise)):
             if is_on:
                 raise UserError(f"{name}=True is not available in this package; prepare the input yourself")
@@ -253,8 +262,9 @@ class VoxCPM:
 
 
 def check_settings(
-    *, text, prompt_wav_path=None, prompt_text=None, cfg_value=2.0, inference_timesteps=10, min_len=2, max_len=4096
-):
+    *, text, prompt_wav_path=None, prompt_text=None, cfg_value=2.0, inference_timesteps=10, min_len=2, max_len=4096,
+    retry_badcase_max_times=3, retry_badcase_ratio_threshold=6.0,
+):  # fmt: skip
     """Refuses what no model could do with these settings, before anything is loaded.
 
     Raises:
@@ -271,3 +281,6 @@ def check_settings(
         raise UserError(f"inference_timesteps must lie between 1 and {MAX_STEPS}, got {inference_timesteps}")
     if min_len < 0 or max_len < 1 or min_len > max_len:
         raise UserError(f"min_len and max_len must satisfy 0 <= min_len <= max_len, max_len >= 1; got {min_len} and {max_len}")
+    for name, value in (("max_times", retry_badcase_max_times), ("ratio_threshold", retry_badcase_ratio_threshold)):
+        if not value > 0:
+            raise UserError(f"retry_badcase_{name} must be over 0, got {value}")

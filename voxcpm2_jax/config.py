@@ -283,9 +283,13 @@ class ModelConfig:
         return self.lm_config.scale_emb if self.lm_config.use_mup else 1.0
 
 
-def _shape(*, lm, locenc, locdit, head_dim, ralm_layers, fsq_dim, feat_dim, vocab_size, dtype, max_length, rope=RopeScaling()):
+def _shape(
+    *, lm, locenc, locdit, head_dim, ralm_layers, fsq_dim, feat_dim, vocab_size, dtype, max_length, rope=RopeScaling(),
+    rope_theta=10000.0, t_scheduler="log-norm",
+):  # fmt: skip
     """lm: (layers, D, F, heads, kv heads); locenc, locdit: (layers, D, F, heads)."""
     layers, width, mlp, heads, kv_heads = lm
+    flow = FlowConfig(inference_cfg_rate=2.0, t_scheduler=t_scheduler)
 
     def local(cls, layers, width, mlp, heads, **kwargs):
         return cls(num_layers=layers, hidden_dim=width, ffn_dim=mlp, num_heads=heads, kv_channels=head_dim, **kwargs)
@@ -294,13 +298,14 @@ def _shape(*, lm, locenc, locdit, head_dim, ralm_layers, fsq_dim, feat_dim, voca
         lm_config=LMConfig(
             num_hidden_layers=layers, hidden_size=width, intermediate_size=mlp, num_attention_heads=heads,
             num_key_value_heads=kv_heads, kv_channels=head_dim, vocab_size=vocab_size, use_mup=False, rope_scaling=rope,
+            rope_theta=rope_theta,
         ),
         feat_dim=feat_dim,
         residual_lm_num_layers=ralm_layers,
         residual_lm_no_rope=True,
         scalar_quantization_latent_dim=fsq_dim,
         encoder_config=local(LocalConfig, *locenc),
-        dit_config=local(DiTConfig, *locdit, cfm_config=FlowConfig(inference_cfg_rate=2.0)),
+        dit_config=local(DiTConfig, *locdit, cfm_config=flow),
         max_length=max_length,
         dtype=dtype,
     )  # fmt: skip
@@ -328,8 +333,8 @@ MODELS = {
         feat_dim=16, vocab_size=384, dtype="float32", max_length=512,
     ),
     "demo": _shape(
-        lm=(4, 192, 512, 4, 2), locenc=(1, 128, 384, 4), locdit=(4, 160, 448, 4), head_dim=40, ralm_layers=2, fsq_dim=64,
-        feat_dim=16, vocab_size=512, dtype="float32", max_length=1024,
+        lm=(4, 128, 384, 4, 2), locenc=(1, 128, 384, 4), locdit=(3, 128, 384, 4), head_dim=32, ralm_layers=2, fsq_dim=64,
+        feat_dim=16, vocab_size=512, dtype="float32", max_length=1024, rope_theta=100.0, t_scheduler="uniform",
     ),
     "small": _shape(
         lm=(8, 640, 1920, 10, 2), locenc=(4, 448, 1344, 8), locdit=(6, 448, 1344, 8), head_dim=64, ralm_layers=3,
@@ -615,8 +620,8 @@ class DemoConfig:
     """The corpus that is spoken on the spot: digit strings in English, some words of five other languages."""
 
     seed: int = 0
-    num_digit_clips: int = 1200  # English training clips
-    num_foreign_clips: int = 150  # at most 15 % of the training clips
+    num_digit_clips: int = 8000  # English training clips
+    num_foreign_clips: int = 300  # at most 15 % of the training clips
     max_digits: int = 4  # of a string
     num_heldout: int = 50  # strings of 2 digits and more that are never in training
 

@@ -20,7 +20,8 @@ from voxcpm2_jax import sequence
 from voxcpm2_jax.config import ModelConfig, UserError
 from voxcpm2_jax.models import voxcpm2
 
-STOP, MAX_LEN = "stop head", "max_len"
+# Why a row ended: the model said so, the caller's limit, or no slot was left in the model.
+STOP, MAX_LEN, NO_ROOM = "stop head", "max_len", "max_length"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Drawn(NamedTuple):
     """One row's speech."""
 
     patches_MPC: np.ndarray  # float32
-    stopped_by: str  # STOP or MAX_LEN
+    stopped_by: str  # STOP, MAX_LEN or NO_ROOM
 
 
 class State(NamedTuple):
@@ -151,12 +152,19 @@ def _start(params, config: ModelConfig, rows: Sequence[Row]):
     return prefill(params, config, batch, cache_slots=cache_slots), request, limits
 
 
-def _check_room(config: ModelConfig, row: Row, num_patches: int, is_stopped: bool):
-    if not is_stopped and row.prefix.num_slots + num_patches >= config.max_length and num_patches < row.max_len:
-        raise UserError(
-            f"the speech did not end within the model's {config.max_length} slots (max_length), of which text and prompt audio "
-            f"take {row.prefix.num_slots}; shorten the text or set a smaller maximum length"
-        )
+def _stopped_by(config: ModelConfig, row: Row, num_patches: int, is_stopped: bool) -> str:
+    if is_stopped:
+        return STOP
+    is_full = row.prefix.num_slots + num_patches >= config.max_length and num_patches < row.max_len
+    return NO_ROOM if is_full else MAX_LEN
+
+
+def no_room(config: ModelConfig) -> UserError:
+    """The error of a row that was stopped by NO_ROOM."""
+    return UserError(
+        f"the speech did not end within the model's {config.max_length} slots (max_length), text and prompt audio included; "
+        "shorten the text or set a smaller maximum length"
+    )
 
 
 def generate(params, config: ModelConfig, rows: Sequence[Row], *, num_steps: int) -> list[Drawn]:
@@ -165,25 +173,29 @@ def generate(params, config: ModelConfig, rows: Sequence[Row], *, num_steps: int
     Args:
         params: of the unrolled form (`voxcpm2.unrolled_params`).   num_steps: Euler steps a patch.
     Raises:
-        UserError: a prefix that fills the model, or speech that runs past `max_length`.
+        UserError: a prefix that fills the model.
     """
     state, request, limits = _start(params, config, rows)
     patches_BMPC, num_patches_B, stopped_B = jax.device_get(
         decode(params, config, state, request, num_steps=num_steps, buffer_patches=bucket(max(limits)))
     )
-    for row, n, is_stopped in zip(rows, num_patches_B, stopped_B):
-        _check_room(config, row, int(n), bool(is_stopped))
     return [
-        Drawn(patches_MPC[:n], STOP if is_stopped else MAX_LEN)
-        for patches_MPC, n, is_stopped in zip(patches_BMPC, num_patches_B, stopped_B)
+        Drawn(patches_MPC[:n], _stopped_by(config, row, int(n), bool(is_stopped)))
+        for row, patches_MPC, n, is_stopped in zip(rows, patches_BMPC, num_patches_B, stopped_B)
     ]
 
 
 def stream(params, config: ModelConfig, row: Row, *, num_steps: int) -> Iterator[np.ndarray]:
-    """Yields the patches [P, C] of one row as they are drawn; the same patches as `generate`."""
+    """Yields the patches [P, C] of one row as they are drawn; the same patches as `generate`.
+
+    Raises:
+        UserError: a prefix that fills the model, or, when all that fits has been given, speech that did not end in it.
+    """
     state, request, _ = _start(params, config, [row])
+    is_stopped = False
     while not state.is_done_B[0]:
         state, patch_BPC, stop_B = decode_step(params, config, state, request, num_steps=num_steps)
-        n = int(state.num_patches_B[0])
-        _check_room(config, row, n, bool(stop_B[0]) and n - 1 > row.min_len)
+        is_stopped = bool(stop_B[0]) and int(state.num_patches_B[0]) - 1 > row.min_len
         yield np.asarray(patch_BPC[0])
+    if _stopped_by(config, row, int(state.num_patches_B[0]), is_stopped) == NO_ROOM:
+        raise no_room(config)

@@ -270,6 +270,7 @@ def _run_training(train) -> int:
 
 def _generate(args, overrides) -> int:
     from voxcpm2_jax import api, checkpoint
+    from voxcpm2_jax import generate as generation
     from voxcpm2_jax.data import audio
 
     settings = {
@@ -295,15 +296,20 @@ def _generate(args, overrides) -> int:
         _stream(model, path, text, settings)
         return DONE
     items = list(texts.items())
+    status = DONE
     for start in range(0, len(items), _LINES_AT_ONCE):
         chunk = items[start : start + _LINES_AT_ONCE]
         for (path, text), speech in zip(chunk, model.speak([settings | {"text": text} for _, text in chunk])):
+            if speech.stopped_by == generation.NO_ROOM:
+                print(f"error: {path} is not written: {generation.no_room(model.config)}", file=sys.stderr)
+                status = MISTAKE
+                continue
             audio.save(path, speech.audio_A, model.sample_rate)
             _print({
                 "output": str(path), "text": text, "sec": len(speech.audio_A) / model.sample_rate, "seed": speech.seed,
                 "stopped_by": speech.stopped_by, "num_tries": speech.num_tries,
             })  # fmt: skip
-    return DONE
+    return status
 
 
 def _texts(args) -> dict[pathlib.Path, str]:

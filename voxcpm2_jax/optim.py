@@ -1,4 +1,4 @@
-"""Optimiser: learning-rate schedules, AdamW that decays matrices only, global-norm clip, averaged weights.
+"""What an update does: learning-rate schedules, AdamW that decays matrices only, global-norm clip, averaged weights.
 
     lr
     |     ____________            "constant"  ends flat
@@ -11,6 +11,9 @@ the schedule on lr stays at `end_ratio * learning_rate`.
 
 Sources: AdamW, arXiv 1711.05101; WSD, MiniCPM, arXiv 2404.06395.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +83,34 @@ def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
 def ema_update(ema, params, decay: float):
     """Exponential moving average of the weights after one update: decay * ema + (1 - decay) * params, in ema's dtype."""
     return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p.astype(e.dtype) - e), ema, params)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything an update changes. `step` counts finished updates; `ema` is None without averaged weights."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+
+    @property
+    def best_params(self):
+        """The weights to listen to: the average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def init_state(config: OptimConfig, num_steps: int, params) -> TrainState:
+    """The state before the first of `num_steps` updates."""
+    ema = None if config.ema_decay is None else jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, make(config, num_steps).init(params), ema)
+
+
+def update(config: OptimConfig, num_steps: int, state: TrainState, grads) -> tuple[TrainState, dict]:
+    """One update -> (state, gradient norm and learning rate)."""
+    updates, opt_state = make(config, num_steps).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = None if state.ema is None else ema_update(state.ema, params, config.ema_decay)
+    figures = {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(config, num_steps)(state.step)}
+    return TrainState(state.step + 1, params, opt_state, ema), figures

@@ -183,9 +183,11 @@ def demo_texts(config: DemoConfig) -> tuple[list[str], list[str], list[tuple[str
     while len(heldout) < config.num_heldout:
         heldout[_digits(draw, lengths[len(heldout) % len(lengths)])] = None
     draw = random.Random(f"{config.seed} train")
+    every_length = range(1, config.max_digits + 1)
     train = list(DIGITS[: config.num_digit_clips])
     while len(train) < config.num_digit_clips:
-        (length,) = draw.choices(range(1, config.max_digits + 1), weights=[1] + [4] * len(lengths))
+        # Strings of n digits n**2 times: there are 10**n of them, and few that come often are learned by heart.
+        (length,) = draw.choices(every_length, weights=[n**2 for n in every_length])
         text = _digits(draw, length)
         if text not in heldout:
             train.append(text)

@@ -6,16 +6,13 @@ Update i reads `batch(seed, i)` and draws its noise from `fold_in(key(seed), i)`
 not depend on the mesh.
 """
 
-import dataclasses
 import pathlib
 import shutil
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from voxcpm2_jax import metrics, optim, sharding
 from voxcpm2_jax.config import BackboneRun, UserError, to_dict
@@ -25,24 +22,11 @@ from voxcpm2_jax.sequence import Batch
 from voxcpm2_jax.train import loop
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything an update changes. `step` counts finished updates; `ema` is None without averaged weights."""
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    ema: Any
-
-
-def init_state(config: BackboneRun, params=None) -> TrainState:
+def init_state(config: BackboneRun, params=None) -> optim.TrainState:
     """A fresh state, from `params` if given, else from scratch by the run's seed."""
     if params is None:
         params = voxcpm2.init(jax.random.key(config.seed), config.model)
-    opt_state = optim.make(config.optim, config.num_steps).init(params)
-    ema = None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
+    return optim.init_state(config.optim, config.num_steps, params)
 
 
 def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2.Draws:
@@ -84,22 +68,18 @@ def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws):
     return loss, {"loss_diff": sums["diff"], "loss_stop": sums["stop"]}
 
 
-def train_step(state: TrainState, batch: Batch, *, config: BackboneRun) -> tuple[TrainState, dict]:
+def train_step(state: optim.TrainState, batch: Batch, *, config: BackboneRun) -> tuple[optim.TrainState, dict]:
     """One update -> (state, metrics)."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     progress = state.step.astype(jnp.float32) / config.num_steps
     draws = draw(key, config, batch.patches_BMPC, progress)
     (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, draws)
-    updates, opt_state = optim.make(config.optim, config.num_steps).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = None if state.ema is None else optim.ema_update(state.ema, params, config.optim.ema_decay)
+    state, figures_of_update = optim.update(config.optim, config.num_steps, state, grads)
     is_patch_BM = batch.slot_BM >= 0
     slots = jnp.sum((batch.segment_BT > 0).astype(jnp.float32))
     patches = jnp.sum(is_patch_BM.astype(jnp.float32))
     figures |= {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
-        "learning_rate": optim.schedule(config.optim, config.num_steps)(state.step),
         "audio_sec": patches * config.patch_sec,
         "slots": slots,
         "patches": patches,
@@ -109,7 +89,7 @@ def train_step(state: TrainState, batch: Batch, *, config: BackboneRun) -> tuple
         "slots_used": slots / batch.segment_BT.size,
         "patches_used": patches / is_patch_BM.size,
     }
-    return TrainState(state.step + 1, params, opt_state, ema), figures
+    return state, figures | figures_of_update
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -210,8 +190,8 @@ def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
     vae_config, vae_params = torch_io.load_codec(workdir)
     tokenizer = load_tokenizer(workdir / "tokenizer")
 
-    def run(state: TrainState):
-        params = state.params if state.ema is None else state.ema
+    def run(state: optim.TrainState):
+        params = state.best_params
         model = VoxCPM(config.model, params, vae_config, vae_params, tokenizer)
         for i, speech in enumerate(model.speak([{"text": text, "seed": 0} for text in config.samples.texts])):
             yield f"sample_{i}", metrics.Audio(speech.audio_A, model.sample_rate)

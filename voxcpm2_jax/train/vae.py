@@ -8,17 +8,14 @@ trained with its own rate as the listener's; other buckets of a rate-conditioned
 Clips are held in memory. There is no discriminator yet: spectral distances alone give intelligible, metallic speech.
 """
 
-import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from voxcpm2_jax import metrics, optim, sharding
@@ -28,23 +25,10 @@ from voxcpm2_jax.train import loop
 from voxcpm2_jax.vae import autoencoder, losses
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything an update changes. `step` counts finished updates; `ema` is None without averaged weights."""
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-    ema: Any
-
-
-def init_state(config: VAERun, key=None) -> TrainState:
+def init_state(config: VAERun, key=None) -> optim.TrainState:
     """A fresh state; the key is the run's seed unless given."""
     params = autoencoder.init(jax.random.key(config.seed) if key is None else key, config.vae)
-    opt_state = optim.make(config.optim, config.num_steps).init(params)
-    ema = None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
+    return optim.init_state(config.optim, config.num_steps, params)
 
 
 def objective(params, config: VAERun, batch: dict, key):
@@ -67,7 +51,7 @@ def objective(params, config: VAERun, batch: dict, key):
     return weights.mel * mel + weights.spectrum * spectrum + weights.kl * kl, figures
 
 
-def train_step(state: TrainState, batch: dict, *, config: VAERun) -> tuple[TrainState, dict]:
+def train_step(state: optim.TrainState, batch: dict, *, config: VAERun) -> tuple[optim.TrainState, dict]:
     """One update -> (state, metrics).
 
     Args:
@@ -75,17 +59,13 @@ def train_step(state: TrainState, batch: dict, *, config: VAERun) -> tuple[Train
     """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, key)
-    updates, opt_state = optim.make(config.optim, config.num_steps).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = None if state.ema is None else optim.ema_update(state.ema, params, config.optim.ema_decay)
+    state, figures_of_update = optim.update(config.optim, config.num_steps, state, grads)
     seconds = batch["target_BA"].size / config.vae.out_sample_rate
     figures |= {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
-        "learning_rate": optim.schedule(config.optim, config.num_steps)(state.step),
         "audio_sec": jnp.float32(seconds),
     }
-    return TrainState(state.step + 1, params, opt_state, ema), figures
+    return state, figures | figures_of_update
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -203,8 +183,8 @@ def _listener(config: VAERun, samples: Sequence[np.ndarray]) -> loop.Evaluator:
     audio_BA = np.stack([np.pad(wave_A, (0, longest - len(wave_A))) for wave_A in samples])
     reconstruct = jax.jit(lambda params: autoencoder.decode(params, vae, autoencoder.encode(params, vae, audio_BA)))
 
-    def run(state: TrainState):
-        reconstructed_BA = np.asarray(reconstruct(state.params if state.ema is None else state.ema))
+    def run(state: optim.TrainState):
+        reconstructed_BA = np.asarray(reconstruct(state.best_params))
         for i, wave_A in enumerate(samples):
             samples_A = reconstructed_BA[i, : len(wave_A) * vae.out_sample_rate // vae.sample_rate]
             yield f"sample_{i}", metrics.Audio(samples_A, vae.out_sample_rate)
