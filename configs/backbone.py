@@ -47,7 +47,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
         is_long = variant == "demo_long"
         run = BackboneRun(
             model=MODELS["demo"],
-            num_steps=8000 if is_long else 4500,
+            num_steps=6000 if is_long else 4500,
             remat="none",
             stop_weight=0.2,
             batch=BatchConfig(rows=4 if is_long else 2, slots=128, patches=72),

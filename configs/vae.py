@@ -67,7 +67,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
                 encoder_dim=8, encoder_rates=(4, 4, 5, 8), latent_dim=16, decoder_dim=128, decoder_rates=(8, 6, 5, 4),
                 depthwise=False, out_sample_rate=24000, sr_bin_boundaries=None,
             ),
-            num_steps=1500 if variant == "demo" else 3600,
+            num_steps=1500 if variant == "demo" else 3000,
             rows=4,
             crop_frames=20,
             loss=VAELossConfig(spectrum=0.25, kl=0.1),
