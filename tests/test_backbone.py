@@ -11,6 +11,7 @@ import pytest
 
 from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig, CheckpointConfig, LogConfig, OptimConfig, UserError
 from voxcpm2_jax.data import packing, pipeline
+from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.train import backbone
 
 RUN = BackboneRun(
@@ -88,8 +89,8 @@ def test_update_does_not_depend_on_the_mesh(straight):
     """One update on eight devices (the run above) and on one."""
     source = packing.synthetic_corpus(0, vocab_size=384, patch_shape=(4, 16), patch_sec=RUN.patch_sec, max_patches=32)
     b = RUN.batch
-    plan = packing.PackPlan(0, packing.sizes(source.lengths), num_rows=b.rows, num_slots=b.slots, num_patches=b.patches)
-    batch = pipeline.host_rows(source, plan, 0)
+    mix = Mix(0, source.index, source.patch_sec, b)
+    batch = pipeline.host_rows(source, mix, 0)
     state = jax.jit(partial(backbone.init_state, RUN))()
     _, figures = jax.jit(partial(backbone.train_step, config=RUN))(state, batch)
     assert float(figures["loss"]) == pytest.approx(rows_of(straight[0])[0]["loss"], rel=1e-5)
@@ -104,7 +105,8 @@ def test_rows_that_suit_no_mesh_are_refused(tmp_path):
 def test_shards_of_another_shape_are_refused(tmp_path, monkeypatch):
     header = pipeline.Header(
         num_clips=1, hours=0.1, patch_size=2, latent_dim=8, patch_sec=0.08, encoder_hz=16000, decoder_hz=16000,
-        codec_sha256="", tokenizer_sha256="", vocab_size=400, latent_dtype="float16", latent_mean=(0.0,), latent_std=(1.0,),
+        codec_sha256="", tokenizer_sha256="", vocab_size=400, groups=(), latent_dtype="float16",
+        latent_mean=(0.0,), latent_std=(1.0,),
         latent_min=(0.0,), latent_max=(1.0,), shards=(), trim_db=0.0, trim_keep_ms=0.0, sources=(), sources_sha256="",
     )  # fmt: skip
     monkeypatch.setattr(pipeline, "Shards", lambda _: type("Shards", (), {"header": header}))

@@ -356,7 +356,7 @@ TINY = "--config=configs/backbone.py:tiny"
         ("--config.model.dtype=float16", "dtype must be float32 or bfloat16, got 'float16'"),
         ("--config.batch.slots=1024", "batch.slots 1024 exceed model.max_length 512"),
         ("--config.batch.target_patches=100", "target_patches at most patches"),
-        ("--config.stages=((5,64),)", "expected one from step 0"),
+        ("--config.stages=({'first_step': 5},)", "expected one from step 0 on; the first begins at step 5"),
     ],
 )
 def test_runs_that_cannot_start(refusal, override, message):

@@ -26,6 +26,7 @@ from voxcpm2_jax.config import (
     ModelConfig,
     OptimConfig,
     RopeScaling,
+    StageConfig,
     UserError,
     VAELossConfig,
     VAERun,
@@ -395,7 +396,12 @@ def test_every_default_is_valid_and_comes_back(cls):
 
 
 def test_backbone_run_comes_back():
-    run = BackboneRun(model=TINY, batch=BatchConfig(slots=64, patches=32), stages=((0, 16), (10, 64)), mesh=(2, -1, 1))
+    run = BackboneRun(
+        model=TINY,
+        batch=BatchConfig(slots=64, patches=32),
+        stages=(StageConfig(max_sec=2.0), StageConfig(first_step=10, weights=(("en", 2.0),))),
+        mesh=(2, -1, 1),
+    )
     assert from_dict(BackboneRun, to_dict(run)) == run
 
 

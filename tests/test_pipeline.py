@@ -6,13 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from voxcpm2_jax.config import UserError
+from voxcpm2_jax.config import BatchConfig, UserError
 from voxcpm2_jax.data import packing, pipeline
-from voxcpm2_jax.data.packing import Clip, PackPlan
+from voxcpm2_jax.data.mixing import Mix
+from voxcpm2_jax.data.packing import Clip
 
 HEADER = pipeline.Header(
     num_clips=0, hours=1.0, patch_size=2, latent_dim=3, patch_sec=0.16, encoder_hz=16000, decoder_hz=48000, codec_sha256="c",
-    tokenizer_sha256="t", vocab_size=300, latent_dtype="float16", latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3,
+    tokenizer_sha256="t", vocab_size=300, groups=(("d", "unknown"),),
+    latent_dtype="float16", latent_mean=(0.0,) * 3, latent_std=(1.0,) * 3,
     latent_min=(-1.0,) * 3, latent_max=(1.0,) * 3, shards=(), trim_db=0.0, trim_keep_ms=40.0, sources=("demo",),
     sources_sha256="s", skipped={"silent": 2}, versions={"jax": "1"},
 )  # fmt: skip
@@ -29,6 +31,7 @@ def some_clips(count, seed=0):
             rng.integers(105, 300, rng.integers(1, 8)).astype(np.int32),
             patches(rng.integers(1, 12)),
             patches(3) if i % 3 == 0 else None,
+            rng.integers(105, 300, 9).astype(np.int32) if i % 2 else None,
             i % 7 == 1,
             text=f"line {i}\nmore",
             description="ä voice" if i % 2 else None,
@@ -41,9 +44,18 @@ def some_clips(count, seed=0):
 
 def write(directory, clips, **changes):
     directory.mkdir(exist_ok=True)
-    names = pipeline.write_shards(directory, iter(clips), "float16", shard_clips=7)
+    names = tuple(f"shard-{i:05d}-of-00005.array_record" for i in range(5))
+    for i, name in enumerate(names):
+        assert pipeline.write_shard(directory / name, clips[7 * i : 7 * i + 7], "float16") == len(clips[7 * i : 7 * i + 7])
     lengths = [
-        (len(c.text_ids), len(c.patches_MPC), 0 if c.reference_MPC is None else len(c.reference_MPC), c.is_prompt)
+        (
+            len(c.text_ids),
+            len(c.patches_MPC),
+            *(0 if x is None else len(x) for x in (c.reference_MPC,)),
+            c.is_prompt,
+            0 if c.described_ids is None else len(c.described_ids),
+            0,
+        )
         for c in clips
     ]
     np.save(directory / pipeline.LENGTHS_FILE, np.array(lengths, np.int32))
@@ -89,7 +101,7 @@ def test_shards_give_every_clip_back_by_index(shards, clips):
 
 
 def plan_of(source, num_rows=4):
-    return PackPlan(3, packing.sizes(source.lengths), num_rows=num_rows, num_slots=32, num_patches=20)
+    return Mix(3, source.index, source.patch_sec, BatchConfig(rows=num_rows, slots=32, patches=20))
 
 
 def equal(a, b):
@@ -120,9 +132,9 @@ def test_every_clip_of_an_epoch_reaches_a_batch_whole(shards, clips):
     seen = 0
     for batch, step in zip(pipeline.batches(shards, plan), range(1000)):
         (row,) = plan.rows(step)
-        for segment, i in enumerate(row, 1):
+        for segment, draw in enumerate(row, 1):
             tokens_T = batch.tokens_BT[0][batch.segment_BT[0] == segment]
-            sequence = packing.lay_out_clip(clips[i])
+            sequence = packing.lay_out_draw(clips, draw)
             np.testing.assert_array_equal(tokens_T, sequence.tokens_T)
         seen += len(row)
         if seen == len(clips):
@@ -132,7 +144,7 @@ def test_every_clip_of_an_epoch_reaches_a_batch_whole(shards, clips):
 
 def test_the_synthetic_corpus_goes_the_same_way():
     source = packing.synthetic_corpus(0, num_clips=20, vocab_size=200, patch_shape=(2, 3))
-    plan = PackPlan(0, packing.sizes(source.lengths), num_rows=2, num_slots=128, num_patches=96)
+    plan = Mix(0, source.index, source.patch_sec, BatchConfig(rows=2, slots=128, patches=96))
     batch = next(pipeline.batches(source, plan, 3))
     assert batch.patches_BMPC.shape == (2, 96, 2, 3) and batch.stop_BM.sum() == sum(map(len, plan.rows(3)))
 
@@ -140,9 +152,10 @@ def test_the_synthetic_corpus_goes_the_same_way():
 def test_shards_refuse(tmp_path, clips):
     with pytest.raises(UserError, match="no shards here"):
         pipeline.Shards(tmp_path)
-    for std in ((1.0, 0.1, 1.0), (1.0, 1.0, 5.1)):
-        with pytest.raises(UserError, match=r"standard deviation of latent channel \d \((0.1|5.1)\) is outside 0.2..5"):
+    for std in ((0.1, 0.2, 0.1), (1.0, 1.0, 5.1), (3.1, 3.1, 3.1)):
+        with pytest.raises(UserError, match=r"the latents' standard deviation is .* expected 0.3 to 3.0 and at most 5.0"):
             pipeline.Shards(write(tmp_path / "scale", clips, latent_std=std))
+    assert pipeline.Shards(write(tmp_path / "scale", clips, latent_std=(1.0, 0.1, 1.0))).dead_channels == [1]
     directory = write(tmp_path / "a", clips)
     (directory / "shard-00002-of-00005.array_record").rename(directory / "elsewhere")
     with pytest.raises(UserError, match=r"shard-00002-of-00005\.array_record missing"):

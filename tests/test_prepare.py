@@ -80,14 +80,20 @@ def test_shards_hold_what_the_codec_gives_clip_by_clip(tmp_path, recordings, tok
 
     frames = []
     for recording, clip, sizes in zip(recordings, map(pipeline.from_record, source), lengths):
-        assert clip.text == recording.text and clip.text_ids.tolist() == tokenizer.encode(recording.full_text)
+        assert clip.text == recording.text and clip.text_ids.tolist() == tokenizer.encode(recording.text)
+        described = tokenizer.encode(recording.full_text) if recording.description else []
+        assert (clip.described_ids is not None) == bool(described) and list(
+            () if clip.described_ids is None else clip.described_ids
+        ) == described
 
         wanted_MPC = latents(recording.audio, recording.start_sec, recording.end_sec)
         np.testing.assert_allclose(clip.patches_MPC, wanted_MPC, atol=1e-5 * np.abs(wanted_MPC).max())
         if recording.ref_audio:
             np.testing.assert_allclose(clip.reference_MPC, latents(recording.ref_audio), rtol=1e-4)
         reference = len(clip.reference_MPC) if recording.ref_audio else 0
-        assert sizes.tolist() == [len(clip.text_ids), len(clip.patches_MPC), reference, recording.is_prompt]
+        group = header.groups.index((clip.dataset, clip.language or "unknown"))
+        expected = [len(clip.text_ids), len(clip.patches_MPC), reference, recording.is_prompt, len(described), group]
+        assert sizes.tolist() == expected
         assert (clip.description, clip.speaker, clip.is_prompt) == (
             recording.description,
             recording.speaker,
@@ -132,6 +138,70 @@ def test_trimming_and_held_out_clips(tmp_path, recordings, tokenizer_dir, vae_pa
     lengths = np.load(tmp_path / "out" / "heldout" / pipeline.LENGTHS_FILE)
     assert header.num_clips == 1 and abs(lengths[0, packing.PATCHES] - 0.45 * 8000 / (P * HOP)) <= 2
     assert header.trim_db == -40.0
+
+
+def content(directory):
+    """Every file that training reads, by name."""
+    names = [f.name for f in directory.iterdir() if f.suffix in (".array_record", ".npy") or f.name == "skipped.jsonl"]
+    return {name: (directory / name).read_bytes() for name in names}
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):
+    config = config_of(tmp_path, tokenizer_dir)
+    expected = make_shards(config, tmp_path / "straight", vae_params, VAE)
+    really, made = prepare_module._Maker._make_part, []
+
+    def stops(self, path, *args):
+        if len(made) == 2:
+            (path.with_name(".half")).write_bytes(b"torn")
+            raise KeyboardInterrupt
+        made.append(path.name)
+        really(self, path, *args)
+
+    monkeypatch.setattr(prepare_module._Maker, "_make_part", stops)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(config, tmp_path / "stopped", vae_params, VAE)
+    with pytest.raises(UserError, match="no shards here"):
+        pipeline.read_header(tmp_path / "stopped")
+    monkeypatch.setattr(prepare_module._Maker, "_make_part", lambda *args: (made.append(args[1].name), really(*args)))
+    assert make_shards(config, tmp_path / "stopped", vae_params, VAE) == expected
+    assert len(made) == len(set(made)) == 5 and content(tmp_path / "stopped") == content(tmp_path / "straight")
+    assert make_shards(config, tmp_path / "stopped", vae_params, VAE) == expected and len(made) == 5  # nothing is left to do
+
+
+def test_hosts_share_the_work(tmp_path, recordings, tokenizer_dir, vae_params):
+    expected = make_shards(config_of(tmp_path, tokenizer_dir), tmp_path / "alone", vae_params, VAE)
+    shared = [
+        make_shards(config_of(tmp_path, tokenizer_dir, host=i, num_hosts=3), tmp_path / "shared", vae_params, VAE)
+        for i in (2, 0, 1)
+    ]
+    assert shared == [None, None, expected] and content(tmp_path / "alone") == content(tmp_path / "shared")
+
+
+def test_shards_of_something_else_are_left_alone(tmp_path, recordings, tokenizer_dir, vae_params):
+    config = config_of(tmp_path, tokenizer_dir)
+    make_shards(config, tmp_path / "out", vae_params, VAE)
+    before = content(tmp_path / "out")
+    for changes, message in (({"max_sec": 1.0}, "max_sec: 2.0, now 1.0"), ({"shard_clips": 3}, "shard_clips: 2, now 3")):
+        with pytest.raises(UserError, match=f"holds shards made from something else .{message}"):
+            make_shards(config_of(tmp_path, tokenizer_dir, **changes), tmp_path / "out", vae_params, VAE)
+    other = jax.tree.map(lambda x: x + 1, vae_params)
+    with pytest.raises(UserError, match="codec_sha256: "):
+        make_shards(config, tmp_path / "out", other, VAE)
+    with (tmp_path / "m.jsonl").open("a") as file:
+        file.write('{"audio": "0.wav", "text": "one more"}\n')
+    with pytest.raises(UserError, match=r"sources_sha256: .* recordings: 10, now 11"):
+        make_shards(config, tmp_path / "out", vae_params, VAE)
+    assert content(tmp_path / "out") == before
+
+
+def test_transcripts_are_normalised():
+    assert prepare_module.normal_text("  e\u0301t\u00e9 \n two ") == "\u00e9t\u00e9 two"
+    shout = "HELLO THERE. HOW ARE YOU? I AM FINE"
+    assert prepare_module.normal_text(shout) == shout
+    assert prepare_module.normal_text(shout, True) == "Hello there. How are you? I am fine"
+    for text in ("NASA is near", "\u4f60\u597d", "123"):
+        assert prepare_module.normal_text(text, True) == text
 
 
 def test_prepare_refuses(tmp_path, recordings, tokenizer_dir, vae_params):
@@ -191,7 +261,9 @@ def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):
     assert len(corpus.read_manifest(tmp_path / "out" / "demo" / "heldout.jsonl")) == 8
     clip = pipeline.from_record(pipeline.grain_source(tmp_path / "out", header)[69])
     assert clip.description in [description for description, _ in corpus.FOREIGN.values()]
-    assert load_tokenizer(tmp_path / "out" / "tokenizer").encode(f"({clip.description}){clip.text}") == clip.text_ids.tolist()
+    assert (
+        load_tokenizer(tmp_path / "out" / "tokenizer").encode(f"({clip.description}){clip.text}") == clip.described_ids.tolist()
+    )
 
 
 def test_prepare_needs_a_codec(tmp_path, tokenizer_dir):

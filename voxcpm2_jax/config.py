@@ -577,6 +577,35 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """A stage of the curriculum: what is heard from its first step on; data/mixing.py says how."""
+
+    first_step: int = 0
+    min_sec: float = 0.0  # shorter clips are left out
+    max_sec: float | None = None  # longer clips are left out; None: none are
+    temperature: float = 1.0  # a language of a dataset weighs its hours ** (1 / temperature): over 1 is more even
+    weights: tuple[tuple[str, float], ...] = ()  # factors on that, by "dataset", "language" or "dataset/language"
+    reference: float = 1.0  # share of the clips with a reference that are laid out with one
+    described: float = 1.0  # share of the described clips whose description is read
+    prompt: float | None = None  # share of audio that is prompt clips; None: what the corpus has
+    batch: BatchConfig | None = None  # budgets; None: those of the run
+
+    def __post_init__(self):
+        def check(name, ok, expected):
+            if not ok:
+                raise UserError(f"stages: {name}: expected {expected}, got {getattr(self, name)!r}")
+
+        check("first_step", self.first_step >= 0, "0 or more updates")
+        check("min_sec", self.min_sec >= 0, "0 or more seconds")
+        check("max_sec", self.max_sec is None or self.max_sec > self.min_sec, "None or more seconds than min_sec")
+        check("temperature", self.temperature > 0, "a number over 0")
+        check("weights", all(factor >= 0 for _, factor in self.weights), "factors of 0 or more")
+        for name in ("reference", "described", "prompt"):
+            value = getattr(self, name)
+            check(name, value is None or 0 <= value <= 1, "a share in [0, 1]")
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """What a run says while it trains, for the ear and the eye."""
 
@@ -600,7 +629,7 @@ class BackboneRun:
     log: LogConfig = LogConfig()
     mesh: tuple[int, int, int] = (1, -1, 1)  # devices along (replica, data, tensor); -1: what is left
     patch_sec: float = 0.16  # seconds of a patch; the shards' header is checked against it
-    stages: tuple[tuple[int, int], ...] = ()  # curriculum: (first step, slots of the longest clip), the last for all clips
+    stages: tuple[StageConfig, ...] = ()  # curriculum; none: all clips, as they are
     samples: SampleConfig = SampleConfig()
 
     def __post_init__(self):
@@ -658,7 +687,10 @@ class DataConfig:
     min_sec: float = 0.16  # shorter clips are left out
     max_sec: float = 60.0  # longer clips are left out
     latent_dtype: str = "float16"  # in the shards: "float16", "bfloat16", "float32"
-    shard_clips: int = 4096  # clips of one shard
+    sentence_case: bool = False  # transcripts in capitals alone become small letters with capitals at sentence starts
+    shard_clips: int = 4096  # recordings of one shard
+    host: int = 0  # this machine makes shards host, host + num_hosts, ..
+    num_hosts: int = 1
     encode_sec: float = 60.0  # seconds of audio the codec hears at once
 
     def __post_init__(self):
@@ -677,6 +709,7 @@ class DataConfig:
         check(self.trim_db <= 0, f"trim_db must be negative, or 0 for no trimming, got {self.trim_db}")
         check(self.trim_keep_ms >= 0, f"trim_keep_ms must be 0 or more, got {self.trim_keep_ms}")
         check(self.shard_clips >= 1, f"shard_clips must be at least 1, got {self.shard_clips}")
+        check(0 <= self.host < self.num_hosts, f"host must lie in 0..num_hosts - 1, got {self.host} of {self.num_hosts}")
         check(self.encode_sec > 0, f"encode_sec must be over 0, got {self.encode_sec}")
 
 

@@ -1,8 +1,8 @@
 """The command line: `voxcpm2-jax COMMAND ...`, also `python -m voxcpm2_jax COMMAND ...`.
 
-Exit codes: 0 done; 1 our fault, or a run that diverged; 2 the user's mistake, one line on standard error; 75 preempted
-after saving: start the same command again. Results go to standard output as one JSON object, the last line; everything
-else goes to standard error.
+Exit codes: 0 done; 1 our fault, or a run that diverged; 2 the user's mistake, one line on standard error; 3 the answer
+is no; 75 preempted after saving: start the same command again. Results go to standard output as one JSON object, the
+last line; everything else goes to standard error.
 
 This module imports nothing heavy: a command loads what it needs when it runs.
 """
@@ -17,9 +17,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from voxcpm2_jax import __version__
-from voxcpm2_jax.config import BackboneRun, DataConfig, EvaluateConfig, UserError, VAERun, from_dict
+from voxcpm2_jax.config import BackboneRun, BatchConfig, DataConfig, EvaluateConfig, UserError, VAERun, from_dict
 
-DONE, FAILED, MISTAKE, PREEMPTED = 0, 1, 2, 75
+DONE, FAILED, MISTAKE, NO, PREEMPTED = 0, 1, 2, 3, 75
 
 _LINES_AT_ONCE = 16  # texts of an --input file that are spoken as one batch
 
@@ -75,6 +75,18 @@ def _parse(argv):
     sub = command("prepare", _prepare, "make shards (tokens, latents) from recordings", config="configs/data.py:demo")
     sub.add_argument("--output", required=True, metavar="DIR", help="where the shards go")
     sub.add_argument("--vae", metavar="CKPT", help=f"codec: {_CKPT}")
+
+    sub = command(
+        "doctor", _doctor, "look for what is wrong with recordings and transcripts before training on them",
+        epilog="Exit codes: 0 nothing that spoils a run, 3 something does, 2 a mistake in the arguments.",
+    )  # fmt: skip
+    sub.add_argument("--manifest", required=True, metavar="F[,F]", help="recordings to train on, JSON lines")
+    sub.add_argument("--heldout", default="", metavar="F[,F]", help="recordings to validate on: looked for in training")
+    sub.add_argument("--tokenizer", metavar="DIR", help="vocabulary, such as SHARDS/tokenizer or a released directory")
+    sub.add_argument("--slots", type=int, default=4096, metavar="T", help="slots of a row, for the forecast (default 4096)")
+    sub.add_argument("--patches", type=int, default=2816, metavar="M", help="audio patches of a row (default 2816)")
+    sub.add_argument("--rows", type=int, default=8, metavar="B", help="rows of a batch (default 8)")
+    sub.add_argument("--output", metavar="DIR", help="where report.json and pictures go")
 
     sub = command(
         "train", _train, "pre-train or fine-tune the model; goes on by itself if the workdir holds a checkpoint",
@@ -229,6 +241,23 @@ def _prepare(args, overrides) -> int:
 
     _print(prepare.prepare(config, args.output, vae=args.vae))
     return DONE
+
+
+def _doctor(args, overrides) -> int:
+    from voxcpm2_jax import doctor
+    from voxcpm2_jax.data.tokenizer import load_tokenizer
+
+    manifests, heldout = ([name for name in names.split(",") if name] for names in (args.manifest, args.heldout))
+    if args.output:
+        _check_directory(args.output)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    batch = BatchConfig(rows=args.rows, slots=args.slots, patches=args.patches)
+    report = doctor.examine(manifests, heldout, tokenizer=tokenizer, batch=batch)
+    if args.output:
+        doctor.write(report, args.output)
+    doctor.show(report)
+    _print({name: value for name, value in report.items() if name != "distributions"})
+    return DONE if report["ok"] else NO
 
 
 def _train(args, overrides) -> int:

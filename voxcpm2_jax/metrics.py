@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import sys
+import uuid
 from typing import Any, NamedTuple
 
 import jax
@@ -157,9 +158,12 @@ def heal(path, last_step: int) -> dict | None:
 def replace_file(path, text: str) -> None:
     """Writes aside, then renames: a reader sees the old file or the new one."""
     path = pathlib.Path(path)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 class Writer:

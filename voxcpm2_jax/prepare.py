@@ -1,34 +1,49 @@
 """Recordings to shards: load, trim, pad, codec latents, text ids, provenance.
 
     manifest -> load at the codec's rate -> trim -> pad right to whole patches -> codec -> records -> shards
-             -> tokenizer -> ids of "(description)text"
+             -> text normalised -> tokenizer -> ids of text and of "(description)text"
 
-Everything is written beside the output directory and moved there when it is complete. Recordings that are of no use are
-left out, counted by reason in the header and listed in skipped.jsonl.
+    OUTPUT/making.json                       what the shards are made from: another run must agree, or is refused
+    OUTPUT/shard-00003-of-00040.array_record records of recordings 3 S .. 4 S - 1, in order
+    OUTPUT/shard-00003-of-00040.npz          written when the shard is whole: what header and index need of it
+    OUTPUT/header.json, lengths.npy          written when all shards are whole (pipeline.py)
+
+A shard follows from its recordings alone. So a run that was stopped goes on with the shards that are missing, and many
+hosts share the work without a word between them: host i of n makes shards i, i + n, ..; whoever finds all of them
+whole writes the header. Recordings that are of no use are left out, counted by reason in the header and listed in
+skipped.jsonl. Memory holds half an hour of audio and 24 bytes a recording, whatever the size of the corpus.
 """
 
+import collections
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import pathlib
+import re
+import shutil
 import sys
+import tempfile
 import time
+import unicodedata
+import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from voxcpm2_jax import torch_io
+from voxcpm2_jax import metrics, torch_io
 from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, to_dict
 from voxcpm2_jax.data import audio, corpus, packing, pipeline
 from voxcpm2_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from voxcpm2_jax.vae import autoencoder
 
+MAKING_FILE = "making.json"
 HELDOUT = "heldout"  # directory of the shards that are not trained on, inside the others
 _ROUND_SEC = 1800.0  # recordings in memory at once
 _PACKAGES = ("voxcpm2_jax", "jax", "flax", "numpy", "soundfile", "soxr", "tokenizers", "array-record")
@@ -49,6 +64,9 @@ def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLik
     vae_config, vae_params = torch_io.load_codec(vae)
     start = time.monotonic()
     header = make_shards(config, output, vae_params, vae_config)
+    if header is None:
+        left = "some shards are other hosts' to make; whoever comes last writes the header"
+        return {"output": str(output), "host": config.host, "num_hosts": config.num_hosts, "left": left}
     return {
         "output": str(output),
         "clips": header.num_clips,
@@ -67,34 +85,109 @@ def _speak_demo(config: DataConfig, output: str | os.PathLike) -> dict:
     return {"output": str(output), "clips": clips[0], "heldout_clips": clips[1]}
 
 
-def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_config: AudioVAEConfig) -> pipeline.Header:
-    """Makes `output`, a directory of shards, and in it `heldout` if there are held-out clips.
+def make_shards(
+    config: DataConfig, output: str | os.PathLike, vae_params, vae_config: AudioVAEConfig
+) -> pipeline.Header | None:
+    """Makes this host's shards of `output`, and of `heldout` in it if there are held-out clips.
 
     The demo corpus stays in output/demo. Copies of codec and tokenizer lie in output/codec and output/tokenizer.
 
+    Returns:
+        The header; None if other hosts have shards to make.
     Raises:
-        UserError: the output is already there, a manifest is wrong, or no recording is of use.
+        UserError: the output holds something else, a manifest is wrong, or no recording is of use.
     """
-    with torch_io.fresh_directory(output) as aside:
-        if config.source == "demo":
-            train, heldout = ([path] for path in corpus.make_demo(aside / "demo", config.demo))
-        else:
-            train, heldout = (
-                [pathlib.Path(name) for name in names.split(",") if name] for names in (config.manifest, config.heldout)
-            )
-        recordings = [recording for path in train for recording in corpus.read_manifest(path)]
-        if config.tokenizer:
-            tokenizer = load_tokenizer(config.tokenizer)
-        else:
-            tokenizer = train_tokenizer((r.full_text for r in recordings), config.vocab_size)
-        tokenizer.save(aside / "tokenizer")
-        torch_io.save_codec(aside, vae_config, vae_params)
-        maker = _Maker(config, tokenizer, aside / "tokenizer", vae_params, vae_config)
-        header = maker.write(aside, recordings, train)
-        if heldout and (config.source == "manifest" or config.demo.num_heldout):
-            (aside / HELDOUT).mkdir()
-            maker.write(aside / HELDOUT, [r for path in heldout for r in corpus.read_manifest(path)], heldout)
-    return header
+    output = pathlib.Path(output)
+    is_new = not output.exists()
+    is_ours = is_new or (output / MAKING_FILE).exists()
+    if not is_ours and (not output.is_dir() or set(os.listdir(output)) - {"demo"}):
+        raise UserError(f"{output}: already there; choose a directory that is absent or empty")
+    if config.source == "demo":
+        if not (output / "demo").exists():
+            with torch_io.fresh_directory(output / "demo") as aside:
+                corpus.make_demo(aside, config.demo)
+        train, heldout = ([output / "demo" / name] for name in ("train.jsonl", "heldout.jsonl"))
+        heldout = heldout if config.demo.num_heldout else []
+    else:
+        train, heldout = (
+            [pathlib.Path(name) for name in names.split(",") if name] for names in (config.manifest, config.heldout)
+        )
+    train, heldout = ([corpus.Manifest(path) for path in paths] for paths in (train, heldout))
+    codec_hash = codec_sha256(vae_params, vae_config)
+    _claim(output, _making(config, train, heldout, codec_hash))
+    try:
+        _once(output / "codec", lambda aside: torch_io.save_codec(aside, vae_config, vae_params))
+        _once(output / "tokenizer", lambda aside: _tokenizer(config, train).save(aside / "tokenizer"))
+        maker = _Maker(config, output, vae_params, vae_config, codec_hash)
+        is_whole = not heldout or maker.make(output / HELDOUT, heldout) is not None
+        return maker.make(output, train, may_finish=is_whole)
+    except UserError:
+        if is_new:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _making(config: DataConfig, train, heldout, codec_hash: str) -> dict:
+    """What the shards are made from. Who makes which of them does not matter."""
+    who = ("host", "num_hosts")
+    return {
+        "config": {name: value for name, value in to_dict(config).items() if name not in who},
+        "codec_sha256": codec_hash,
+        "sources_sha256": _sources_sha256(train),
+        "heldout_sha256": _sources_sha256(heldout),
+        "recordings": sum(map(len, train)),
+    }
+
+
+def _claim(output: pathlib.Path, making: dict) -> None:
+    """Makes the output directory, or finds that the shards in it are made from the same."""
+    file = output / MAKING_FILE
+    text = json.dumps(making, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    if not file.exists():
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            metrics.replace_file(file, text)
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written ({error})") from None
+    old = json.loads(file.read_text(encoding="utf-8"))
+    fields = [(name, old["config"].get(name), making["config"].get(name)) for name in old["config"] | making["config"]]
+    fields += [(name, old[name], making[name]) for name in making if name != "config"]
+    changed = [f"{name}: {there!r}, now {now!r}" for name, there, now in fields if there != now]
+    if changed:
+        raise UserError(f"{output}: holds shards made from something else ({'; '.join(changed)}); choose another directory")
+
+
+def _once(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+    """Has `write(aside)` make aside/NAME and moves it to `path`, unless that is there; another host may be first."""
+    if path.exists():
+        return
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        write(aside)
+        with contextlib.suppress(OSError):
+            (aside / path.name).rename(path)
+        if not path.exists():
+            raise UserError(f"{path}: cannot be written")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _tokenizer(config: DataConfig, train) -> Tokenizer:
+    if config.tokenizer:
+        return load_tokenizer(config.tokenizer)
+    return train_tokenizer((normal_text(r.full_text, config.sentence_case) for m in train for r in m), config.vocab_size)
+
+
+def normal_text(text: str, sentence_case: bool = False) -> str:
+    """A transcript as it is tokenized: Unicode NFC, runs of white space as one space, none at the ends.
+
+    Args:
+        sentence_case: a transcript in capitals alone becomes small letters, capitals at the start of its sentences.
+    """
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    if sentence_case and text.isupper():
+        text = re.sub(r"(^|[.!?…]\s+)(\w)", lambda match: match[1] + match[2].upper(), text.lower())
+    return text
 
 
 def codec_sha256(vae_params: Mapping, vae_config: AudioVAEConfig) -> str:
@@ -107,8 +200,8 @@ def codec_sha256(vae_params: Mapping, vae_config: AudioVAEConfig) -> str:
     return digest.hexdigest()
 
 
-def _sha256_of_files(paths: Iterable[pathlib.Path]) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+def _sources_sha256(manifests: Iterable[corpus.Manifest]) -> str:
+    return hashlib.sha256(" ".join(manifest.sha256 for manifest in manifests).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -130,45 +223,113 @@ class _Loaded(NamedTuple):
     reference_A: np.ndarray | None
 
 
+class _Part(NamedTuple):
+    """What header and index need of one shard; an .npz file."""
+
+    lengths_N6: np.ndarray  # int32, columns of packing.py, groups numbered as below
+    groups: np.ndarray  # [groups, 2] text
+    moments_4C: np.ndarray  # sum, sum of squares, least, largest of every latent channel
+    num_frames: np.ndarray
+    skipped: np.ndarray  # [skipped, 3] text: audio, reason, message
+
+
 class _Maker:
     """Turns recordings into shards with one codec and one tokenizer."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, tokenizer_dir, vae_params, vae_config: AudioVAEConfig):
-        self._config, self._tokenizer, self._vae_config = config, tokenizer, vae_config
+    def __init__(self, config: DataConfig, output: pathlib.Path, vae_params, vae_config: AudioVAEConfig, codec_hash: str):
+        self._config, self._vae_config, self._codec_sha256 = config, vae_config, codec_hash
         self._patch_samples = config.patch_size * vae_config.encoder_hop
         self._patch_sec = self._patch_samples / vae_config.sample_rate
-        self._codec_sha256 = codec_sha256(vae_params, vae_config)
-        self._tokenizer_sha256 = _sha256_of_files([tokenizer_dir / "tokenizer.json"])
+        self._tokenizer = load_tokenizer(output / "tokenizer")
+        self._tokenizer_sha256 = hashlib.sha256((output / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
         encode = jax.jit(autoencoder.encode, static_argnums=1)
         self._encode = lambda audio_BA: encode(vae_params, vae_config, audio_BA)
 
-    def write(self, directory: pathlib.Path, recordings: list[corpus.Recording], sources) -> pipeline.Header:
-        config, vae = self._config, self._vae_config
-        lengths: list[tuple[int, int, int, int]] = []
-        moments = _Moments(vae.latent_dim)
-        skipped: list[tuple[corpus.Recording, audio.BadRecording]] = []
+    def make(
+        self, directory: pathlib.Path, manifests: list[corpus.Manifest], *, may_finish: bool = True
+    ) -> pipeline.Header | None:
+        """This host's shards of a directory; its header if all are whole."""
+        directory.mkdir(exist_ok=True)
+        starts = np.cumsum([0, *map(len, manifests)])
+        size = self._config.shard_clips
+        num_parts = math.ceil(starts[-1] / size)
+        names = [f"shard-{i:05d}-of-{num_parts:05d}" for i in range(num_parts)]
+        mine = range(self._config.host, num_parts, self._config.num_hosts)
+        todo = [i for i in mine if not (directory / f"{names[i]}.npz").exists()]
+        bar = _bar("encoding", len(mine) * size)
+        with bar, ThreadPoolExecutor() as pool:
+            bar.advance(0, (len(mine) - len(todo)) * size)
+            for i in todo:
+                recordings = (
+                    recording
+                    for manifest, start in zip(manifests, starts)
+                    for recording in manifest[max(0, i * size - start) : max(0, (i + 1) * size - start)]
+                )
+                self._make_part(directory / names[i], recordings, pool, bar)
+        if not may_finish or not all((directory / f"{name}.npz").exists() for name in names):
+            return None
+        return self._finish(directory, names, manifests)
+
+    def _make_part(self, path: pathlib.Path, recordings: Iterable[corpus.Recording], pool, bar) -> None:
+        lengths: list[tuple[int, int, int, int, int, int]] = []
+        groups: dict[tuple[str, str], int] = {}
+        moments = _Moments(self._vae_config.latent_dim)
+        skipped: list[tuple[str, str, str]] = []
 
         def clips():
-            for clip in self._clips(recordings, skipped):
-                reference = 0 if clip.reference_MPC is None else len(clip.reference_MPC)
-                lengths.append((len(clip.text_ids), len(clip.patches_MPC), reference, clip.is_prompt))
+            for clip in self._clips(recordings, skipped, pool, bar):
+                reference, described = (0 if x is None else len(x) for x in (clip.reference_MPC, clip.described_ids))
+                group = groups.setdefault((clip.dataset, clip.language or "unknown"), len(groups))
+                lengths.append((len(clip.text_ids), len(clip.patches_MPC), reference, clip.is_prompt, described, group))
                 moments.add(clip.patches_MPC)
                 yield clip
 
-        shards = pipeline.write_shards(directory, clips(), config.latent_dtype, config.shard_clips)
-        if not lengths:
-            raise UserError(f"none of {len(recordings)} recordings is of use; the first: {skipped[0][1]}")
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            if pipeline.write_shard(aside, clips(), self._config.latent_dtype):
+                aside.replace(path.with_suffix(".array_record"))
+            part = _Part(
+                np.array(lengths, np.int32).reshape(-1, 6), np.array(list(groups), str).reshape(-1, 2), moments.sums_4C,
+                np.array(moments.count), np.array(skipped, str).reshape(-1, 3),
+            )  # fmt: skip
+            with aside.open("wb") as file:
+                np.savez(file, **part._asdict())
+            aside.replace(path.with_suffix(".npz"))
+        except OSError as error:
+            raise UserError(f"{path.parent}: cannot be written ({error})") from None
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _finish(self, directory: pathlib.Path, names: list[str], manifests: list[corpus.Manifest]) -> pipeline.Header:
+        """Puts together what the shards leave of themselves; the header comes last."""
+        config, vae = self._config, self._vae_config
+        groups: dict[tuple[str, str], int] = {}
+        moments, lengths, skipped, shards = _Moments(vae.latent_dim), [], [], []
+        for name in names:
+            with np.load(directory / f"{name}.npz") as file:
+                part = _Part(**file)
+            numbers = [groups.setdefault((str(dataset), str(language)), len(groups)) for dataset, language in part.groups]
+            part.lengths_N6[:, packing.GROUP] = np.array(numbers, np.int32)[part.lengths_N6[:, packing.GROUP]]
+            moments.merge(part.moments_4C, int(part.num_frames))
+            lengths.append(part.lengths_N6)
+            skipped += part.skipped.tolist()
+            if len(part.lengths_N6):
+                shards.append(f"{name}.array_record")
+        lengths_N6 = np.concatenate(lengths)
+        if not len(lengths_N6):
+            raise UserError(f"none of {len(skipped)} recordings is of use; the first: {skipped[0][2]}")
         if config.latent_dtype == "float16" and max(-moments.min_C.min(), moments.max_C.max()) > np.finfo(np.float16).max:
             raise UserError("latents exceed the range of float16; prepare with --config.latent_dtype=bfloat16")
-        lengths_N4 = np.array(lengths, np.int32)
-        np.save(directory / pipeline.LENGTHS_FILE, lengths_N4)
+        aside = directory / f".lengths.{uuid.uuid4().hex}.npy"
+        np.save(aside, lengths_N6)
+        aside.replace(directory / pipeline.LENGTHS_FILE)
         if skipped:
-            lines = [{"audio": str(r.audio), "reason": error.reason, "message": str(error)} for r, error in skipped]
+            lines = [dict(zip(("audio", "reason", "message"), line)) for line in skipped]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            (directory / "skipped.jsonl").write_text(text, encoding="utf-8")
+            metrics.replace_file(directory / "skipped.jsonl", text)
         header = pipeline.Header(
-            num_clips=len(lengths),
-            hours=float(lengths_N4[:, packing.PATCHES].sum() * self._patch_sec / 3600),
+            num_clips=len(lengths_N6),
+            hours=float(lengths_N6[:, packing.PATCHES].sum() * self._patch_sec / 3600),
             patch_size=config.patch_size,
             latent_dim=vae.latent_dim,
             patch_sec=self._patch_sec,
@@ -177,52 +338,46 @@ class _Maker:
             codec_sha256=self._codec_sha256,
             tokenizer_sha256=self._tokenizer_sha256,
             vocab_size=self._tokenizer.vocab_size,
+            groups=tuple(groups),
             latent_dtype=config.latent_dtype,
             latent_mean=tuple(moments.mean_C.tolist()),
             latent_std=tuple(moments.std_C.tolist()),
             latent_min=tuple(moments.min_C.tolist()),
             latent_max=tuple(moments.max_C.tolist()),
-            shards=shards,
+            shards=tuple(shards),
             trim_db=config.trim_db,
             trim_keep_ms=config.trim_keep_ms,
-            sources=("demo",) if config.source == "demo" else tuple(map(str, sources)),
-            sources_sha256=_sha256_of_files(sources),
-            skipped=dict(Counter(error.reason for _, error in skipped)),
+            sources=("demo",) if config.source == "demo" else tuple(str(manifest.path) for manifest in manifests),
+            sources_sha256=_sources_sha256(manifests),
+            skipped=dict(Counter(reason for _, reason, _ in skipped)),
             versions=_versions(),
         )
         pipeline.write_header(directory, header)
         return header
 
-    def _clips(self, recordings, skipped) -> Iterator[packing.Clip]:
+    def _clips(self, recordings: Iterable[corpus.Recording], skipped: list, pool, bar) -> Iterator[packing.Clip]:
         """The clips of all useful recordings, in order; the others go to `skipped`."""
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        limit = round(_ROUND_SEC * self._vae_config.sample_rate)
+        waiting: list[_Loaded] = []
+        samples = seen = 0
 
-        columns = (
-            TextColumn("encoding"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
-        heard_sec, limit = 0.0, round(_ROUND_SEC * self._vae_config.sample_rate)
-        with bar, ThreadPoolExecutor() as pool:
-            task = bar.add_task("", total=len(recordings), rate="")
-            waiting: list[_Loaded] = []
-            samples = 0
-            for i, (recording, loaded) in enumerate(zip(recordings, _in_order(pool, self._load, recordings))):
-                if isinstance(loaded, audio.BadRecording):
-                    skipped.append((recording, loaded))
-                else:
-                    waiting.append(loaded)
-                    samples += len(loaded.audio_A)
-                if samples >= limit or i == len(recordings) - 1:
-                    yield from self._encoded(waiting)
-                    heard_sec += samples / self._vae_config.sample_rate
-                    elapsed = bar.tasks[0].elapsed or math.inf
-                    bar.update(task, completed=i + 1, rate=f"{heard_sec / elapsed:.0f} s of audio per s")
-                    waiting, samples = [], 0
+        def encoded():
+            nonlocal waiting, samples, seen
+            yield from self._encoded(waiting)
+            bar.advance(0, seen)
+            bar.update(0, hours=bar.tasks[0].fields["hours"] + samples / self._vae_config.sample_rate / 3600)
+            waiting, samples, seen = [], 0, 0
+
+        for recording, loaded in _in_order(pool, self._load, recordings):
+            seen += 1
+            if isinstance(loaded, audio.BadRecording):
+                skipped.append((str(recording.audio), loaded.reason, str(loaded)))
+            else:
+                waiting.append(loaded)
+                samples += len(loaded.audio_A)
+            if samples >= limit:
+                yield from encoded()
+        yield from encoded()
 
     def _load(self, recording: corpus.Recording) -> _Loaded | audio.BadRecording:
         try:
@@ -253,7 +408,8 @@ class _Maker:
         for recording, _, reference_A in loaded:
             patches_MPC = next(latents)
             yield packing.Clip(
-                text_ids=np.array(self._tokenizer.encode(recording.full_text), np.int32),
+                text_ids=self._ids(recording.text),
+                described_ids=self._ids(recording.full_text) if recording.description else None,
                 patches_MPC=patches_MPC,
                 reference_MPC=None if reference_A is None else next(latents),
                 is_prompt=recording.is_prompt,
@@ -264,6 +420,9 @@ class _Maker:
                 speaker=recording.speaker,
                 session=recording.session,
             )
+
+    def _ids(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(normal_text(text, self._config.sentence_case)), np.int32)
 
     def _latents(self, audios: list[np.ndarray]) -> Iterator[np.ndarray]:
         """Latents [M, P, C] of each recording, in order.
@@ -301,38 +460,66 @@ def _bucket(patches: int) -> int:
     return power
 
 
-def _in_order(pool: ThreadPoolExecutor, function, items, ahead: int = 64) -> Iterator:
-    """map() in threads, in order, never more than `ahead` results waiting."""
-    pending = []
+def _in_order(pool: ThreadPoolExecutor, function, items: Iterable, ahead: int = 64) -> Iterator:
+    """(item, function(item)) in threads, in order, never more than `ahead` results waiting."""
+    pending = collections.deque()
     for item in items:
-        pending.append(pool.submit(function, item))
+        pending.append((item, pool.submit(function, item)))
         if len(pending) > ahead:
-            yield pending.pop(0).result()
-    for future in pending:
-        yield future.result()
+            item, future = pending.popleft()
+            yield item, future.result()
+    for item, future in pending:
+        yield item, future.result()
+
+
+def _bar(what: str, total: int):
+    """A progress bar with hours done, times real time, and the time that remains."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Hours(ProgressColumn):
+        def render(self, task):
+            hours = task.fields["hours"]
+            return Text(f"{hours:.2f} h, {hours * 3600 / (task.elapsed or math.inf):.0f} x real time")
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Hours(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+    bar.add_task("", total=total, hours=0.0)
+    return bar
 
 
 class _Moments:
     """Mean, standard deviation, least and largest of every latent channel."""
 
     def __init__(self, channels: int):
-        self._count = 0
-        self._sum_C = np.zeros(channels)
-        self._square_C = np.zeros(channels)
-        self.min_C, self.max_C = np.full(channels, np.inf), np.full(channels, -np.inf)
+        self.count = 0
+        none_C = np.full(channels, np.inf)
+        self.sums_4C = np.stack([np.zeros(channels), np.zeros(channels), none_C, -none_C])
 
     def add(self, patches_MPC: np.ndarray) -> None:
         frames_TC = patches_MPC.reshape(-1, patches_MPC.shape[-1]).astype(np.float64)
-        self._count += len(frames_TC)
-        self._sum_C += frames_TC.sum(axis=0)
-        self._square_C += (frames_TC**2).sum(axis=0)
-        self.min_C = np.minimum(self.min_C, frames_TC.min(axis=0))
-        self.max_C = np.maximum(self.max_C, frames_TC.max(axis=0))
+        sums = frames_TC.sum(axis=0), (frames_TC**2).sum(axis=0), frames_TC.min(axis=0), frames_TC.max(axis=0)
+        self.merge(np.stack(sums), len(frames_TC))
+
+    def merge(self, sums_4C: np.ndarray, count: int) -> None:
+        self.count += count
+        self.sums_4C[:2] += sums_4C[:2]
+        self.sums_4C[2] = np.minimum(self.sums_4C[2], sums_4C[2])
+        self.sums_4C[3] = np.maximum(self.sums_4C[3], sums_4C[3])
 
     @property
     def mean_C(self) -> np.ndarray:
-        return self._sum_C / self._count
+        return self.sums_4C[0] / self.count
 
     @property
     def std_C(self) -> np.ndarray:
-        return np.sqrt(np.maximum(self._square_C / self._count - self.mean_C**2, 0))
+        return np.sqrt(np.maximum(self.sums_4C[1] / self.count - self.mean_C**2, 0))
+
+    @property
+    def min_C(self) -> np.ndarray:
+        return self.sums_4C[2]
+
+    @property
+    def max_C(self) -> np.ndarray:
+        return self.sums_4C[3]

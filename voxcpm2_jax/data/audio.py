@@ -103,22 +103,42 @@ def resample(audio_A: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     return audio_A if rate == new_rate else soxr.resample(audio_A.astype(np.float32, copy=False), rate, new_rate, quality="HQ")
 
 
-def trim_silence(audio_A: np.ndarray, rate: int, *, threshold_db: float = -40.0, keep_ms: float = 40.0) -> np.ndarray:
-    """Cuts the silence before and after the sound.
+def properties(path: str | os.PathLike) -> tuple[int, int]:
+    """Sample rate and channels of a recording.
 
-    Sound is where the RMS of 10 ms is over `threshold_db` relative to the loudest 10 ms.
-
-    Args:
-        keep_ms: silence that stays at each end, as far as there is any.
+    Raises:
+        BadRecording: missing or unreadable.
     """
+    import soundfile
+
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise BadRecording("missing", f"{path}: no such audio file")
+    try:
+        info = soundfile.info(str(path))
+    except soundfile.LibsndfileError as error:
+        raise BadRecording("unreadable", f"{path}: not a readable recording ({error.error_string.rstrip('.')})") from None
+    return info.samplerate, info.channels
+
+
+def sound_span(audio_A: np.ndarray, rate: int, *, threshold_db: float = -40.0) -> tuple[int, int]:
+    """First and last sample + 1 of the sound: where the RMS of 10 ms is over `threshold_db` relative to the loudest 10 ms."""
     window = max(1, rate // 100)
     blocks = pad_to_patches(audio_A, window, "right").reshape(-1, window)
     power = np.mean(blocks.astype(np.float64) ** 2, axis=1)
     loud = np.flatnonzero(power > power.max(initial=0.0) * 10 ** (threshold_db / 10))
-    if not len(loud):
-        return audio_A
+    return (int(loud[0]) * window, min((int(loud[-1]) + 1) * window, len(audio_A))) if len(loud) else (0, len(audio_A))
+
+
+def trim_silence(audio_A: np.ndarray, rate: int, *, threshold_db: float = -40.0, keep_ms: float = 40.0) -> np.ndarray:
+    """Cuts the silence before and after the sound (see `sound_span`).
+
+    Args:
+        keep_ms: silence that stays at each end, as far as there is any.
+    """
+    start, end = sound_span(audio_A, rate, threshold_db=threshold_db)
     keep = round(keep_ms * rate / 1000)
-    return audio_A[max(0, loud[0] * window - keep) : (loud[-1] + 1) * window + keep]
+    return audio_A[max(0, start - keep) : end + keep]
 
 
 def save(path: str | os.PathLike, audio_A: np.ndarray, rate: int) -> None:

@@ -14,10 +14,12 @@ The demo corpus is digit strings by a neural English voice (hibari-tts, Apache-2
 by espeak-ng voices, each with a description. It is synthetic: figures made on it say so.
 """
 
+import array
 import ctypes
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib.util
 import json
 import multiprocessing
@@ -26,7 +28,7 @@ import pathlib
 import random
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -72,32 +74,65 @@ _TYPES = {"audio": str, "text": str, "ref_audio": str, "dataset_id": int, "is_pr
           "ref_duration": float, "start_sec": float, "end_sec": float}  # fmt: skip
 
 
-def read_manifest(path: str | os.PathLike) -> list[Recording]:
-    """The recordings of a manifest, in its order; audio files are not opened.
+class Manifest(Sequence):
+    """The recordings of a manifest, in its order. In memory is only where each line begins; audio is not opened.
 
+    Attributes:
+        sha256: of the file.
     Raises:
         UserError: no such file, or a line that is wrong, with its number.
     """
-    path = pathlib.Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such manifest") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path}: not a manifest ({error}); expected JSON lines in UTF-8") from None
-    recordings = [_recording(line, path.parent, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-    if not recordings:
-        raise UserError(f"{path}: empty manifest")
-    return recordings
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        digest, begins, at = hashlib.sha256(), array.array("q"), 0
+        try:
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    digest.update(line)
+                    if line.strip():
+                        _recording(line, self.path.parent, f"{path}:{number}")
+                        begins.append(at)
+                    at += len(line)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such manifest") from None
+        except IsADirectoryError as error:
+            raise UserError(f"{path}: not a manifest ({error}); expected JSON lines in UTF-8") from None
+        if not begins:
+            raise UserError(f"{path}: empty manifest")
+        self._begins, self.sha256 = np.array(begins), digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with self.path.open("rb") as file:
+            file.seek(self._begins[index])
+            return _recording(file.readline(), self.path.parent, str(self.path))
+
+    def __iter__(self) -> Iterator[Recording]:
+        with self.path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    yield _recording(line, self.path.parent, str(self.path))
 
 
-def _recording(line: str, root: pathlib.Path, where: str) -> Recording:
+def read_manifest(path: str | os.PathLike) -> list[Recording]:
+    """All recordings of a manifest at once; raises as `Manifest`."""
+    return list(Manifest(path))
+
+
+def _recording(line: bytes, root: pathlib.Path, where: str) -> Recording:
     try:
         entry = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not a manifest ({error}); expected JSON lines in UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected an object, got {line:.80}")
+        raise UserError(f"{where}: expected an object, got {line.decode().strip():.80}")
     for key in entry.keys() - _KEYS.keys():
         if close := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85):
             raise UserError(f"{where}: unknown key {key!r}; did you mean {close[0]!r}?")

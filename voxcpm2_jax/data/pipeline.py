@@ -1,7 +1,8 @@
 """From shards on disk to batches: random access to clips, and the batch of any step.
 
     SHARDS/header.json            provenance, statistics of the latents, totals
-    SHARDS/lengths.npy            int32 [clips, 4]: a pack plan needs nothing else (packing.py names the columns)
+    SHARDS/lengths.npy            int32 [clips, 6]: a plan needs nothing else (packing.py names the columns)
+    SHARDS/pairs.npy              int32 [clips, k], if references were chosen: clips that may be a clip's reference
     SHARDS/shard-00000-of-00002.array_record   ArrayRecord, one clip per record
     SHARDS/codec, tokenizer       what made latents and ids, as a training workdir keeps them
 
@@ -20,11 +21,16 @@ from typing import Any
 import ml_dtypes  # noqa: F401  # numpy then knows "bfloat16" by name
 import numpy as np
 
+from voxcpm2_jax import metrics
 from voxcpm2_jax.config import UserError, from_dict
-from voxcpm2_jax.data.packing import Clip, PackPlan, Source, assemble
+from voxcpm2_jax.data.mixing import Mix
+from voxcpm2_jax.data.packing import Clip, Index, Source, assemble
 from voxcpm2_jax.sequence import Batch
 
-STD_RANGE = (0.2, 5.0)  # of every latent channel: flow matching starts from noise of standard deviation 1
+# Flow matching starts from noise of standard deviation 1; latents far from that scale are not learned.
+STD_RANGE = (0.3, 3.0)  # over all channels
+MAX_CHANNEL_STD = 5.0
+DEAD_CHANNEL_STD = 0.2  # a channel below it is one that the codec has given up; that does no harm
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Header:
     codec_sha256: str  # of the codec's parameters and config
     tokenizer_sha256: str  # of tokenizer.json
     vocab_size: int
+    groups: tuple[tuple[str, str], ...]  # dataset and language, by the number in lengths.npy
     latent_dtype: str
     latent_mean: tuple[float, ...]  # [C], over all frames of the clips
     latent_std: tuple[float, ...]
@@ -55,7 +62,8 @@ class Header:
     versions: dict = field(default_factory=dict)  # of the packages that made the shards
 
 
-HEADER_FILE, LENGTHS_FILE = "header.json", "lengths.npy"
+HEADER_FILE, LENGTHS_FILE, PAIRS_FILE = "header.json", "lengths.npy", "pairs.npy"
+_ID_ARRAYS = ("text_ids", "described_ids")
 
 
 def read_header(directory: str | os.PathLike) -> Header:
@@ -77,8 +85,8 @@ def read_header(directory: str | os.PathLike) -> Header:
 
 
 def write_header(directory: str | os.PathLike, header: Header) -> None:
-    path = pathlib.Path(directory) / HEADER_FILE
-    path.write_text(json.dumps(dataclasses.asdict(header), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(dataclasses.asdict(header), ensure_ascii=False, indent=1) + "\n"
+    metrics.replace_file(pathlib.Path(directory) / HEADER_FILE, text)
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -90,7 +98,7 @@ def to_record(clip: Clip, latent_dtype: str) -> bytes:
     blobs = []
     for name, value in clip._asdict().items():
         if isinstance(value, np.ndarray):
-            array = np.ascontiguousarray(value, dtype="int32" if name == "text_ids" else latent_dtype)
+            array = np.ascontiguousarray(value, dtype="int32" if name in _ID_ARRAYS else latent_dtype)
             content["arrays"].append([name, array.dtype.name, array.shape])
             blobs.append(array.tobytes())
         elif value is not None:
@@ -104,7 +112,7 @@ def from_record(record: bytes) -> Clip:
     content = json.loads(record[:start])
     for name, dtype, shape in content.pop("arrays"):
         array = np.frombuffer(record, np.dtype(dtype), count=int(np.prod(shape)), offset=start).reshape(shape)
-        content[name] = array if name == "text_ids" else array.astype(np.float32)
+        content[name] = array if name in _ID_ARRAYS else array.astype(np.float32)
         start += array.nbytes
     return Clip(**content)
 
@@ -132,57 +140,54 @@ class Shards:
         missing = [name for name in (*header.shards, LENGTHS_FILE) if not (directory / name).is_file()]
         if missing:
             raise UserError(f"{directory}: {', '.join(missing)} missing; prepare the shards again")
-        self.lengths = np.load(directory / LENGTHS_FILE)
+        lengths = np.load(directory / LENGTHS_FILE)
+        pairs = np.load(directory / PAIRS_FILE) if (directory / PAIRS_FILE).exists() else None
+        self.index = Index(lengths, header.groups, pairs)
         self._records = grain_source(directory, header)
-        if not header.num_clips == len(self.lengths) == len(self._records):
+        if not header.num_clips == len(lengths) == len(self._records):
             raise UserError(
-                f"{directory}: header, {LENGTHS_FILE} and shards disagree ({header.num_clips}, {len(self.lengths)} and "
+                f"{directory}: header, {LENGTHS_FILE} and shards disagree ({header.num_clips}, {len(lengths)} and "
                 f"{len(self._records)} clips); prepare the shards again"
             )
-        low, high = STD_RANGE
-        outside = [f"{c} ({std:.3g})" for c, std in enumerate(header.latent_std) if not low <= std <= high]
-        if outside:
+        (low, high), std_C = STD_RANGE, np.array(header.latent_std)
+        overall = float(np.sqrt(np.mean(std_C**2)))
+        if not low <= overall <= high or std_C.max() > MAX_CHANNEL_STD:
             raise UserError(
-                f"{directory}: the standard deviation of latent channel {', '.join(outside)} is outside {low}..{high}; flow "
-                "matching needs latents of about unit scale: train the codec further, or rescale its latents"
+                f"{directory}: the latents' standard deviation is {overall:.3g}, {std_C.max():.3g} in the widest channel; "
+                f"expected {low} to {high} and at most {MAX_CHANNEL_STD}. Flow matching needs latents of about unit scale: "
+                "train the codec further, or rescale its latents"
             )
+        self.dead_channels = np.flatnonzero(std_C < DEAD_CHANNEL_STD).tolist()
         self.patch_shape = (header.patch_size, header.latent_dim)
         self.patch_sec = header.patch_sec
         self.vocab_size = header.vocab_size
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.index.lengths)
 
     def __getitem__(self, index: int) -> Clip:
         return from_record(self._records[int(index)])
 
 
-def write_shards(directory: pathlib.Path, clips: Iterable[Clip], latent_dtype: str, shard_clips: int) -> tuple[str, ...]:
-    """Writes clips into ArrayRecord shards of `shard_clips` each; the result is their names, in order."""
+def write_shard(path: pathlib.Path, clips: Iterable[Clip], latent_dtype: str) -> int:
+    """Writes clips into one ArrayRecord file -> their number; without a clip there is no file."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    names: list[str] = []
-    writer = None
-    for i, clip in enumerate(clips):
-        if i % shard_clips == 0:
-            if writer:
-                writer.close()
-            names.append(f"part-{len(names):05d}")
-            writer = ArrayRecordWriter(str(directory / names[-1]), "group_size:1")
+    writer, count = None, 0
+    for clip in clips:
+        writer = writer or ArrayRecordWriter(str(path), "group_size:1")
         writer.write(to_record(clip, latent_dtype))
+        count += 1
     if writer:
         writer.close()
-    final = tuple(f"shard-{i:05d}-of-{len(names):05d}.array_record" for i in range(len(names)))
-    for old, new in zip(names, final):
-        (directory / old).rename(directory / new)
-    return final
+    return count
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def batches(
-    source: Source, plan: PackPlan, start_step: int = 0, *, prefetch: int = 2, part: tuple[int, int] = (0, 1)
+    source: Source, mix: Mix, start_step: int = 0, *, prefetch: int = 2, part: tuple[int, int] = (0, 1)
 ) -> Iterator[Batch]:
     """The batches of steps start_step, start_step + 1, .. without end, assembled ahead of time by threads.
 
@@ -193,17 +198,19 @@ def batches(
     import grain
 
     host, num_hosts = part
-    assert plan.num_rows % num_hosts == 0, (plan.num_rows, num_hosts)
-    share = plan.num_rows // num_hosts
 
     def batch_of(step: int) -> Batch:
-        return host_rows(source, plan, step, slice(host * share, (host + 1) * share))
+        num_rows = mix.batch_of(step).rows
+        assert num_rows % num_hosts == 0, (num_rows, num_hosts)
+        share = num_rows // num_hosts
+        return host_rows(source, mix, step, slice(host * share, (host + 1) * share))
 
     steps = grain.MapDataset.range(start_step, 2**31)
     options = grain.ReadOptions(num_threads=max(1, prefetch), prefetch_buffer_size=max(1, prefetch))
     return iter(steps.map(batch_of).to_iter_dataset(options))
 
 
-def host_rows(source: Source, plan: PackPlan, step: int, rows: slice = slice(None)) -> Batch:
+def host_rows(source: Source, mix: Mix, step: int, rows: slice = slice(None)) -> Batch:
     """The batch of one step, or some rows of it."""
-    return assemble(source, plan.rows(step)[rows], num_slots=plan.num_slots, num_patches=plan.num_patches)
+    budgets = mix.batch_of(step)
+    return assemble(source, mix.rows(step)[rows], num_slots=budgets.slots, num_patches=budgets.patches)

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable
 
 import tokenizers
@@ -77,6 +78,17 @@ class Tokenizer:
         if self._characters.keys().isdisjoint(ids):
             return ids
         return [j for i in ids for j in self._characters.get(i, (i,))]
+
+    def uncovered(self, text: str) -> tuple[list[str], list[str]]:
+        """The text's characters that become <unk>, and those that are spelt in bytes; each once, sorted."""
+        unknown, spelt = set(), set()
+        for character in {c for c in text if not c.isspace()}:
+            pieces = [self._backend.id_to_token(i) for i in self.encode(character)]
+            if any(piece == "<unk>" for piece in pieces):
+                unknown.add(character)
+            elif any(re.fullmatch(r"<0x[0-9A-F]{2}>", piece) for piece in pieces):
+                spelt.add(character)
+        return sorted(unknown), sorted(spelt)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and tokenizer.model if there is one.

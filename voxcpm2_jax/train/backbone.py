@@ -6,8 +6,10 @@ Update i reads `batch(seed, i)` and draws its noise from `fold_in(key(seed), i)`
 not depend on the mesh.
 """
 
+import dataclasses
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from voxcpm2_jax import metrics, optim, sharding
 from voxcpm2_jax.config import BackboneRun, UserError, to_dict
 from voxcpm2_jax.data import packing
+from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.models import flow, voxcpm2
 from voxcpm2_jax.sequence import Batch
 from voxcpm2_jax.train import loop
@@ -105,19 +108,12 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
     """
     workdir = pathlib.Path(workdir)
     source = _open(config, workdir, data)
-    plan = packing.PackPlan(
-        config.seed,
-        packing.sizes(source.lengths),
-        num_rows=config.batch.rows,
-        num_slots=config.batch.slots,
-        num_patches=config.batch.patches,
-        target_patches=config.batch.target_patches,
-        stages=config.stages,
-    )
+    mix = Mix(config.seed, source.index, source.patch_sec, config.batch, config.stages)
     mesh = sharding.make_mesh(config.mesh)
     row_shards = mesh.shape["replica"] * mesh.shape["data"]
-    if config.batch.rows % row_shards:
-        raise UserError(f"batch.rows {config.batch.rows} cannot be split over {row_shards} devices (mesh {config.mesh})")
+    for batch in mix.batches:
+        if batch.rows % row_shards:
+            raise UserError(f"batch.rows {batch.rows} cannot be split over {row_shards} devices (mesh {config.mesh})")
     with jax.set_mesh(mesh):
         layout = sharding.param_shardings(jax.eval_shape(partial(init_state, config)), mesh)
         state = jax.jit(partial(init_state, config), out_shardings=layout)()
@@ -125,16 +121,42 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
             workdir=workdir,
             config=to_dict(config),
             state=state,
-            train_step=jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=(layout, None)),
-            batches_from=partial(_batches, source, plan, sharding.batch_sharding(mesh)),
+            train_step=_by_shape(config, mix.batches, layout),
+            batches_from=partial(_batches, source, mix, sharding.batch_sharding(mesh)),
             num_steps=config.num_steps,
             log=config.log,
             checkpoint=config.checkpoint,
             evaluators=[] if data is None or not config.samples.every_steps else [_speaker(config, workdir)],
             flops_of=partial(_flops, config),
+            counters_at=lambda step: _heard(mix, step, config.patch_sec),
         )
     names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
     return {name: row.get(name) for name in names}
+
+
+def _by_shape(config: BackboneRun, batches, layout):
+    """train_step for batches of each of these budgets, compiled when a stage first brings one."""
+    programs = {}
+    for batch in batches:
+        shape = batch.rows, batch.slots, batch.patches
+        if shape in programs and programs[shape][0] != batch:
+            raise UserError(f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches as well")
+        program = partial(train_step, config=dataclasses.replace(config, batch=batch))
+        programs[shape] = batch, jax.jit(program, donate_argnums=0, out_shardings=(layout, None))
+
+    def run(state, batch):
+        _, program = programs[(*batch.tokens_BT.shape, batch.slot_BM.shape[1])]
+        return program(state, batch)
+
+    return run
+
+
+def _heard(mix: Mix, step: int, patch_sec: float) -> dict:
+    """What the run has heard before a step: clips and hours by "dataset/language/mode"."""
+    return {
+        "/".join(name): {"clips": clips, "hours": round(patches * patch_sec / 3600, 6)}
+        for name, (clips, patches) in mix.heard(step).items()
+    }
 
 
 def _open(config: BackboneRun, workdir: pathlib.Path, data) -> packing.Source:
@@ -160,6 +182,8 @@ def _open(config: BackboneRun, workdir: pathlib.Path, data) -> packing.Source:
     wrong = [f"{name}: shards {theirs}, config {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
     if wrong:
         raise UserError(f"{data} does not fit this config: {'; '.join(wrong)}")
+    if shards.dead_channels and jax.process_index() == 0:
+        print(f"{data}: latent channels {shards.dead_channels} hardly vary; the codec does not use them", file=sys.stderr)
     for part in ("codec", "tokenizer"):
         if jax.process_index() == 0 and not (workdir / part).exists():
             aside = workdir / f".{part}.incomplete"
@@ -169,10 +193,10 @@ def _open(config: BackboneRun, workdir: pathlib.Path, data) -> packing.Source:
     return shards
 
 
-def _batches(source, plan, layout, start_step: int) -> Iterator[Batch]:
+def _batches(source, mix, layout, start_step: int) -> Iterator[Batch]:
     from voxcpm2_jax.data import pipeline
 
-    for batch in pipeline.batches(source, plan, start_step):
+    for batch in pipeline.batches(source, mix, start_step):
         yield jax.tree.map(lambda x: jax.device_put(x, layout), batch)
 
 
