@@ -168,6 +168,9 @@ def test_shards_refuse(tmp_path, clips):
     (directory / "header.json").write_text(json.dumps(header | {"new": 1}))
     with pytest.raises(UserError, match="new: unknown key"):
         pipeline.Shards(directory)
+    (directory / "header.json").write_text(json.dumps({k: v for k, v in header.items() if k != "groups"}))
+    with pytest.raises(UserError, match="no groups; Header needs it"):
+        pipeline.Shards(directory)
     (directory / "header.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         pipeline.Shards(directory)

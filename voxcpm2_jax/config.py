@@ -364,7 +364,7 @@ def from_dict(cls, data: Mapping[str, Any], *, where: str = "config", unknown: d
         where: how messages name the place.
         unknown: if given, keys that `cls` does not have are collected here (nested the same way), otherwise they raise.
     Raises:
-        UserError: an unknown key or a value of the wrong type, named with its path.
+        UserError: an unknown or missing key or a value of the wrong type, named with its path.
     """
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: expected fields of {cls.__name__}, got {data!r}")
@@ -381,6 +381,9 @@ def from_dict(cls, data: Mapping[str, Any], *, where: str = "config", unknown: d
         values[key] = _coerce(hints[key], value, f"{where}.{key}", rest)
         if rest:
             unknown[key] = rest
+    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - values.keys()):
+        raise UserError(f"{where}: no {', '.join(missing)}; {cls.__name__} needs it")
     return cls(**values)
 
 
