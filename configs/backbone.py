@@ -4,10 +4,16 @@
 
     variant     shape          hardware              wall time          result
     tiny        0.1 M          any                   seconds            loss falls; needs no --data
-    demo        4 M            2 CPU cores           unmeasured         spoken digits (launch/quickstart.sh)
-    demo_long   the same       2 CPU cores           unmeasured         the same, to be trained longer
+    demo        2.2 M          2 CPU cores           10.6 min           98.7 % of digits (below)
+    demo_long   the same       2 CPU cores           unmeasured         unmeasured
     small       100 M          one GPU or TPU        unmeasured         unmeasured
     2b          2.29 B         a pod or cluster      unmeasured         unmeasured; the released shape
+
+"demo": the share that Whisper-base hears in 50 digit strings that were never trained on (launch/quickstart.sh; synthetic
+speech, two cores of an AMD EPYC). On sixty strings kept out of training to choose the recipe by, a voice with RoPE of base
+10,000, a learning rate of 2e-3 and stop weight 1 said the first digit right and the others by chance (31 % in all, 3,000
+updates, 10,000 clips, uniform flow times); with base 100, 1e-3 and stop weight 0.2 it had learned to read (86 %, 3,600
+updates). Sequences are some fifteen slots long, which base 10,000 hardly tells apart.
 
 Learning rates and step counts of "small" and "2b" follow the first VoxCPM paper's stable phase (1e-4, WSD) where the
 report on VoxCPM2 gives none.

@@ -4,8 +4,8 @@
 
     variant     what                                                            size       speaking, 2 CPU cores
     tiny        the demo corpus for tests: strings of one and two digits        1 min      seconds
-    demo        digit strings in English, words of five more languages          24 min     100 s (machine shared)
-    demo_long   the same with strings of up to 12 digits, for longer rows       ~2.7 h     unmeasured
+    demo        digit strings in English, words of five more languages          3.0 h      80 s
+    demo_long   the same, more of them                                          4.5 h      2 min
     manifest    recordings of one's own, --config.manifest=FILE[,FILE]
 
 Speech of the demo corpus is synthetic (hibari-tts, espeak-ng): figures made on it say so. Encoding comes on top, at the
