@@ -35,7 +35,7 @@ step "1/7 speech: digit strings by a neural voice, foreign words by a robot"
 step "2/7 codec: trained from scratch"
 voxcpm2-jax train-vae --config="configs/vae.py:$variant" --data="$work/recordings/train.jsonl" --workdir="$work/codec"
 step "3/7 shards: text ids and latents"
-[ -d "$work/shards" ] || voxcpm2-jax prepare --config="configs/data.py:$variant" \
+[ -f "$work/shards/header.json" ] || voxcpm2-jax prepare --config="configs/data.py:$variant" \
   --config.source=manifest --config.manifest="$work/recordings/train.jsonl" --vae="$work/codec" --output="$work/shards"
 step "4/7 voice: trained from scratch"
 voxcpm2-jax train --config="configs/backbone.py:$variant" --data="$work/shards" --workdir="$work/voice"

@@ -178,6 +178,40 @@ def test_hosts_share_the_work(tmp_path, recordings, tokenizer_dir, vae_params):
     assert shared == [None, None, expected] and content(tmp_path / "alone") == content(tmp_path / "shared")
 
 
+def test_the_last_host_writes_the_header_whoever_was_slow(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):
+    """Host 1 comes and goes while host 0 is between the held-out shards and the others."""
+    held = {"heldout": str(tmp_path / "m.jsonl")}
+    really, results = prepare_module._Maker.make_parts, []
+
+    def slow(self, directory, manifests):
+        if directory.name != "heldout" and self._config.host == 0:
+            config = config_of(tmp_path, tokenizer_dir, host=1, num_hosts=2, **held)
+            results.append(make_shards(config, tmp_path / "out", vae_params, VAE))
+        really(self, directory, manifests)
+
+    monkeypatch.setattr(prepare_module._Maker, "make_parts", slow)
+    config = config_of(tmp_path, tokenizer_dir, host=0, num_hosts=2, **held)
+    header = make_shards(config, tmp_path / "out", vae_params, VAE)
+    assert results == [None] and header == pipeline.read_header(tmp_path / "out")
+    assert pipeline.read_header(tmp_path / "out" / "heldout").num_clips == header.num_clips
+
+
+def test_a_mistake_on_the_way_costs_no_finished_shard(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):
+    config = config_of(tmp_path, tokenizer_dir)
+    really, made = prepare_module._Maker._make_part, []
+
+    def fails(self, path, *args):
+        if made:
+            raise UserError("the disk is full")
+        made.append(path.with_suffix(".array_record"))
+        really(self, path, *args)
+
+    monkeypatch.setattr(prepare_module._Maker, "_make_part", fails)
+    with pytest.raises(UserError, match="the disk is full"):
+        make_shards(config, tmp_path / "out", vae_params, VAE)
+    assert made[0].is_file()
+
+
 def test_shards_of_something_else_are_left_alone(tmp_path, recordings, tokenizer_dir, vae_params):
     config = config_of(tmp_path, tokenizer_dir)
     make_shards(config, tmp_path / "out", vae_params, VAE)

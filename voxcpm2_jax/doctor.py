@@ -3,7 +3,8 @@
     manifest -> every recording opened once, in threads -> findings, hours, distributions, a forecast of its rows
 
 A finding is one kind of fault with the recordings that have it. It either spoils a run (the model learns something false,
-or a figure lies) or is worth a look. Thresholds stand in `Limits` with their reasons. Memory holds a few numbers a clip.
+or a figure lies) or is worth a look. Thresholds stand in `Limits` with their reasons. Memory holds the manifest
+and a few numbers a clip.
 """
 
 import collections
@@ -136,7 +137,7 @@ def examine(
         "by_language": table.hours_by(lambda r: r.language or "unknown"),
         "by_dataset": table.hours_by(lambda r: r.dataset or str(r.dataset_id)),
         "by_speaker": dict(list(table.hours_by(lambda r: r.speaker or "unknown").items())[:20]),
-        "speakers": len({recording.speaker for recording in table.recordings}),
+        "speakers": len({recording.speaker for recording in table.recordings} - {None}),
         "rates": {str(rate): count for rate, count in sorted(collections.Counter(table.rate).items())},
         "duration_sec": _quantiles(table.sec),
         "characters_per_sec": _quantiles(table.speed),

@@ -119,10 +119,14 @@ def make_shards(
         _once(output / "codec", lambda aside: torch_io.save_codec(aside, vae_config, vae_params))
         _once(output / "tokenizer", lambda aside: _tokenizer(config, train).save(aside / "tokenizer"))
         maker = _Maker(config, output, vae_params, vae_config, codec_hash)
-        is_whole = not heldout or maker.make(output / HELDOUT, heldout) is not None
-        return maker.make(output, train, may_finish=is_whole)
+        sets = [(output / HELDOUT, heldout)] * bool(heldout) + [(output, train)]
+        for directory, manifests in sets:
+            maker.make_parts(directory, manifests)
+        # Only now, when nothing is left to this host, can the last host know that it is the last.
+        headers = [maker.finish(directory, manifests) for directory, manifests in sets]
+        return None if None in headers else headers[-1]
     except UserError:
-        if is_new:
+        if is_new and config.num_hosts == 1 and not list(output.glob("**/*.array_record")):
             shutil.rmtree(output, ignore_errors=True)
         raise
 
@@ -245,16 +249,16 @@ class _Maker:
         encode = jax.jit(autoencoder.encode, static_argnums=1)
         self._encode = lambda audio_BA: encode(vae_params, vae_config, audio_BA)
 
-    def make(
-        self, directory: pathlib.Path, manifests: list[corpus.Manifest], *, may_finish: bool = True
-    ) -> pipeline.Header | None:
-        """This host's shards of a directory; its header if all are whole."""
+    def _names(self, manifests: list[corpus.Manifest]) -> list[str]:
+        num_parts = math.ceil(sum(map(len, manifests)) / self._config.shard_clips)
+        return [f"shard-{i:05d}-of-{num_parts:05d}" for i in range(num_parts)]
+
+    def make_parts(self, directory: pathlib.Path, manifests: list[corpus.Manifest]) -> None:
+        """This host's shards of a directory, as far as they are missing."""
         directory.mkdir(exist_ok=True)
+        names, size = self._names(manifests), self._config.shard_clips
         starts = np.cumsum([0, *map(len, manifests)])
-        size = self._config.shard_clips
-        num_parts = math.ceil(starts[-1] / size)
-        names = [f"shard-{i:05d}-of-{num_parts:05d}" for i in range(num_parts)]
-        mine = range(self._config.host, num_parts, self._config.num_hosts)
+        mine = range(self._config.host, len(names), self._config.num_hosts)
         todo = [i for i in mine if not (directory / f"{names[i]}.npz").exists()]
         bar = _bar("encoding", len(mine) * size)
         with bar, ThreadPoolExecutor() as pool:
@@ -266,9 +270,6 @@ class _Maker:
                     for recording in manifest[max(0, i * size - start) : max(0, (i + 1) * size - start)]
                 )
                 self._make_part(directory / names[i], recordings, pool, bar)
-        if not may_finish or not all((directory / f"{name}.npz").exists() for name in names):
-            return None
-        return self._finish(directory, names, manifests)
 
     def _make_part(self, path: pathlib.Path, recordings: Iterable[corpus.Recording], pool, bar) -> None:
         lengths: list[tuple[int, int, int, int, int, int]] = []
@@ -300,9 +301,11 @@ class _Maker:
         finally:
             aside.unlink(missing_ok=True)
 
-    def _finish(self, directory: pathlib.Path, names: list[str], manifests: list[corpus.Manifest]) -> pipeline.Header:
-        """Puts together what the shards leave of themselves; the header comes last."""
-        config, vae = self._config, self._vae_config
+    def finish(self, directory: pathlib.Path, manifests: list[corpus.Manifest]) -> pipeline.Header | None:
+        """Puts together what the shards leave of themselves, the header last; None while one is missing."""
+        config, vae, names = self._config, self._vae_config, self._names(manifests)
+        if not all((directory / f"{name}.npz").exists() for name in names):
+            return None
         groups: dict[tuple[str, str], int] = {}
         moments, lengths, skipped, shards = _Moments(vae.latent_dim), [], [], []
         for name in names:

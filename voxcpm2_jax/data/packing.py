@@ -140,7 +140,7 @@ def _deal(fractions_NK: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _best_fit(fractions_NK: np.ndarray) -> tuple[np.ndarray, int]:
-    """Each item into the open row where it leaves least of the budget that is then fullest -> as `_share`."""
+    """Each item into the open row where it leaves least of the budget that is then fullest -> as `share_rows`."""
     row_N = np.zeros(len(fractions_NK), np.int64)
     num_rows = 0
     room_RK = np.zeros((0, fractions_NK.shape[1]))  # of the open rows
