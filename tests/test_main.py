@@ -120,6 +120,7 @@ def test_config_beside_the_package_is_found_from_anywhere(tmp_path, monkeypatch)
 def test_help_names_every_command_and_flag(capsys):
     flags = {
         "prepare": ["--config", "--output", "--vae"],
+        "doctor": ["--manifest", "--heldout", "--tokenizer", "--output", "3"],
         "train": ["--config", "--workdir", "--data", "--config.num_steps=100", "75"],
         "train-vae": ["--config", "--workdir", "--data"],
         "generate": ["--checkpoint", "--text", "--control", "--reference-audio", "--prompt-audio", "--prompt-text",

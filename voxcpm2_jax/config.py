@@ -640,8 +640,9 @@ class BackboneRun:
             raise UserError(f"num_steps must be at least 1, got {self.num_steps}")
         if self.remat not in ("full", "none"):
             raise UserError(f"remat must be full or none, got {self.remat!r}")
-        if self.batch.slots > self.model.max_length:
-            raise UserError(f"batch.slots {self.batch.slots} exceed model.max_length {self.model.max_length}")
+        for batch in (self.batch, *(stage.batch for stage in self.stages if stage.batch)):
+            if batch.slots > self.model.max_length:
+                raise UserError(f"batch.slots {batch.slots} exceed model.max_length {self.model.max_length}")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -167,15 +167,9 @@ def _listen(training, validation, limits: Limits, total: int):
 
     items = ((is_validation, r) for is_validation, group in ((False, training), (True, validation)) for m in group for r in m)
     items = track(items, "listening", total=total, console=Console(stderr=True), disable=not sys.stderr.isatty())
-    pending: collections.deque = collections.deque()
     with ThreadPoolExecutor() as pool:
-        for is_validation, recording in items:
-            pending.append((is_validation, recording, pool.submit(_hear, recording, limits)))
-            if len(pending) > 64:
-                *item, future = pending.popleft()
-                yield *item, future.result()
-        for *item, future in pending:
-            yield *item, future.result()
+        for (is_validation, recording), heard in corpus.in_threads(pool, lambda item: _hear(item[1], limits), items):
+            yield is_validation, recording, heard
 
 
 def _hear(recording: corpus.Recording, limits: Limits) -> Heard:

@@ -14,7 +14,6 @@ whole writes the header. Recordings that are of no use are left out, counted by 
 skipped.jsonl. Memory holds half an hour of audio and 24 bytes a recording, whatever the size of the corpus.
 """
 
-import collections
 import contextlib
 import hashlib
 import importlib.metadata
@@ -371,7 +370,7 @@ class _Maker:
             bar.update(0, hours=bar.tasks[0].fields["hours"] + samples / self._vae_config.sample_rate / 3600)
             waiting, samples, seen = [], 0, 0
 
-        for recording, loaded in _in_order(pool, self._load, recordings):
+        for recording, loaded in corpus.in_threads(pool, self._load, recordings):
             seen += 1
             if isinstance(loaded, audio.BadRecording):
                 skipped.append((str(recording.audio), loaded.reason, str(loaded)))
@@ -461,18 +460,6 @@ def _bucket(patches: int) -> int:
             return power * 3 // 2
         power *= 2
     return power
-
-
-def _in_order(pool: ThreadPoolExecutor, function, items: Iterable, ahead: int = 64) -> Iterator:
-    """(item, function(item)) in threads, in order, never more than `ahead` results waiting."""
-    pending = collections.deque()
-    for item in items:
-        pending.append((item, pool.submit(function, item)))
-        if len(pending) > ahead:
-            item, future = pending.popleft()
-            yield item, future.result()
-    for item, future in pending:
-        yield item, future.result()
 
 
 def _bar(what: str, total: int):

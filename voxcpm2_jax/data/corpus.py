@@ -15,6 +15,7 @@ by espeak-ng voices, each with a description. It is synthetic: figures made on i
 """
 
 import array
+import collections
 import ctypes
 import dataclasses
 import difflib
@@ -29,7 +30,7 @@ import random
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,6 +156,18 @@ def _recording(line: bytes, root: pathlib.Path, where: str) -> Recording:
     if start < 0 or (end is not None and end <= start):
         raise UserError(f"{where}: start_sec {start} and end_sec {end} do not bound a part")
     return Recording(**fields)
+
+
+def in_threads(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int = 64) -> Iterator[tuple]:
+    """(item, function(item)) of all items, in order, never more than `ahead` results waiting."""
+    pending = collections.deque()
+    for item in items:
+        pending.append((item, pool.submit(function, item)))
+        if len(pending) > ahead:
+            item, future = pending.popleft()
+            yield item, future.result()
+    for item, future in pending:
+        yield item, future.result()
 
 
 def write_manifest(path: str | os.PathLike, recordings: Iterable[Recording]) -> None:
