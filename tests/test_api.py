@@ -265,6 +265,12 @@ def test_speech_past_max_length(short_of_room):
     assert len(endless.generate(**request, max_len=room)) == room * PATCH_SAMPLES  # asked for no more than there is
 
 
+@pytest.mark.parametrize("name", ["retry_badcase_max_times", "retry_badcase_ratio_threshold"])
+def test_retries_need_a_number_over_0(voice, name):
+    with pytest.raises(UserError, match=f"{name} must be over 0, got 0"):
+        voice.generate("one", **{name: 0})
+
+
 def test_a_prefix_that_fills_the_model(short_of_room):
     long = "one two three four five " * 5
     for speak in (short_of_room[0].generate, lambda **kwargs: list(short_of_room[0].generate_streaming(**kwargs))):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from voxcpm2_jax import checkpoint
 from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig, CheckpointConfig, LogConfig, OptimConfig, UserError
 from voxcpm2_jax.data import packing, pipeline
 from voxcpm2_jax.data.mixing import Mix
@@ -94,6 +95,15 @@ def test_update_does_not_depend_on_the_mesh(straight):
     state = jax.jit(partial(backbone.init_state, RUN))()
     _, figures = jax.jit(partial(backbone.train_step, config=RUN))(state, batch)
     assert float(figures["loss"]) == pytest.approx(rows_of(straight[0])[0]["loss"], rel=1e-5)
+
+
+def test_a_checkpoint_tells_what_was_heard(straight):
+    heard = checkpoint.read_meta(checkpoint.step_directory(straight[0]))["data"]
+    rows = rows_of(straight[0])
+    hours = sum(row["audio_sec"] for row in rows) / 3600
+    assert len(rows) == RUN.num_steps and heard.keys() == {"synthetic/none/zero-shot"}
+    assert heard["synthetic/none/zero-shot"]["hours"] == pytest.approx(hours, abs=2e-6)
+    assert heard["synthetic/none/zero-shot"]["clips"] > RUN.num_steps * RUN.batch.rows
 
 
 def test_rows_that_suit_no_mesh_are_refused(tmp_path):
