@@ -1,19 +1,32 @@
 """Training of the backbone: draws, the update, resuming, shards that do not fit."""
 
 import dataclasses
+import hashlib
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from voxcpm2_jax import checkpoint
-from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig, CheckpointConfig, LogConfig, OptimConfig, UserError
+from voxcpm2_jax import checkpoint, torch_io
+from voxcpm2_jax.config import (
+    MODELS,
+    AudioVAEConfig,
+    BackboneRun,
+    BatchConfig,
+    CheckpointConfig,
+    LogConfig,
+    OptimConfig,
+    UserError,
+)
 from voxcpm2_jax.data import packing, pipeline
 from voxcpm2_jax.data.mixing import Mix
+from voxcpm2_jax.data.tokenizer import train_tokenizer
 from voxcpm2_jax.train import backbone
+from voxcpm2_jax.vae import autoencoder
 
 RUN = BackboneRun(
     model=MODELS["tiny"],
@@ -124,3 +137,21 @@ def test_shards_of_another_shape_are_refused(tmp_path, monkeypatch):
         backbone.train(RUN, tmp_path / "run", tmp_path)
     for name in ("model.patch_size", "model.feat_dim", "model.lm_config.vocab_size", "patch_sec"):
         assert name in str(error.value)
+
+
+def test_shards_of_another_codec_or_tokenizer_are_refused(tmp_path):
+    """The workdir keeps what made its shards; to go on with others' would mix two kinds of latents or ids."""
+    vae = AudioVAEConfig(encoder_dim=4, encoder_rates=(8, 80), latent_dim=4, decoder_dim=16, decoder_rates=(20, 96))
+    shards, workdir = tmp_path / "shards", tmp_path / "run"
+    workdir.mkdir()
+    params = autoencoder.init(jax.random.key(0), vae)
+    torch_io.save_codec(shards, vae, params)
+    train_tokenizer(["one two three"] * 9, 288).save(shards / "tokenizer")
+    tokenizer_sha256 = hashlib.sha256((shards / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
+    made = SimpleNamespace(codec_sha256=torch_io.codec_sha256(params, vae), tokenizer_sha256=tokenizer_sha256)
+    backbone._keep_makers(workdir, shards, made)
+    backbone._keep_makers(workdir, shards, made)
+    for name, message in (("codec_sha256", r"codec: .*run [0-9a-f]{12}, .*shards other,"), ("tokenizer_sha256", "tokenizer: ")):
+        other = SimpleNamespace(**(vars(made) | {name: "other"}))
+        with pytest.raises(UserError, match=message):
+            backbone._keep_makers(workdir, shards, other)

@@ -44,7 +44,8 @@ def some_clips(count, seed=0):
 
 def write(directory, clips, **changes):
     directory.mkdir(exist_ok=True)
-    names = tuple(f"shard-{i:05d}-of-00005.array_record" for i in range(5))
+    num_shards = -(-len(clips) // 7)
+    names = tuple(f"shard-{i:05d}-of-{num_shards:05d}.array_record" for i in range(num_shards))
     for i, name in enumerate(names):
         assert pipeline.write_shard(directory / name, clips[7 * i : 7 * i + 7], "float16") == len(clips[7 * i : 7 * i + 7])
     lengths = [
@@ -98,6 +99,24 @@ def test_shards_give_every_clip_back_by_index(shards, clips):
         same(shards[i], clips[i])
     assert shards.patch_shape == (2, 3) and shards.patch_sec == 0.16 and shards.vocab_size == 300
     assert shards.header.skipped == {"silent": 2}
+
+
+def test_several_directories_are_one_corpus(tmp_path, clips):
+    write(tmp_path / "a", clips[:13])
+    groups = (("other", "fr"), ("d", "unknown"))
+    write(tmp_path / "b", clips[13:], groups=groups)
+    np.save(tmp_path / "b" / pipeline.PAIRS_FILE, np.array([[1, 2], *[[-1, -1]] * 16], np.int32))
+    both = pipeline.Shards(f"{tmp_path}/a,{tmp_path}/b")
+    assert len(both) == len(clips) and both.header.num_clips == 30 and both.header.hours == 2.0
+    for i in (0, 12, 13, 29):
+        same(both[i], clips[i])
+    assert both.index.groups == (("d", "unknown"), ("other", "fr"))
+    assert both.index.lengths[:, packing.GROUP].tolist() == [0] * 13 + [1] * 17
+    assert both.index.pairs.shape == (30, 2) and both.index.pairs[13].tolist() == [14, 15] and both.index.pairs[0].max() == -1
+    for field, value in (("codec_sha256", "x"), ("tokenizer_sha256", "y"), ("patch_sec", 0.08), ("encoder_hz", 8000)):
+        write(tmp_path / "c", clips[:5], **{field: value})
+        with pytest.raises(UserError, match=rf"a and .*c do not go together: {field} .* and {value!r}$"):
+            pipeline.Shards(f"{tmp_path}/a,{tmp_path}/c")
 
 
 def plan_of(source, num_rows=4):
@@ -162,7 +181,7 @@ def test_shards_refuse(tmp_path, clips):
         pipeline.Shards(directory)
     directory = write(tmp_path / "b", clips)
     pipeline.write_header(directory, dataclasses.replace(pipeline.read_header(directory), num_clips=31))
-    with pytest.raises(UserError, match=r"disagree \(31, 30 and 30 clips\)"):
+    with pytest.raises(UserError, match=r"disagree \(header 31, lengths.npy 30 clips\)"):
         pipeline.Shards(directory)
     header = json.loads((directory / "header.json").read_text())
     (directory / "header.json").write_text(json.dumps(header | {"new": 1}))

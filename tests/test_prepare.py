@@ -11,7 +11,8 @@ from voxcpm2_jax import prepare as prepare_module
 from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, from_dict
 from voxcpm2_jax.data import audio, corpus, packing, pipeline
 from voxcpm2_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from voxcpm2_jax.prepare import codec_sha256, make_shards
+from voxcpm2_jax.prepare import make_shards
+from voxcpm2_jax.torch_io import codec_sha256
 from voxcpm2_jax.vae import autoencoder
 
 VAE = AudioVAEConfig(
@@ -70,7 +71,7 @@ def test_shards_hold_what_the_codec_gives_clip_by_clip(tmp_path, recordings, tok
     assert header == pipeline.read_header(tmp_path / "out")
     tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
     lengths = np.load(tmp_path / "out" / pipeline.LENGTHS_FILE)
-    source = pipeline.grain_source(tmp_path / "out", header)
+    source = pipeline.grain_source([tmp_path / "out"], [header])
     assert len(source) == len(recordings) == header.num_clips == len(lengths)
     encode = jax.jit(autoencoder.encode, static_argnums=1)
 
@@ -120,7 +121,8 @@ def test_the_stored_type_is_the_latents_rounded(tmp_path, recordings, tokenizer_
         make_shards(config_of(tmp_path, tokenizer_dir, latent_dtype=dtype), tmp_path / dtype, vae_params, VAE)
         for dtype in ("float32", "float16")
     )
-    for a, b in zip(pipeline.grain_source(tmp_path / "float32", exact), pipeline.grain_source(tmp_path / "float16", rounded)):
+    sources = [pipeline.grain_source([tmp_path / h.latent_dtype], [h]) for h in (exact, rounded)]
+    for a, b in zip(*sources):
         a, b = pipeline.from_record(a), pipeline.from_record(b)
         np.testing.assert_array_equal(a.patches_MPC.astype(np.float16), b.patches_MPC.astype(np.float16))
     assert exact.codec_sha256 == rounded.codec_sha256 == codec_sha256(vae_params, VAE)
@@ -293,7 +295,7 @@ def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):
     assert header.num_clips == 70 and header.sources == ("demo",) and not header.skipped
     assert pipeline.read_header(tmp_path / "out" / "heldout").num_clips == 8
     assert len(corpus.read_manifest(tmp_path / "out" / "demo" / "heldout.jsonl")) == 8
-    clip = pipeline.from_record(pipeline.grain_source(tmp_path / "out", header)[69])
+    clip = pipeline.from_record(pipeline.grain_source([tmp_path / "out"], [header])[69])
     assert clip.description in [description for description, _ in corpus.FOREIGN.values()]
     assert (
         load_tokenizer(tmp_path / "out" / "tokenizer").encode(f"({clip.description}){clip.text}") == clip.described_ids.tolist()

@@ -93,7 +93,7 @@ def _parse(argv):
         config="configs/backbone.py:tiny", epilog=_EXIT_CODES,
     )  # fmt: skip
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
-    sub.add_argument("--data", metavar="SHARDS", help="directory made by prepare; :tiny has data of its own")
+    sub.add_argument("--data", metavar="SHARDS[,SHARDS]", help="directories made by prepare; :tiny has data of its own")
 
     sub = command(
         "train-vae", _train_vae, "train the codec; goes on by itself if the workdir holds a checkpoint",

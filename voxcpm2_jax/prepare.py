@@ -29,7 +29,7 @@ import time
 import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -112,7 +112,7 @@ def make_shards(
             [pathlib.Path(name) for name in names.split(",") if name] for names in (config.manifest, config.heldout)
         )
     train, heldout = ([corpus.Manifest(path) for path in paths] for paths in (train, heldout))
-    codec_hash = codec_sha256(vae_params, vae_config)
+    codec_hash = torch_io.codec_sha256(vae_params, vae_config)
     _claim(output, _making(config, train, heldout, codec_hash))
     try:
         _once(output / "codec", lambda aside: torch_io.save_codec(aside, vae_config, vae_params))
@@ -191,16 +191,6 @@ def normal_text(text: str, sentence_case: bool = False) -> str:
     if sentence_case and text.isupper():
         text = re.sub(r"(^|[.!?…]\s+)(\w)", lambda match: match[1] + match[2].upper(), text.lower())
     return text
-
-
-def codec_sha256(vae_params: Mapping, vae_config: AudioVAEConfig) -> str:
-    """Identifies a codec: the hash of its configuration and of every parameter, by path."""
-    digest = hashlib.sha256(json.dumps(to_dict(vae_config), sort_keys=True).encode())
-    leaves = jax.tree_util.tree_leaves_with_path(vae_params)
-    for path, leaf in sorted((jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves):
-        digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(leaf.tobytes())
-    return digest.hexdigest()
 
 
 def _sources_sha256(manifests: Iterable[corpus.Manifest]) -> str:

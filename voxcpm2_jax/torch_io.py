@@ -11,6 +11,7 @@ misshaped and mistyped tensor is named in one message.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 from rich.console import Console
@@ -602,6 +604,16 @@ def load_codec(path: str | os.PathLike) -> tuple[AudioVAEConfig, dict]:
     _, params, _ = checkpoint.load_params(path)
     _check_params(checkpoint.flatten(params), _by_path(vae_table(vae_config)), str(path))
     return vae_config, params
+
+
+def codec_sha256(vae_params: Mapping, vae_config: AudioVAEConfig) -> str:
+    """Identifies a codec: the hash of its configuration and of every parameter, by path."""
+    digest = hashlib.sha256(json.dumps(to_dict(vae_config), sort_keys=True).encode())
+    leaves = jax.tree_util.tree_leaves_with_path(vae_params)
+    for path, leaf in sorted((jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves):
+        digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
 
 
 def _open_codec(directory: pathlib.Path) -> tuple[AudioVAEConfig, dict[str, Stored]]:

@@ -24,7 +24,7 @@ import numpy as np
 from voxcpm2_jax import metrics
 from voxcpm2_jax.config import UserError, from_dict
 from voxcpm2_jax.data.mixing import Mix
-from voxcpm2_jax.data.packing import Clip, Index, Source, assemble
+from voxcpm2_jax.data.packing import GROUP, Clip, Index, Source, assemble
 from voxcpm2_jax.sequence import Batch
 
 # Flow matching starts from noise of standard deviation 1; latents far from that scale are not learned.
@@ -120,44 +120,55 @@ def from_record(record: bytes) -> Clip:
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 
-def grain_source(directory: str | os.PathLike, header: Header):
-    """Random access to the raw records of a directory of shards."""
+def grain_source(directories: Iterable[str | os.PathLike], headers: Iterable[Header]):
+    """Random access to the raw records of directories of shards."""
     import grain
 
-    return grain.sources.ArrayRecordDataSource([str(pathlib.Path(directory) / name) for name in header.shards])
+    files = [str(pathlib.Path(path) / name) for path, header in zip(directories, headers) for name in header.shards]
+    return grain.sources.ArrayRecordDataSource(files)
 
 
 class Shards:
-    """Random access to the clips of a directory of shards; a packing.Source.
+    """Random access to the clips of one or more directories of shards; a packing.Source.
 
+    Args:
+        directories: one, or several with commas between; their clips follow one another.
+    Attributes:
+        header: of the directory, or what the headers of all come to.
     Raises:
-        UserError: not a directory of shards, files of it missing, or latents on a scale that no model can learn from.
+        UserError: not a directory of shards, files of it missing, latents on a scale that no model can learn from, or
+            directories that were made with unlike codecs, tokenizers or patches.
     """
 
-    def __init__(self, directory: str | os.PathLike):
-        directory = pathlib.Path(directory)
-        self.header = header = read_header(directory)
-        missing = [name for name in (*header.shards, LENGTHS_FILE) if not (directory / name).is_file()]
-        if missing:
-            raise UserError(f"{directory}: {', '.join(missing)} missing; prepare the shards again")
-        lengths = np.load(directory / LENGTHS_FILE)
-        pairs = np.load(directory / PAIRS_FILE) if (directory / PAIRS_FILE).exists() else None
-        self.index = Index(lengths, header.groups, pairs)
-        self._records = grain_source(directory, header)
-        if not header.num_clips == len(lengths) == len(self._records):
-            raise UserError(
-                f"{directory}: header, {LENGTHS_FILE} and shards disagree ({header.num_clips}, {len(lengths)} and "
-                f"{len(self._records)} clips); prepare the shards again"
-            )
-        (low, high), std_C = STD_RANGE, np.array(header.latent_std)
-        overall = float(np.sqrt(np.mean(std_C**2)))
-        if not low <= overall <= high or std_C.max() > MAX_CHANNEL_STD:
-            raise UserError(
-                f"{directory}: the latents' standard deviation is {overall:.3g}, {std_C.max():.3g} in the widest channel; "
-                f"expected {low} to {high} and at most {MAX_CHANNEL_STD}. Flow matching needs latents of about unit scale: "
-                "train the codec further, or rescale its latents"
-            )
-        self.dead_channels = np.flatnonzero(std_C < DEAD_CHANNEL_STD).tolist()
+    def __init__(self, directories: str | os.PathLike):
+        paths = [pathlib.Path(name) for name in str(directories).split(",") if name]
+        headers = [read_header(path) for path in paths]
+        _check_alike(paths, headers)
+        lengths, pairs, groups, clips = [], [], {}, 0
+        for path, header in zip(paths, headers):
+            missing = [name for name in (*header.shards, LENGTHS_FILE) if not (path / name).is_file()]
+            if missing:
+                raise UserError(f"{path}: {', '.join(missing)} missing; prepare the shards again")
+            lengths_N6 = np.load(path / LENGTHS_FILE)
+            if len(lengths_N6) != header.num_clips:
+                raise UserError(f"{path}: {_disagree(header.num_clips, len(lengths_N6))}")
+            numbers = [groups.setdefault(tuple(group), len(groups)) for group in header.groups]
+            lengths_N6[:, GROUP] = np.array(numbers, np.int32)[lengths_N6[:, GROUP]]
+            lengths.append(lengths_N6)
+            if (path / PAIRS_FILE).exists():
+                pairs_NK = np.load(path / PAIRS_FILE)
+                pairs.append(np.where(pairs_NK < 0, pairs_NK, pairs_NK + clips))
+            else:
+                pairs.append(np.full((header.num_clips, 0), -1, np.int32))
+            clips += header.num_clips
+        self.header = header = _together(headers, tuple(groups))
+        widest = max(pairs_NK.shape[1] for pairs_NK in pairs)
+        pairs = [np.pad(pairs_NK, ((0, 0), (0, widest - pairs_NK.shape[1])), constant_values=-1) for pairs_NK in pairs]
+        self.index = Index(np.concatenate(lengths), header.groups, np.concatenate(pairs) if widest else None)
+        self._records = grain_source(paths, headers)
+        if len(self._records) != clips:
+            raise UserError(f"{directories}: {_disagree(clips, clips, len(self._records))}")
+        self.dead_channels = sorted({channel for path, header in zip(paths, headers) for channel in _dead(path, header)})
         self.patch_shape = (header.patch_size, header.latent_dim)
         self.patch_sec = header.patch_sec
         self.vocab_size = header.vocab_size
@@ -167,6 +178,59 @@ class Shards:
 
     def __getitem__(self, index: int) -> Clip:
         return from_record(self._records[int(index)])
+
+
+_ALIKE = (
+    "patch_size", "latent_dim", "patch_sec", "encoder_hz", "decoder_hz", "codec_sha256", "tokenizer_sha256", "vocab_size",
+)  # fmt: skip
+
+
+def _check_alike(paths: list[pathlib.Path], headers: list[Header]) -> None:
+    """Shards that share a training must have been made alike."""
+    for path, header in zip(paths[1:], headers[1:]):
+        unlike = [
+            f"{name} {getattr(headers[0], name)!r} and {getattr(header, name)!r}"
+            for name in _ALIKE
+            if getattr(headers[0], name) != getattr(header, name)
+        ]
+        if unlike:
+            raise UserError(f"{paths[0]} and {path} do not go together: {'; '.join(unlike)}")
+
+
+def _together(headers: list[Header], groups) -> Header:
+    """One header for shards of several directories; statistics of the latents stay each directory's own."""
+    if len(headers) == 1:
+        return headers[0]
+    return dataclasses.replace(
+        headers[0],
+        num_clips=sum(header.num_clips for header in headers),
+        hours=sum(header.hours for header in headers),
+        groups=groups,
+        shards=tuple(name for header in headers for name in header.shards),
+        sources=tuple(name for header in headers for name in header.sources),
+        sources_sha256=" ".join(header.sources_sha256 for header in headers),
+    )
+
+
+def _disagree(in_header: int, in_lengths: int, in_shards: int | None = None) -> str:
+    shards = "" if in_shards is None else f", shards {in_shards}"
+    return (
+        f"header, {LENGTHS_FILE} and shards disagree (header {in_header}, {LENGTHS_FILE} {in_lengths}{shards} clips); "
+        "prepare the shards again"
+    )
+
+
+def _dead(path: pathlib.Path, header: Header) -> list[int]:
+    """Checks the scale of the latents -> channels that hardly vary."""
+    (low, high), std_C = STD_RANGE, np.array(header.latent_std)
+    overall = float(np.sqrt(np.mean(std_C**2)))
+    if not low <= overall <= high or std_C.max() > MAX_CHANNEL_STD:
+        raise UserError(
+            f"{path}: the latents' standard deviation is {overall:.3g}, {std_C.max():.3g} in the widest channel; "
+            f"expected {low} to {high} and at most {MAX_CHANNEL_STD}. Flow matching needs latents of about unit scale: "
+            "train the codec further, or rescale its latents"
+        )
+    return np.flatnonzero(std_C < DEAD_CHANNEL_STD).tolist()
 
 
 def write_shard(path: pathlib.Path, clips: Iterable[Clip], latent_dtype: str) -> int:

@@ -7,6 +7,7 @@ not depend on the mesh.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 import shutil
 import sys
@@ -102,7 +103,7 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
     """Trains in `workdir`, from where it stopped if it holds a checkpoint -> the last row of metrics.jsonl.
 
     Args:
-        data: directory of shards; None: a seeded corpus in memory, of the model's own shape.
+        data: directory of shards, or several with commas between; None: a seeded corpus in memory, of the model's own shape.
     Raises:
         UserError: shards that this model cannot read (every difference is named), or a batch that suits no mesh.
     """
@@ -119,7 +120,7 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
         state = jax.jit(partial(init_state, config), out_shardings=layout)()
         state, row = loop.run(
             workdir=workdir,
-            config=to_dict(config),
+            config=to_dict(config) | {"data": _made_of(source)},
             state=state,
             train_step=_by_shape(config, mix.batches, layout),
             batches_from=partial(_batches, source, mix, sharding.batch_sharding(mesh)),
@@ -184,13 +185,42 @@ def _open(config: BackboneRun, workdir: pathlib.Path, data) -> packing.Source:
         raise UserError(f"{data} does not fit this config: {'; '.join(wrong)}")
     if shards.dead_channels and jax.process_index() == 0:
         print(f"{data}: latent channels {shards.dead_channels} hardly vary; the codec does not use them", file=sys.stderr)
+    if jax.process_index() == 0:
+        _keep_makers(workdir, pathlib.Path(str(data).partition(",")[0]), shards.header)
+    return shards
+
+
+def _made_of(source: packing.Source) -> dict:
+    """What the run hears, for its config.json and checkpoints: a run that goes on with something else says so."""
+    header = getattr(source, "header", None)
+    if header is None:
+        return {"clips": len(source)}
+    names = ("sources", "sources_sha256", "codec_sha256", "tokenizer_sha256", "hours")
+    return {"clips": len(source)} | {name: getattr(header, name) for name in names}
+
+
+def _keep_makers(workdir: pathlib.Path, shards: pathlib.Path, header) -> None:
+    """Copies what made the shards into the workdir, whose checkpoints then speak by themselves; refuses another's shards."""
+    from voxcpm2_jax import torch_io
+
     for part in ("codec", "tokenizer"):
-        if jax.process_index() == 0 and not (workdir / part).exists():
+        if not (workdir / part).exists():
             aside = workdir / f".{part}.incomplete"
             shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(pathlib.Path(data) / part, aside)
+            shutil.copytree(shards / part, aside)
             aside.rename(workdir / part)
-    return shards
+    vae_config, vae_params = torch_io.load_codec(workdir)
+    tokenizer = (workdir / "tokenizer" / "tokenizer.json").read_bytes()
+    there = {
+        "codec": (torch_io.codec_sha256(vae_params, vae_config), header.codec_sha256),
+        "tokenizer": (hashlib.sha256(tokenizer).hexdigest(), header.tokenizer_sha256),
+    }
+    wrong = [f"{part}: {workdir} {ours:.12}, {shards} {theirs:.12}" for part, (ours, theirs) in there.items() if ours != theirs]
+    if wrong:
+        raise UserError(
+            f"the shards were not made with this run's codec and tokenizer ({'; '.join(wrong)}, SHA-256): train in a new "
+            "workdir, or prepare the shards with the workdir's own"
+        )
 
 
 def _batches(source, mix, layout, start_step: int) -> Iterator[Batch]:
