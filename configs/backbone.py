@@ -45,7 +45,9 @@ CURRICULUM = (
     StageConfig(max_sec=60.0, temperature=1.5, reference=0.0, described=0.0),
     StageConfig(first_step=280_000, max_sec=180.0, temperature=1.5, reference=0.1, described=0.3, batch=_LONG_ROWS),
     StageConfig(first_step=320_000, max_sec=180.0, temperature=1.5, reference=0.3, described=0.6, batch=_LONG_ROWS),
-    StageConfig(first_step=360_000, min_sec=2.0, max_sec=300.0, temperature=3.0, reference=0.4, described=0.9, batch=_LONG_ROWS),
+    StageConfig(
+        first_step=360_000, min_sec=2.0, max_sec=300.0, temperature=3.0, reference=0.4, described=0.9, batch=_LONG_ROWS
+    ),
 )
 
 
