@@ -32,7 +32,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
         config = DataConfig(demo=DemoConfig(num_digit_clips=12_000, num_foreign_clips=400))
     elif variant == "manifest":
         config = DataConfig()
-        return _plain(config, source="manifest")
+        return _plain(config, source="manifest", vocab_temperature=3.0)
     else:
         raise UserError(f"configs/data.py has {', '.join(VARIANTS)}; got {variant!r}")
     return _plain(config)
