@@ -8,6 +8,9 @@
     demo_long   the same, more of them                                          4.5 h      2 min
     manifest    recordings of one's own, --config.manifest=FILE[,FILE]
 
+Without --config.tokenizer a vocabulary of --config.vocab_size pieces is learned from the transcripts. "manifest" balances
+the languages in it by a temperature of 3: one with a thousandth of another's text counts a tenth of it.
+
 Speech of the demo corpus is synthetic (hibari-tts, espeak-ng): figures made on it say so. Encoding comes on top, at the
 codec's speed.
 """

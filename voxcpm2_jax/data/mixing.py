@@ -294,7 +294,7 @@ class _Stream:
     def _pack_in_turn(self) -> _Way:
         """Epochs one after the other until there are rows enough; the last row of all may stay short."""
         parts, rows = [], 0.0
-        while rows < _FEW_ROWS and len(parts) < 4096:
+        while rows < _FEW_ROWS and len(parts) < 512:
             rng = np.random.default_rng((*self._seed, 0, len(parts)))
             parts.append(self._draw(rng))
             rows += (parts[-1][-1] / self._budgets).sum(axis=0).max()
