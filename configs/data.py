@@ -8,6 +8,9 @@
     demo_long   the same, more of them                                          4.5 h      2 min
     manifest    recordings of one's own, --config.manifest=FILE[,FILE]
 
+Without --config.tokenizer a vocabulary of --config.vocab_size pieces is learned from the transcripts. "manifest" balances
+the languages in it by a temperature of 3: one with a thousandth of another's text counts a tenth of it.
+
 Speech of the demo corpus is synthetic (hibari-tts, espeak-ng): figures made on it say so. Encoding comes on top, at the
 codec's speed.
 """
@@ -32,7 +35,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
         config = DataConfig(demo=DemoConfig(num_digit_clips=12_000, num_foreign_clips=400))
     elif variant == "manifest":
         config = DataConfig()
-        return _plain(config, source="manifest")
+        return _plain(config, source="manifest", vocab_temperature=3.0)
     else:
         raise UserError(f"configs/data.py has {', '.join(VARIANTS)}; got {variant!r}")
     return _plain(config)

@@ -1,12 +1,20 @@
 """Measures what a large corpus costs the plan of its rows: time, memory, and how full the rows are.
 
-    python tests/measure_mixing.py [CLIPS]      default: 1,000,000
+    python tests/measure_mixing.py [CLIPS ...]      default: 1,000,000
 
 Durations are log-normal (median 7 s, sigma 0.6, 1 to 30 s), text has 3.2 tokens a second, in 15 languages of unlike size;
-256 rows of 4,096 slots a step.
+256 rows of 4,096 slots a step. One JSON object for each corpus, made in a process of its own:
+
+    start_sec            until the plan takes questions            first_step_sec   the first step's rows: packs an epoch
+    first_far_step_sec   step 10^6 after it: packs the ways of packing that are left
+    step_sec             the slowest of 20 steps between 0 and 10^7 after that
+    heard_sec            what was heard before step 10^6
+    index_mb, plan_mb    memory that stays                         peak_mb          that was ever used on top of the index
 """
 
 import json
+import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -21,38 +29,54 @@ SLOTS, ROWS, FAR = 4096, 256, 10**6
 
 def index_of(num_clips: int) -> packing.Index:
     rng = np.random.default_rng(0)
-    sec = (7 * np.exp(0.6 * rng.standard_normal(num_clips))).clip(1, 30)
     lengths = np.zeros((num_clips, 6), np.int32)
-    lengths[:, packing.TEXT], lengths[:, packing.PATCHES] = np.maximum(1, rng.poisson(3.2 * sec)), np.ceil(6.25 * sec)
-    lengths[:, packing.GROUP] = rng.integers(0, 30, num_clips) ** 2 // 60
+    for part in np.array_split(np.arange(num_clips), max(1, num_clips // 100_000)):
+        sec = (7 * np.exp(0.6 * rng.standard_normal(len(part)))).clip(1, 30)
+        lengths[part, packing.TEXT] = np.maximum(1, rng.poisson(3.2 * sec))
+        lengths[part, packing.PATCHES] = np.ceil(6.25 * sec)
+        lengths[part, packing.GROUP] = rng.integers(0, 30, len(part)) ** 2 // 60
     return packing.Index(lengths, tuple(("corpus", f"language {i}") for i in range(15)))
 
 
-def main(num_clips: int) -> None:
+def memory_mb() -> tuple[float, float]:
+    """Of this process: now, and at most so far."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return now / 1e6, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def measure(num_clips: int) -> None:
     index = index_of(num_clips)
     patches = packing.recommend_patches(packing.sizes(index.lengths[:100_000]), SLOTS)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    mix = mixing.Mix(0, index, 0.16, BatchConfig(rows=ROWS, slots=SLOTS, patches=patches))
+    before, _ = memory_mb()
 
-    def seconds(step: int) -> float:
+    def seconds(function, *args) -> float:
         start = time.perf_counter()
-        mix.rows(step)
+        function(*args)
         return round(time.perf_counter() - start, 4)
 
+    start = time.perf_counter()
+    mix = mixing.Mix(0, index, 0.16, BatchConfig(rows=ROWS, slots=SLOTS, patches=patches))
     result = {
         "clips": num_clips,
-        "first_step_sec": seconds(0),
-        "first_far_step_sec": seconds(FAR),
-        "next_sec": seconds(FAR + 1),
+        "start_sec": round(time.perf_counter() - start, 2),
+        "first_step_sec": seconds(mix.rows, 0),
+        "first_far_step_sec": seconds(mix.rows, FAR),
+        "step_sec": max(seconds(mix.rows, int(step)) for step in np.random.default_rng(0).integers(0, 10**7, 20)),
+        "heard_sec": seconds(mix.heard, FAR),
     }
+    after, peak = memory_mb()
     rows = [
         packing.sizes(index.lengths[[draw.clip for draw in row]]).sum(axis=0) for step in range(4) for row in mix.rows(step)
     ]
     used = np.mean(rows, axis=0) / (SLOTS, patches, patches)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result |= {"slots_used": round(float(used[0]), 4), "patches_used": round(float(used[1]), 4)}
-    print(json.dumps(result | {"index_mb": index.lengths.nbytes / 1e6, "plan_mb": round((peak - before) / 1024, 1)}))
+    result |= {"index_mb": round(index.lengths.nbytes / 1e6), "plan_mb": round(after - before), "peak_mb": round(peak - before)}
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(float(sys.argv[1])) if len(sys.argv) > 1 else 10**6)
+    for argument in sys.argv[1:] or ["1e6"]:
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(int(float(argument)),))
+        process.start()
+        process.join()

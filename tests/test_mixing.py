@@ -28,7 +28,7 @@ def draws(mix, steps):
 
 @pytest.fixture(params=["large groups", "small groups"])
 def either_size(request, monkeypatch):
-    monkeypatch.setattr(mixing, "_FEW_ROWS", 0 if request.param == "large groups" else 10**6)
+    monkeypatch.setattr(mixing, "_FEW_ROWS", 0 if request.param == "large groups" else 1000)
 
 
 def sizes_of(lengths, row):
@@ -80,6 +80,21 @@ def test_any_step_in_any_order_is_the_same(rows, seed, steps, few_rows):
         in_order, other = mix_of(lengths, seed=seed), mix_of(lengths, seed=seed)
         expected = [in_order.rows(step) for step in range(max(steps) + 1)]
         assert [other.rows(step) for step in steps] == [expected[step] for step in steps]
+
+
+@pytest.mark.parametrize("clips, ways", [(400, 16), (2000, 5), (20_000, 2)])
+def test_the_larger_the_corpus_the_fewer_ways_of_packing(monkeypatch, clips, ways):
+    monkeypatch.setattr(mixing, "_FEW_ROWS", 0)
+    monkeypatch.setattr(mixing, "_DRAWS_OF_ALL_WAYS", 10_000)
+    packed, pack = Counter(), mixing._Stream._pack
+    monkeypatch.setattr(mixing._Stream, "_pack", lambda self, way: packed.update([id(self)]) or pack(self, way))
+    lengths = speech_lengths(clips, max_sec=30)
+    lengths[: clips // 4, packing.GROUP] = 1
+    mix = mix_of(lengths, batch=LARGE, groups=(("a", "en"), ("a", "de")))
+    mix.heard(10**6)
+    assert list(packed.values()) == [ways, ways]
+    mix.rows(10**6), mix.rows(10**9), mix.heard(10**9)
+    assert list(packed.values()) == [ways, ways], "nothing is packed again"
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(either_size):
@@ -199,6 +214,55 @@ def test_heard_counts_what_was_drawn(either_size):
             name = (*groups[lengths[d.clip, packing.GROUP]], mode)
             counts[(*name, "clips")] += 1
             counts[(*name, "patches")] += int(lengths[d.clip, packing.PATCHES])
+
+
+stage_choices = st.tuples(
+    st.sampled_from([0.0, 0.5, 0.8]),  # min_sec, of clips of 0.16 to 1.92 s
+    st.sampled_from([1.0, 2.0]),
+    st.sampled_from([0.0, 0.4, 1.0]),
+    st.sampled_from([0.0, 0.4, 1.0]),
+    st.sampled_from([SMALL, BatchConfig(rows=3, slots=60, patches=40)]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(0, 5), st.sampled_from([0, 64]))
+def test_rows_and_heard_of_any_corpus_and_curriculum(data, seed, few_rows):
+    """Against a walk: budgets, lengths and groups of every row, any part of a step, exact counts before every step."""
+    table = data.draw(st.lists(st.tuples(st.integers(1, 10), st.integers(1, 12), st.integers(0, 5), st.integers(0, 4),
+                                         st.booleans(), st.integers(0, 2)), min_size=3, max_size=50))  # fmt: skip
+    lengths = np.array([(t, p, r, q, t + d if d else 0, g) for t, p, r, d, q, g in table], np.int32)
+    lengths[0, [packing.PATCHES, packing.IS_PROMPT]] = 6, False  # something for every stage
+    groups = (("a", "en"), ("a", "de"), ("b", "de"))
+    some_pairs = np.random.default_rng(seed).integers(-1, len(table), (len(table), 2))
+    pairs = data.draw(st.sampled_from([None, -np.sort(-some_pairs)]))
+    firsts = sorted({0, *data.draw(st.lists(st.integers(1, 25), max_size=2))})
+    stages = []
+    for first in firsts:
+        min_sec, temperature, reference, described, batch = data.draw(stage_choices)
+        stages.append(StageConfig(first, min_sec, None, temperature, (), reference, described, None, batch))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixing, "_FEW_ROWS", few_rows)
+        mix = mix_of(lengths, *stages, seed=seed, groups=groups, pairs=pairs)
+        counts: dict[tuple, np.ndarray] = {}
+        for step in range(30):
+            assert mix.heard(step) == {name: tuple(heard.tolist()) for name, heard in counts.items()}, step
+            stage = [stage for stage in stages if stage.first_step <= step][-1]
+            rows = mix.rows(step)
+            assert len(rows) == stage.batch.rows and rows[1:] == mix.rows(step, slice(1, None))
+            for row in rows:
+                budgets = stage.batch.slots, stage.batch.patches, stage.batch.target_patches or stage.batch.patches
+                assert row and (sizes_of(lengths, row).sum(axis=0) <= budgets).all()
+                assert len({(lengths[d.clip, packing.GROUP], lengths[d.clip, packing.IS_PROMPT]) for d in row}) == 1
+                for d in row:
+                    _, patches, own, is_prompt, described, group = lengths[d.clip].tolist()
+                    assert patches * PATCH_SEC >= stage.min_sec and (described or not d.is_described)
+                    partners = set() if pairs is None or own else set(pairs[d.clip].tolist()) - {-1}
+                    allowed = {NO_REFERENCE, *partners, *([OWN_REFERENCE] if own else [])}
+                    assert d.reference in ({NO_REFERENCE} if is_prompt or not stage.reference else allowed)
+                    mode = "prompt" if is_prompt else mixing.MODES[d.is_described + 2 * (d.reference != NO_REFERENCE)]
+                    name = (*groups[group], mode)
+                    counts[name] = counts.get(name, 0) + np.array([1, patches])
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------

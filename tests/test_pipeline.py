@@ -137,13 +137,35 @@ def test_any_start_step_gives_the_same_batches(shards):
     assert equal(pipeline.host_rows(shards, plan_of(shards), 5), expected[5])
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
 def test_number_of_hosts_changes_nothing(shards, hosts):
-    plan = plan_of(shards)
-    parts = [pipeline.batches(shards, plan_of(shards), 2, part=(i, hosts)) for i in range(hosts)]
+    plan = plan_of(shards, num_rows=8)
+    parts = [pipeline.batches(shards, plan_of(shards, num_rows=8), 2, part=(i, hosts)) for i in range(hosts)]
     for step in (2, 3):
         joined = jax.tree.map(lambda *rows: np.concatenate(rows), *[next(part) for part in parts])
         assert equal(joined, pipeline.host_rows(shards, plan, step))
+
+
+class Counted:
+    """Shards that note which clips are read."""
+
+    def __init__(self, shards):
+        self.index, self.patch_shape, self.patch_sec, self._shards = shards.index, shards.patch_shape, shards.patch_sec, shards
+        self.read = []
+
+    def __getitem__(self, i):
+        self.read.append(i)
+        return self._shards[i]
+
+
+def test_a_host_reads_the_clips_of_its_rows_alone(shards):
+    plan, counted = plan_of(shards, num_rows=8), Counted(shards)
+    for step in (0, 3):
+        for host in range(4):
+            counted.read.clear()
+            batch = pipeline.host_rows(counted, plan, step, slice(2 * host, 2 * host + 2))
+            assert counted.read == [draw.clip for row in plan.rows(step)[2 * host : 2 * host + 2] for draw in row]
+            assert len(batch.tokens_BT) == 2
 
 
 def test_every_clip_of_an_epoch_reaches_a_batch_whole(shards, clips):
@@ -155,6 +177,13 @@ def test_every_clip_of_an_epoch_reaches_a_batch_whole(shards, clips):
             tokens_T = batch.tokens_BT[0][batch.segment_BT[0] == segment]
             sequence = packing.lay_out_draw(clips, draw)
             np.testing.assert_array_equal(tokens_T, sequence.tokens_T)
+            slots = np.flatnonzero(batch.segment_BT[0] == segment)
+            here = np.flatnonzero(np.isin(batch.slot_BM[0], slots))
+            here = here[np.argsort(batch.slot_BM[0][here])]
+            np.testing.assert_array_equal(batch.patches_BMPC[0][here], sequence.patches_MPC)
+            np.testing.assert_array_equal(batch.slot_BM[0][here] - slots[0], sequence.slot_M)
+            np.testing.assert_array_equal(batch.target_BM[0][here], sequence.target_M)
+            np.testing.assert_array_equal(batch.stop_BM[0][here], sequence.stop_M)
         seen += len(row)
         if seen == len(clips):
             break

@@ -305,3 +305,22 @@ def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):
 def test_prepare_needs_a_codec(tmp_path, tokenizer_dir):
     with pytest.raises(UserError, match="prepare needs a codec: --vae=CKPT"):
         prepare_module.prepare(config_of(tmp_path, tokenizer_dir), tmp_path / "out", None)
+
+
+def test_the_vocabulary_is_of_the_corpus_and_balanced_by_language(tmp_path):
+    english = [corpus.Recording(tmp_path / "x", f"  one {word}  two", language="en") for word in ("three", "four", "five") * 40]
+    turkish = [corpus.Recording(tmp_path / "x", "günaydın ışığı söndürür", description="a voice")]
+
+    def made(**changes):
+        tokenizer = prepare_module._tokenizer(DataConfig(vocab_size=310, **changes), [english, turkish])
+        tokenizer.save(tmp_path / "made")
+        return tokenizer, (tmp_path / "made" / "tokenizer.json").read_bytes()
+
+    train_tokenizer([*(" ".join(r.text.split()) for r in english), f"(a voice){turkish[0].text}"], 310).save(tmp_path / "plain")
+    as_it_is, content = made()
+    assert content == (tmp_path / "plain" / "tokenizer.json").read_bytes(), "at temperature 1 all text"
+    even, content = made(vocab_temperature=100.0)
+    assert content == made(vocab_temperature=100.0)[1], "whichever host makes it"
+    assert len(even.encode("günaydın")) < len(as_it_is.encode("günaydın"))
+    with pytest.raises(UserError, match=r"tokenizer of 310 pieces: .*too high"):
+        made(vocab_chars=60)

@@ -685,6 +685,8 @@ class DataConfig:
     heldout: str = ""  # the same, for clips that are not trained on; they become shards of their own, OUTPUT/heldout
     tokenizer: str = ""  # directory or file; empty: a new vocabulary from the transcripts
     vocab_size: int = 512  # V of a new vocabulary
+    vocab_temperature: float = 1.0  # a language counts its characters ** (1 / temperature) in it: over 1 is more even
+    vocab_chars: int = 100_000_000  # most characters of text that it is learned from: bounds memory
     patch_size: int = 4  # P, latent frames in a patch
     trim_db: float = 0.0  # cut silence at both ends this far below the loudest 10 ms, such as -40; 0: leave it
     trim_keep_ms: float = 40.0  # silence that stays
@@ -708,6 +710,8 @@ class DataConfig:
         dtypes = ("float16", "bfloat16", "float32")
         check(self.latent_dtype in dtypes, f"latent_dtype must be one of {', '.join(dtypes)}, got {self.latent_dtype!r}")
         check(self.vocab_size > 104, f"vocab_size must be over 104 (the special ids), got {self.vocab_size}")
+        check(self.vocab_temperature > 0, f"vocab_temperature must be over 0, got {self.vocab_temperature}")
+        check(self.vocab_chars >= 1, f"vocab_chars must be at least 1, got {self.vocab_chars}")
         check(self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
         check(0 < self.min_sec < self.max_sec, f"expected 0 < min_sec < max_sec, got {self.min_sec} and {self.max_sec}")
         check(self.trim_db <= 0, f"trim_db must be negative, or 0 for no trimming, got {self.trim_db}")

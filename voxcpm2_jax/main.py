@@ -63,10 +63,10 @@ def _parse(argv):
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name, run, help, *, config=None, epilog=None):
+    def command(name, run, help, *, config=None, epilog=None, of=commands):
         if config:
             epilog = f"{epilog}\n\n{_OVERRIDES}" if epilog else _OVERRIDES
-        sub = commands.add_parser(name, help=help, description=help, epilog=epilog)
+        sub = of.add_parser(name, help=help, description=help, epilog=epilog)
         sub.set_defaults(run=run, takes_config=config is not None)
         if config:
             sub.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help=f"such as {config}")
@@ -128,6 +128,16 @@ def _parse(argv):
     sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
     sub.add_argument("--data", required=True, metavar="MANIFEST", help="held-out recordings with texts, JSON lines")
     sub.add_argument("--output", required=True, metavar="DIR", help="result.json, audio, spectrograms")
+
+    help = "measure what this machine gives"
+    bench = commands.add_parser("bench", help=help, description=help)
+    parts = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
+    sub = command(
+        "data", _bench_data, "how many seconds of audio a second and core the data path feeds a training with",
+        config="configs/backbone.py:small", of=parts,
+    )  # fmt: skip
+    sub.add_argument("--data", metavar="SHARDS", help="directory made by prepare; without it noise with the lengths of speech")
+    sub.add_argument("--seconds", type=float, default=10.0, metavar="X", help="how long to measure (default 10)")
 
     sub = command("import-torch", _import_torch, "turn a released PyTorch directory into a checkpoint of ours")
     sub.add_argument(
@@ -411,6 +421,16 @@ def _evaluate(args, overrides) -> int:
     result = report.evaluate(config, args.checkpoint, args.data, args.output)
     report.show(result)
     _print({name: value for name, value in result.items() if name not in ("rows", "config")})
+    return DONE
+
+
+def _bench_data(args, overrides) -> int:
+    config = from_dict(BackboneRun, load_config(args.config, overrides))
+    from voxcpm2_jax import bench
+
+    result = bench.data(config, args.data, seconds=args.seconds)
+    bench.show(result)
+    _print(result)
     return DONE
 
 

@@ -39,7 +39,7 @@ import numpy as np
 from voxcpm2_jax import metrics, torch_io
 from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, to_dict
 from voxcpm2_jax.data import audio, corpus, packing, pipeline
-from voxcpm2_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from voxcpm2_jax.data.tokenizer import Tokenizer, balanced, load_tokenizer, train_tokenizer
 from voxcpm2_jax.vae import autoencoder
 
 MAKING_FILE = "making.json"
@@ -178,7 +178,12 @@ def _once(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
 def _tokenizer(config: DataConfig, train) -> Tokenizer:
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
-    return train_tokenizer((normal_text(r.full_text, config.sentence_case) for m in train for r in m), config.vocab_size)
+
+    def texts():
+        return ((r.language or "unknown", normal_text(r.full_text, config.sentence_case)) for m in train for r in m)
+
+    chosen = balanced(texts, temperature=config.vocab_temperature, max_chars=config.vocab_chars)
+    return train_tokenizer(chosen, config.vocab_size)
 
 
 def normal_text(text: str, sentence_case: bool = False) -> str:

@@ -11,40 +11,9 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from voxcpm2_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.test_tokenizer import LANGUAGES
+from voxcpm2_jax.data.tokenizer import balanced, load_tokenizer, train_tokenizer
 
-LANGUAGES = {
-    "Arabic": "مرحبا، كيف حالك اليوم؟",
-    "Burmese": "မင်္ဂလာပါ၊ နေကောင်းလား။",
-    "Chinese": "你好，世界。今天天气很好，我们去公园散步吧！",
-    "Danish": "Rødgrød med fløde på en sommerdag.",
-    "Dutch": "Het is vandaag een mooie dag, niet?",
-    "English": "The quick brown fox can't jump 13 dogs.",
-    "Finnish": "Hyvää huomenta, mitä kuuluu tänään?",
-    "French": "Où est la bibliothèque, s'il vous plaît ?",
-    "German": "Die Straße ist heute schön überfüllt.",
-    "Greek": "Καλημέρα, τι κάνεις σήμερα;",
-    "Hebrew": "שלום, מה שלומך היום?",
-    "Hindi": "नमस्ते, आज आप कैसे हैं?",
-    "Indonesian": "Selamat pagi, apa kabar hari ini?",
-    "Italian": "Perché no? È una bella giornata.",
-    "Japanese": "こんにちは、世界。今日は良い天気ですね。",
-    "Khmer": "សួស្តី តើអ្នកសុខសប្បាយទេ?",
-    "Korean": "안녕하세요, 오늘 날씨가 좋네요.",
-    "Lao": "ສະບາຍດີ ເຈົ້າສະບາຍດີບໍ?",
-    "Malay": "Apa khabar? Saya suka membaca buku.",
-    "Norwegian": "Ærlig talt, været er bra i dag.",
-    "Polish": "Zażółć gęślą jaźń, dzień dobry.",
-    "Portuguese": "Não há amanhã sem coração.",
-    "Russian": "Съешь ещё этих мягких булок.",
-    "Spanish": "¿Dónde está el niño? ¡Allí!",
-    "Swahili": "Habari ya asubuhi, rafiki yangu?",
-    "Swedish": "Åska över ängen är en vårdag.",
-    "Tagalog": "Magandang umaga po sa inyong lahat.",
-    "Thai": "สวัสดีครับ วันนี้อากาศดีมาก",
-    "Turkish": "Günaydın, ışığı söndürür müsün?",
-    "Vietnamese": "Xin chào, hôm nay trời đẹp quá!",
-}
 CHUNKS = [
     *(" ", "  ", "\t", "\n", "\r\n", "▁", "▁▁", "<s>", "</s>", "<unk>", "<|mark|>", "<|audio_start|>", "<0x41>", "<0xE4>", "x"),
     *(
@@ -167,6 +136,9 @@ def trained(directory, vocab_size):
 
 BUILD = {
     "trained": lambda d: trained(d, 1300),
+    "trained, balanced": lambda d: train_tokenizer(
+        balanced(lambda: [(name, text) for name, text in LANGUAGES.items() for _ in range(len(name))], temperature=3.0), 1300
+    ).save(d),
     "trained small": lambda d: train_tokenizer(["one two three", "un deux trois", "一二三", "один два три"] * 4, 340).save(d),
     "model only": lambda d: (d / "tokenizer.model").write_bytes(sentencepiece_model(1500)),
     "model without dummy prefix": lambda d: (d / "tokenizer.model").write_bytes(
@@ -208,6 +180,8 @@ def test_ids_equal_the_reference_s(both):
     ours, theirs = both
     for text in [*LANGUAGES.values(), " ".join(LANGUAGES.values()), *EDGES, *CHUNKS]:
         assert ours.encode(text) == theirs(text), text[:80]
+    for text in LANGUAGES.values():
+        assert ours.decode(ours.encode(text)) == theirs.tokenizer.decode(theirs(text)), text
     assert ours.vocab_size == len(theirs.tokenizer)
 
 

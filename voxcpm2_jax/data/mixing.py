@@ -28,7 +28,7 @@ from voxcpm2_jax.data import packing
 from voxcpm2_jax.data.packing import DESCRIBED, GROUP, IS_PROMPT, NO_REFERENCE, OWN_REFERENCE, PATCHES, REFERENCE, Draw, Index
 
 MODES = ("zero-shot", "described", "reference", "described reference", "prompt")
-_DRAWS_OF_ALL_WAYS = 1 << 24  # bounds memory: 2 to 16 ways of packing a large group
+_DRAWS_OF_ALL_WAYS = 1 << 23  # of all groups: bounds time and memory; 2 to 16 ways of packing a large group
 _FEW_ROWS = 64  # of an epoch: a group with fewer is small
 _BLOCK_ROWS = 1024  # hold every group by its share, to one row
 
@@ -87,11 +87,11 @@ class Mix:
         """The budgets of a step."""
         return self._stage(step).batch
 
-    def rows(self, step: int) -> list[list[Draw]]:
-        """What each of the B rows of a step holds."""
+    def rows(self, step: int, part: slice = slice(None)) -> list[list[Draw]]:
+        """What each of the B rows of a step holds, or each of some of them."""
         stage = self._stage(step)
         first = (step - stage.first_step) * stage.batch.rows
-        found = [stage.order.at(i) for i in range(first, first + stage.batch.rows)]
+        found = [stage.order.at(i) for i in range(first, first + stage.batch.rows)[part]]
         return [stage.streams[g].row(stage.offsets[g] + n) for g, n in found]
 
     def heard(self, step: int) -> dict[tuple[str, str, str], tuple[int, int]]:
@@ -142,7 +142,7 @@ def _shares(index: Index, stage: StageConfig, patch_sec: float) -> dict[int, tup
     if unknown:
         raise UserError(f"weights: no {', '.join(unknown)} in this corpus; it has {', '.join(sorted(names))}")
     key_N = 2 * index.lengths[chosen, GROUP] + (index.lengths[chosen, IS_PROMPT] > 0)
-    clips = {int(key): chosen[key_N == key] for key in np.unique(key_N)}
+    clips = {int(key): chosen[key_N == key].astype(np.int32) for key in np.unique(key_N)}
     weight = {}
     for key, members in clips.items():
         group = index.groups[key // 2]
@@ -178,7 +178,7 @@ class _Interleaving:
         """The group of the i-th row, and how many of its rows come before."""
         block, i = divmod(i, self._block)
         order, rank = self._order(block)
-        return int(order[i]), int(self._before_block(block)[order[i]] + rank[i])
+        return int(order[i]), int(rank[i])
 
     def before(self, i: int) -> np.ndarray:
         """How many of the first i rows are of each group."""
@@ -193,11 +193,12 @@ class _Interleaving:
         return counts_G
 
     def _order(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        counts_G = self._before_block(block + 1) - self._before_block(block)
+        before_G = self._before_block(block)
+        counts_G = self._before_block(block + 1) - before_G
         order = np.random.default_rng((*self._seed, block)).permutation(np.repeat(np.arange(len(counts_G)), counts_G))
         rank = np.zeros(len(order), np.int64)
         for group in range(len(counts_G)):
-            rank[order == group] = np.arange(counts_G[group])
+            rank[order == group] = before_G[group] + np.arange(counts_G[group])
         return order, rank
 
 
@@ -234,7 +235,7 @@ class _Stream:
                 "set max_sec of the stage"
             )
         self._is_small = (smallest / self._budgets).sum(axis=0).max() < _FEW_ROWS
-        self._num_ways = 1 if self._is_small else min(max(_DRAWS_OF_ALL_WAYS // len(clips), 2), 16)
+        self._num_ways = 1 if self._is_small else min(max(_DRAWS_OF_ALL_WAYS // len(index.lengths), 2), 16)
         self._ways: list[_Way] = []
         self._row_order = functools.lru_cache(4)(self._row_order)
         self._lock = threading.Lock()
@@ -293,7 +294,7 @@ class _Stream:
     def _pack_in_turn(self) -> _Way:
         """Epochs one after the other until there are rows enough; the last row of all may stay short."""
         parts, rows = [], 0.0
-        while rows < _FEW_ROWS and len(parts) < 4096:
+        while rows < _FEW_ROWS and len(parts) < 512:
             rng = np.random.default_rng((*self._seed, 0, len(parts)))
             parts.append(self._draw(rng))
             rows += (parts[-1][-1] / self._budgets).sum(axis=0).max()
@@ -303,7 +304,7 @@ class _Stream:
 
     def _draw(self, rng) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """All clips once, in a new order, with modes -> (clip_N, reference_N, described_N, sizes_N3)."""
-        clip_N = rng.permutation(self._clips).astype(np.int32)
+        clip_N = rng.permutation(self._clips)
         lengths = self._index.lengths[clip_N]
         described_N = (lengths[:, DESCRIBED] > 0) & (rng.random(len(clip_N)) < self._stage.described)
         reference_N = np.where(lengths[:, REFERENCE] > 0, OWN_REFERENCE, NO_REFERENCE).astype(np.int32)
@@ -331,8 +332,11 @@ class _Stream:
         clip_N, reference_N, described_N = clip_N[order], reference_N[order], described_N[order]
         mode_N = described_N + 2 * (reference_N != NO_REFERENCE)
         mode_N[self._index.lengths[clip_N, IS_PROMPT] > 0] = MODES.index("prompt")
-        heard_RK2 = np.zeros((len(start_R) - 1, len(MODES), 2), np.int64)
-        row_N = np.repeat(np.arange(len(start_R) - 1), np.diff(start_R))
-        np.add.at(heard_RK2, (row_N, mode_N, 0), 1)
-        np.add.at(heard_RK2, (row_N, mode_N, 1), self._index.lengths[clip_N, PATCHES])
+        num_rows, num_modes = len(start_R) - 1, len(MODES)
+        place_N = np.repeat(np.arange(num_rows), np.diff(start_R)) * num_modes + mode_N
+        clips, patches = (
+            np.bincount(place_N, weights, minlength=num_rows * num_modes)
+            for weights in (None, self._index.lengths[clip_N, PATCHES])
+        )
+        heard_RK2 = np.stack([clips, patches], axis=-1).astype(np.int64).reshape(num_rows, num_modes, 2)
         return _Way(clip_N, reference_N, described_N, start_R, heard_RK2)

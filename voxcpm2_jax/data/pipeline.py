@@ -12,6 +12,7 @@ the arrays after it. Latents are stored in the type the header names and given b
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -111,7 +112,7 @@ def from_record(record: bytes) -> Clip:
     start = record.index(b"\n") + 1
     content = json.loads(record[:start])
     for name, dtype, shape in content.pop("arrays"):
-        array = np.frombuffer(record, np.dtype(dtype), count=int(np.prod(shape)), offset=start).reshape(shape)
+        array = np.frombuffer(record, np.dtype(dtype), count=math.prod(shape), offset=start).reshape(shape)
         content[name] = array if name in _ID_ARRAYS else array.astype(np.float32)
         start += array.nbytes
     return Clip(**content)
@@ -277,4 +278,4 @@ def batches(
 def host_rows(source: Source, mix: Mix, step: int, rows: slice = slice(None)) -> Batch:
     """The batch of one step, or some rows of it."""
     budgets = mix.batch_of(step)
-    return assemble(source, mix.rows(step)[rows], num_slots=budgets.slots, num_patches=budgets.patches)
+    return assemble(source, mix.rows(step, rows), num_slots=budgets.slots, num_patches=budgets.patches)

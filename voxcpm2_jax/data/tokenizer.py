@@ -14,10 +14,13 @@ its characters if what is left is itself a piece. A character that is not a piec
 
 import io
 import json
+import math
 import os
 import pathlib
+import random
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -79,6 +82,10 @@ class Tokenizer:
             return ids
         return [j for i in ids for j in self._characters.get(i, (i,))]
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids. With a vocabulary of `train_tokenizer` encoding and decoding give a normalised text back."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
     def uncovered(self, text: str) -> tuple[list[str], list[str]]:
         """The text's characters that become <unk>, and those that are spelt in bytes; each once, sorted."""
         unknown, spelt = set(), set()
@@ -137,6 +144,31 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     return Tokenizer(_backend(content, settings, special_map, file), settings, special_map, model)
 
 
+def balanced(
+    corpus: Callable[[], Iterable[tuple[str, str]]], *, temperature: float = 1.0, max_chars: int = 1 << 62
+) -> Iterator[str]:
+    """The texts to learn a vocabulary from: a language with c characters has a share in proportion to c ** (1 / temperature).
+
+    Each text of a language comes floor(w) or ceil(w) times, w being the same for them all, by draws that are always the
+    same. The largest language has w = 1, unless all together would exceed `max_chars`: then every w shrinks alike.
+
+    Args:
+        corpus: gives all (language, text), each time anew; it is gone through twice, and nothing of it is kept.
+        max_chars: characters of the result, within the chance of the draws.
+    """
+    sizes: Counter[str] = Counter()
+    for language, text in corpus():
+        sizes[language] += len(text)
+    largest = max(sizes.values(), default=0)
+    times = {language: (size / largest) ** (1 / temperature - 1) for language, size in sizes.items() if size}
+    excess = sum(x * sizes[language] for language, x in times.items()) / max_chars
+    draw = random.Random(0)
+    for language, text in corpus():
+        if text:
+            wanted = times[language] / max(excess, 1.0)
+            yield from [text] * (math.floor(wanted) + (draw.random() < wanted % 1))
+
+
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, character_coverage: float = 0.9995, num_threads: int = 1
 ) -> Tokenizer:
@@ -170,7 +202,8 @@ def train_tokenizer(
             character_coverage=character_coverage, num_threads=num_threads, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        raise UserError(f"tokenizer of {vocab_size} pieces: {str(error).rsplit('] ', 1)[-1]}") from None
+        what = str(error).rsplit("] ", 1)[-1] or "no text to learn it from"
+        raise UserError(f"tokenizer of {vocab_size} pieces: {what}") from None
     # SentencePiece lays out <unk> <s> </s>, markers, bytes, learned pieces; the markers move up to their ids. As unused
     # pieces rather than control pieces they are no added tokens either.
     proto = sentencepiece_model_pb2.ModelProto.FromString(writer.getvalue())
