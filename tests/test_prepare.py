@@ -9,7 +9,7 @@ import soundfile
 
 from voxcpm2_jax import prepare as prepare_module
 from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, from_dict
-from voxcpm2_jax.data import audio, corpus, packing, pipeline
+from voxcpm2_jax.data import audio, corpus, embedded, packing, pipeline
 from voxcpm2_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from voxcpm2_jax.prepare import codec_sha256, make_shards
 from voxcpm2_jax.vae import autoencoder
@@ -282,7 +282,7 @@ def test_configs():
                 from_dict(DataConfig, plain.to_dict())
             plain.manifest = "a.jsonl,b.jsonl"
         config = from_dict(DataConfig, plain.to_dict())
-        assert config.source == ("manifest" if variant == "manifest" else "demo")
+        assert config.source == (variant if variant in ("debian", "manifest") else "demo")
     with pytest.raises(UserError, match="got 'huge'"):
         module.get_config("huge")
 
@@ -294,7 +294,7 @@ def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):
     assert pipeline.read_header(tmp_path / "out" / "heldout").num_clips == 8
     assert len(corpus.read_manifest(tmp_path / "out" / "demo" / "heldout.jsonl")) == 8
     clip = pipeline.from_record(pipeline.grain_source(tmp_path / "out", header)[69])
-    assert clip.description in [description for description, _ in corpus.FOREIGN.values()]
+    assert clip.description in [description for description, _ in embedded.FOREIGN.values()]
     assert (
         load_tokenizer(tmp_path / "out" / "tokenizer").encode(f"({clip.description}){clip.text}") == clip.described_ids.tolist()
     )
