@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from tensorflow_datasets.core import constants
 
+from tests.test_datasets import ljspeech, vctk
 from voxcpm2_jax import prepare as prepare_module
 from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, from_dict
 from voxcpm2_jax.data import audio, corpus, embedded, packing, pipeline
@@ -285,6 +287,23 @@ def test_configs():
         assert config.source == (variant if variant in ("debian", "manifest") else "demo")
     with pytest.raises(UserError, match="got 'huge'"):
         module.get_config("huge")
+
+
+def test_shards_of_tensorflow_sets(tmp_path, tokenizer_dir, vae_params, monkeypatch):
+    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
+    vctk(tmp_path)
+    ljspeech(tmp_path)
+    names = "tfds:vctk/mic1@train[1:],tfds:ljspeech"
+    config = config_of(tmp_path, tokenizer_dir, manifest=names, heldout="tfds:vctk/mic1@train[:1]")
+    header = make_shards(config, tmp_path / "out", vae_params, VAE)
+    assert header.num_clips == 5 and not header.skipped and ",".join(header.sources) == names
+    assert header.groups == (("vctk", "en"), ("ljspeech", "en"))
+    assert pipeline.read_header(tmp_path / "out" / "heldout").num_clips == 1
+    clips = [pipeline.from_record(record) for record in pipeline.grain_source(tmp_path / "out", header)]
+    texts = [("please 1", "p226"), ("please 2", "p225"), ("one 0", "linda"), ("one 1", "linda"), ("one 2", "linda")]
+    assert [(clip.text, clip.speaker) for clip in clips] == texts
+    with pytest.raises(UserError, match="sources_sha256"):
+        make_shards(config_of(tmp_path, tokenizer_dir, manifest="tfds:ljspeech"), tmp_path / "out", vae_params, VAE)
 
 
 def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):

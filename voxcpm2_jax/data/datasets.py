@@ -4,7 +4,7 @@
     tfds:ljspeech:1.1.1@train[:95%]                   tfds:voxcpm2_demo/tiny@heldout
 
 Without SPLIT it is train, without VERSION the newest there is. A set is looked for in TFDS_DATA_DIR
-(~/tensorflow_datasets) and has to be prepared there, once and with TensorFlow, in a format that is read by random access:
+(~/tensorflow_datasets), and has to be prepared there, once and with TensorFlow, in a format that is read by random access:
 
     tfds.builder("librispeech", file_format="array_record").download_and_prepare()
 
@@ -14,6 +14,7 @@ the recording is asked for, its samples when the audio is loaded, so that a set 
 
 import contextlib
 import hashlib
+import json
 import re
 import sys
 import tempfile
@@ -64,8 +65,9 @@ class Fields(NamedTuple):
     session: str | None = None
     description: str | None = None
     language: str | None = None
-    code: Callable[[str], str] = str  # language code of the field `language`, or of the config's name if there is none
+    code: Callable[[str], str] | None = None  # language code of what `language` holds, or without it of the config's name
     rate: int | None = None  # Hz, of sets that do not say theirs
+    one_speaker: str | None = None  # of sets that do not say theirs
 
 
 def _english(_: str) -> str:
@@ -80,7 +82,7 @@ def _base(tag: str) -> str:
 FIELDS = {
     "librispeech": Fields("speech", "text", "speaker_id", "chapter_id", code=_english),  # in capitals
     "libritts": Fields("speech", "text_normalized", "speaker_id", "chapter_id", code=_english),
-    "ljspeech": Fields("speech", "text_normalized", code=_english),
+    "ljspeech": Fields("speech", "text_normalized", code=_english, one_speaker="linda"),
     "vctk": Fields("speech", "text", "speaker", code=_english),
     "tedlium": Fields("speech", "text", "speaker_id", code=_english),
     "user_libri_audio": Fields("audio", "transcript", "speaker_id", "book_id", code=_english),
@@ -122,11 +124,9 @@ class Dataset(Sequence):
             self._source = builder.as_data_source(
                 split or "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES, file_format=_FORMAT
             )
-            if not len(self._source):
-                raise ValueError("the split is empty")
         except ValueError as error:
             there = ", ".join(info.splits) or "none"
-            raise UserError(f"{self.name}: no such split ({error}); its splits are {there}") from None
+            raise UserError(f"{self.name}: no such split, or an empty one ({error}); its splits are {there}") from None
         self._dataset, self._config = info.name, info.config_name or ""
         self._fields = _fields_of(info.name, info.features)
         self._sound = tfds.features.FeaturesDict({self._fields.audio: info.features[self._fields.audio]})
@@ -136,6 +136,8 @@ class Dataset(Sequence):
         self._rate = self._rate_of(info)
         digest = hashlib.sha256(info.as_json.encode())
         for part in tfds.core.data_sources.base.file_instructions(info, split or "train"):
+            if not tfds.core.Path(part.filename).exists():
+                raise UserError(f"{self.name}: a shard is missing, {part.filename}")
             digest.update(f"{part.basename()} {part.skip} {part.examples_in_shard} {part.take}".encode())
         self.sha256 = digest.hexdigest()
 
@@ -155,7 +157,7 @@ class Dataset(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
-        example = self._words.deserialize_example_np(self._source[index])
+        example = self._words.deserialize_example_np(self._record(index))
         fields = self._fields
 
         def text(name: str | None) -> str | None:
@@ -170,8 +172,8 @@ class Dataset(Sequence):
             audio.Stored(f"{self.name}#{index}", partial(self._read, index)),
             text(fields.text) or "",
             dataset=self._dataset,
-            language=fields.code(text(fields.language) or self._config) or None,
-            speaker=text(fields.speaker),
+            language=fields.code(text(fields.language) or self._config) if fields.code else text(fields.language),
+            speaker=text(fields.speaker) or fields.one_speaker,
             session=text(fields.session),
             description=text(fields.description),
         )
@@ -180,7 +182,13 @@ class Dataset(Sequence):
         return (self[i] for i in range(len(self)))
 
     def _read(self, index: int) -> tuple[np.ndarray | bytes, int | None]:
-        return self._sound.deserialize_example_np(self._source[index])[self._fields.audio], self._rate
+        return self._sound.deserialize_example_np(self._record(index))[self._fields.audio], self._rate
+
+    def _record(self, index: int) -> bytes:
+        try:
+            return self._source[index]
+        except RuntimeError as error:  # of array_record
+            raise UserError(f"{self.name}#{index}: cannot be read ({error})") from None
 
 
 _FORMAT = "array_record"
@@ -197,8 +205,12 @@ def _builder(name: str) -> tfds.core.DatasetBuilder:
     try:
         builder = read_only_builder.builder_from_files(name)
     except tfds.core.registered.DatasetNotFoundError:
-        places = " or ".join(str(path) for path in tfds.core.utils.file_utils.list_data_dirs())
-        raise UserError(f"{TFDS}{name}: not in {places} (TFDS_DATA_DIR); {advice}") from None
+        places = tfds.core.utils.file_utils.list_data_dirs()
+        there = sorted(path.name for place in places for path in place.glob(f"{match[1]}/[!.]*"))
+        found = f", which has {match[1]} in {', '.join(there)}" if there else ""
+        raise UserError(f"{TFDS}{name}: not in {' or '.join(map(str, places))} (TFDS_DATA_DIR){found}; {advice}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{TFDS}{name}: what describes the set is not JSON ({error}); {advice}") from None
     formats = [builder.info.file_format, *builder.info.alternative_file_formats]
     if tfds.core.FileFormat.ARRAY_RECORD not in formats:
         there = " and ".join(form.value for form in formats)
