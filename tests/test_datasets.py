@@ -229,14 +229,6 @@ def test_recordings_of_a_set_hold_no_samples_and_load_in_threads(data_dir):
             np.testing.assert_allclose(audio_A, wave(int(recording.text[-1]), rate) / 2**15, atol=1e-6)
 
 
-def test_quiet_integers_are_16_bits_and_large_ones_32():
-    samples = np.array([0, 2**14, -(2**15)])
-    for scale, expected in ((1, [0, 0.5, -1]), (2**16, [0, 0.5, -1])):
-        np.testing.assert_array_equal(audio.load(audio.Stored("a", lambda: (samples * scale, 8000)), 8000), expected)  # noqa: B023
-    floats = audio.Stored("a", lambda: (np.float32([0, 0.5, -1]), 8000))
-    np.testing.assert_array_equal(audio.load(floats, 8000), [0, 0.5, -1])
-
-
 def test_what_cannot_be_opened_is_one_line(data_dir):
     def refusal(name):
         with pytest.raises(UserError) as caught:

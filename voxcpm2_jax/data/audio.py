@@ -120,7 +120,7 @@ class _Array(contextlib.nullcontext):
 
     def __init__(self, samples: np.ndarray, rate: int):
         super().__init__(self)
-        self._samples_AE = samples.reshape(len(samples), -1)
+        self._samples_AE = samples if samples.ndim > 1 else samples[:, None]
         self._at = 0
         self.samplerate, (self.frames, self.channels) = rate, self._samples_AE.shape
 

@@ -145,10 +145,7 @@ def train(config: VAERun, workdir, data=None) -> dict:
         clips = tiny_clips(config)
         samples = [wave_A for wave_A, _ in zip(clips[0], range(config.num_samples))]
     else:
-        name = pathlib.Path(data) / "train.jsonl" if pathlib.Path(data).is_dir() else pathlib.Path(data)
-        recordings = corpus.open_corpus(data if not name.is_file() else name)
-        heldout = name.with_name("heldout.jsonl")
-        listened = corpus.open_corpus(heldout) if name.is_file() and heldout.is_file() else recordings
+        recordings, listened = _recordings(data)
         clips = load_clips(recordings, config)
         samples = load_clips(listened[: config.num_samples], config)[0]
     crops = Crops(config, *clips)
@@ -170,6 +167,14 @@ def train(config: VAERun, workdir, data=None) -> dict:
             evaluators=[_listener(config, samples)] if samples else [],
         )
     return {name: row.get(name) for name in ("step", "loss", "loss_mel", "loss_kl", "audio_sec_per_sec", "mfu")}
+
+
+def _recordings(data) -> tuple[corpus.Corpus, corpus.Corpus]:
+    """What is trained on, and what is listened to."""
+    path = pathlib.Path(data) / "train.jsonl" if pathlib.Path(data).is_dir() else pathlib.Path(data)
+    recordings = corpus.open_corpus(path if path.is_file() else data)
+    heldout = path.with_name("heldout.jsonl")
+    return recordings, corpus.open_corpus(heldout) if path.is_file() and heldout.is_file() else recordings
 
 
 def _batches(crops: Crops, seed: int, layout, step: int) -> Iterator[dict]:
