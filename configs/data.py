@@ -6,7 +6,7 @@
     tiny        the demo corpus for tests: strings of one and two digits        1 min      seconds
     demo        digit strings in English, words of five more languages          3.0 h      80 s
     demo_long   the same, more of them                                          4.5 h      2 min
-    debian      voice prompts of a telephone exchange in en, es, fr, it, ru     DEBIANH    DEBIANT
+    debian      voice prompts of a telephone exchange in en, es, fr, it, ru     1.8 h      30 s, half of it downloading
     manifest    what one has: --config.manifest=NAME[,NAME], each a file of JSON lines or tfds:librispeech@train_clean100
 
 Speech of the demo corpus is synthetic (hibari-tts, espeak-ng): figures made on it say so. That of "debian" is real, one

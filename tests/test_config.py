@@ -298,6 +298,7 @@ TINY = MODELS["tiny"]
         (DemoConfig, {"num_heldout": 1000}, "num_heldout"),
         (DebianConfig, {"languages": "en,de"}, "languages"),
         (DebianConfig, {"languages": ""}, "languages"),
+        (DebianConfig, {"languages": "en,en"}, "languages"),
         (DebianConfig, {"num_heldout": -1}, "num_heldout"),
         (DataConfig, {"source": "web"}, "source"),
         (DataConfig, {"source": "manifest"}, "manifest"),

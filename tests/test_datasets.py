@@ -101,9 +101,7 @@ def librispeech(root):
     examples = [
         {"speech": wave(i, 16000), "text": f"HELLO {i}", "speaker_id": 7, "chapter_id": 100 + i, "id": "a"} for i in range(3)
     ]
-    write_set(
-        root / "librispeech/default/2.1.2", "librispeech", features, examples, "train_clean100", configName="default"
-    )
+    write_set(root / "librispeech/default/2.1.2", "librispeech", features, examples, "train_clean100", configName="default")
     return "librispeech@train_clean100", 16000, {"text": "HELLO 1", "speaker": "7", "session": "101", "language": "en"}
 
 
@@ -205,6 +203,13 @@ def test_a_set_reads_without_tensorflow(data_dir, make):
     with pytest.raises(IndexError):
         found[3]
     assert "tensorflow" not in sys.modules
+
+
+def test_language_codes(data_dir):
+    name, _, _ = fleurs(data_dir)
+    assert [r.language for r in corpus.open_corpus(f"tfds:{name}")] == ["zh", "en", "zh"]
+    tags = {"de": "de", "sv-SE": "sv", "fleurs.yue_hant_hk": "yue", "cmn_hans_cn": "zh", "pa-IN": "pa"}
+    assert {tag: datasets._base(tag) for tag in tags} == tags
 
 
 def test_every_known_set_is_tried():

@@ -83,8 +83,8 @@ note: IAX (note: does not say 2)
 missing-recording: Nobody recorded this one.
 twice: once
 twice: or twice
-lost: Il tempo sar? esattamente questo.
-joined: the first of them joined-next: and the next of them
+lost: Sar? qui.
+joined: first joined-next: next
 quick: far more letters than anybody could ever say in a single second, however quick
 empty:
 """
@@ -129,7 +129,7 @@ def packages(tmp_path_factory):
         name = f"asterisk-core-sounds-{language}"
 
         def texts(root):
-            text = LISTING if language == "en" else "\ufeff" + LISTING.replace("said", "detto")  # noqa: B023
+            text = LISTING if language == "en" else "\ufeff" + LISTING.replace("said", "detto").partition("\n\n")[2]  # noqa: B023
             path = root / "usr/share/doc" / name / f"core-sounds-{language}.txt.gz"  # noqa: B023
             path.write_bytes(gzip.compress(text.encode()))
 
@@ -151,6 +151,7 @@ def test_debian_keeps_what_can_be_learnt_from(tmp_path, packages):
     assert (result["clips"], result["heldout_clips"]) == (len(train), len(heldout))
     for language, speaker in (("en", "allison"), ("it", "carlo")):
         mine = [r for r in [*train, *heldout] if r.language == language]
+        assert {r.audio for r in mine} == set((tmp_path / "out" / "flac" / language).rglob("*.flac"))
         found = {str(r.audio.relative_to(tmp_path / "out" / "flac" / language)).removesuffix(".flac"): r for r in mine}
         assert {name: r.text.replace("detto", "said") for name, r in found.items()} == CLEAR
         assert {r.speaker for r in mine} == {speaker} and {r.dataset for r in mine} == {"debian"}
@@ -184,9 +185,16 @@ def test_debian_refuses(tmp_path, packages, monkeypatch):
     assert "num_heldout 20 is too many: en has 2 texts" in refused()
     assert "no package asterisk-core-sounds-ru_*.deb" in refused(languages="ru")
     assert "languages must be some of en,es,fr,it,ru" in refused(languages="en,de")
+    for name in ("en", "en-g722"):  # packages of another kind
+        package(packages / "other", f"asterisk-core-sounds-{name}", lambda root: None)
+    assert "expected one voice in usr/share/asterisk/sounds, got 0" in refused(packages=str(packages / "other"))
+    (packages / "other" / "asterisk-core-sounds-en_2_all.deb").write_bytes(b"torn")
+    assert "dpkg-deb -x failed (" in refused(packages=str(packages / "other"))
     monkeypatch.setenv("PATH", "/nowhere")
     assert "needs dpkg-deb: use a Debian or Ubuntu system" in refused()
     assert "needs apt-get" in refused(packages="")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "needs av: pip install" in refused()
 
 
 def test_debian_without_package_lists(tmp_path, monkeypatch):

@@ -694,8 +694,8 @@ class DebianConfig:
 
     def __post_init__(self):
         known = type(self).languages.split(",")
-        strange = [name for name in self.languages.split(",") if name not in known]
-        if strange:
+        chosen = self.languages.split(",")
+        if len(set(chosen) & set(known)) < len(chosen):
             raise UserError(f"debian: languages must be some of {','.join(known)} with commas between, got {self.languages!r}")
         _check_at_least(0, self, "debian", "num_heldout")
 

@@ -30,6 +30,8 @@ from voxcpm2_jax.config import DEMOS, UserError
 from voxcpm2_jax.data import audio, embedded
 from voxcpm2_jax.data.corpus import TFDS, Recording, read_manifest
 
+_FORMAT = "array_record"
+
 
 class Audio(tfds.features.Tensor):
     """Takes the place of tfds.features.Audio wherever a prepared set names it: that class cannot be made without TensorFlow.
@@ -86,7 +88,7 @@ FIELDS = {
     "vctk": Fields("speech", "text", "speaker", code=_english),
     "tedlium": Fields("speech", "text", "speaker_id", code=_english),
     "user_libri_audio": Fields("audio", "transcript", "speaker_id", "book_id", code=_english),
-    "common_voice": Fields("voice", "sentence", "client_id", code=_base, rate=48000),
+    "common_voice": Fields("voice", "sentence", "client_id", code=_base, rate=48000),  # as its mp3 files have
     "xtreme_s": Fields("audio", "raw_transcription", language="lang_id", code=_base),  # FLEURS
     "voxcpm2_demo": Fields("audio", "text", "speaker", None, "description", "language"),
 }
@@ -191,9 +193,6 @@ class Dataset(Sequence):
             raise UserError(f"{self.name}#{index}: cannot be read ({error})") from None
 
 
-_FORMAT = "array_record"
-
-
 def _builder(name: str) -> tfds.core.DatasetBuilder:
     """The prepared set of NAME[/CONFIG][:VERSION]; the demo's is prepared if need be."""
     match = re.fullmatch(r"(\w+)(?:/([\w.+-]+))?(?::([\d.]+))?", name)
@@ -262,10 +261,5 @@ class Voxcpm2Demo(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, manifest):
         for i, recording in enumerate(read_manifest(manifest)):
             audio_A = audio.load(recording.audio, embedded.DEMO_HZ)
-            yield i, {
-                "audio": np.round(audio_A * 2**15).astype(np.int16),
-                "text": recording.text,
-                "language": recording.language,
-                "speaker": recording.speaker,
-                "description": recording.description or "",
-            }
+            example = {key: getattr(recording, key) or "" for key in ("text", "language", "speaker", "description")}
+            yield i, example | {"audio": np.round(audio_A * 2**15).astype(np.int16)}

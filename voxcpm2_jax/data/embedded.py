@@ -1,4 +1,6 @@
-"""Corpora that are made on the spot: recordings, and beside them train.jsonl and, unless nothing is held out, heldout.jsonl.
+"""Corpora that are made on the spot, as recordings beside manifests: train.jsonl and, if anything is held out, heldout.jsonl.
+
+There are two:
 
     demo      digit strings by a neural English voice (hibari-tts, Apache-2.0), and some words of five more languages by
               espeak-ng voices, each with a description. Synthetic: figures made on it say so.
@@ -242,40 +244,48 @@ def make_debian(directory: str | os.PathLike, config: DebianConfig) -> tuple[pat
     Raises:
         UserError: a tool or a package that is not there, or fewer texts than are to be held out.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     if importlib.util.find_spec("av") is None:
         raise UserError("the debian corpus needs av: pip install 'voxcpm2-jax[demo]'")
     directory = pathlib.Path(directory)
     train: list[Recording] = []
     heldout: list[Recording] = []
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor() as pool:
+    with tempfile.TemporaryDirectory() as scratch:
         for language in config.languages.split(","):
             root = pathlib.Path(scratch) / language
             packages = _packages(language, config.packages, pathlib.Path(scratch))
             for package in packages:
                 _run("dpkg-deb", "-x", package, root)
-            prompts = dict(_prompts(root, language))
-            target = directory / "flac" / language
-            for parent in {(target / name).parent for name in prompts}:
-                parent.mkdir(parents=True, exist_ok=True)
-            jobs = [pool.submit(_decode, path, target / f"{name}.flac") for name, (path, _) in prompts.items()]
-            speaker = next(iter(prompts.values()))[0].relative_to(root / _SOUNDS).parts[0].split("_")[-1].lower()
-            recordings = []
-            bar = track(jobs, f"decoding {language}", console=Console(stderr=True), disable=not sys.stderr.isatty())
-            for (name, (_, text)), job in zip(prompts.items(), bar):
-                sec = job.result()
-                if sec <= _MOST_SEC and sum(map(str.isalnum, text)) <= _MOST_LETTERS_A_SEC * sec:
-                    recordings.append(
-                        Recording(target / f"{name}.flac", text, duration=sec, dataset="debian", language=language,
-                                  speaker=speaker)
-                    )  # fmt: skip
+            recordings = _decode_prompts(root, language, directory / "flac" / language)
             _credit(directory, root, language, packages)
             held = _held_out([r.text for r in recordings], config, language)
             for recording in recordings:
                 (heldout if _words(recording.text) in held else train).append(recording)
     return _write(directory, train, heldout)
+
+
+def _decode_prompts(root: pathlib.Path, language: str, target: pathlib.Path) -> list[Recording]:
+    """Writes what can be learnt from of an unpacked language as target/NAME.flac."""
+    from rich.console import Console
+    from rich.progress import track
+
+    voices = sorted((root / _SOUNDS).glob("*/"))
+    if len(voices) != 1:
+        raise UserError(f"the packages of {language}: expected one voice in {_SOUNDS}, got {len(voices)}; not a known version")
+    speaker = voices[0].name.split("_")[-1].lower()  # of such as en_US_f_Allison
+    prompts = list(_prompts(root, voices[0], language))
+    for parent in {(target / name).parent for name, _ in prompts}:
+        parent.mkdir(parents=True, exist_ok=True)
+    recordings = []
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(_decode, voices[0] / f"{name}.g722", target / f"{name}.flac") for name, _ in prompts]
+        bar = track(jobs, f"decoding {language}", console=Console(stderr=True), disable=not sys.stderr.isatty())
+        for (name, text), job in zip(prompts, bar):
+            file, sec = target / f"{name}.flac", job.result()
+            if sec > _MOST_SEC or sum(map(str.isalnum, text)) > _MOST_LETTERS_A_SEC * sec:
+                file.unlink()
+            else:
+                recordings.append(Recording(file, text, duration=sec, dataset="debian", language=language, speaker=speaker))
+    return recordings
 
 
 _SOUNDS = pathlib.PurePath("usr/share/asterisk/sounds")
@@ -307,23 +317,21 @@ def _run(*command: str | os.PathLike, cwd: pathlib.Path | None = None) -> None:
         raise UserError(f"{command[0]} {command[1]} failed ({said[0]}){advice}")
 
 
-def _prompts(root: pathlib.Path, language: str) -> Iterator[tuple[str, tuple[pathlib.Path, str]]]:
-    """(name, (recording, transcript)) of the prompts of an unpacked language that can be learnt from, by name."""
-    package = f"asterisk-core-sounds-{language}"
-    listing = root / _DOCS / package / f"core-sounds-{language}.txt.gz"
-    voices = sorted((root / _SOUNDS).glob("*/"))
-    if not listing.is_file() or len(voices) != 1:
-        raise UserError(f"{package}: expected {_DOCS}/{package}/{listing.name} and one voice in {_SOUNDS}; not a known version")
+def _prompts(root: pathlib.Path, voice: pathlib.Path, language: str) -> Iterator[tuple[str, str]]:
+    """(name, transcript) of the recordings whose transcript is clear, by name."""
+    listing = root / _DOCS / f"asterisk-core-sounds-{language}" / f"core-sounds-{language}.txt.gz"
+    if not listing.is_file():
+        raise UserError(f"the packages of {language}: no {listing.relative_to(root)}; not a known version")
     texts: dict[str, set[str]] = {}
     for line in gzip.decompress(listing.read_bytes()).decode("utf-8-sig").splitlines():
         name, _, text = line.partition(":")
         if not line.startswith(";"):
             texts.setdefault(name, set()).add(" ".join(_SIGN.sub(" ", text).split()))
-    for path in sorted(voices[0].rglob("*.g722")):
-        name = str(path.relative_to(voices[0]).with_suffix(""))
+    for path in sorted(voice.rglob("*.g722")):
+        name = str(path.relative_to(voice).with_suffix(""))
         said = texts.get(name, set())
         if len(said) == 1 and not _NO_SPEECH.fullmatch(name) and _is_clear(*said):
-            yield name, (path, *said)
+            yield name, *said
 
 
 def _is_clear(text: str) -> bool:
