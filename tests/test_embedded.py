@@ -121,10 +121,8 @@ def package(directory, name, fill):
     shutil.rmtree(root)
 
 
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory):
+def write_packages(directory):
     """Packages of two languages as Debian's are laid out."""
-    directory = tmp_path_factory.mktemp("packages")
     for language, voice in (("en", "en_US_f_Allison"), ("it", "it_IT_m_Carlo")):
         name = f"asterisk-core-sounds-{language}"
 
@@ -142,6 +140,11 @@ def packages(tmp_path_factory):
         package(directory, name, texts)
         package(directory, f"{name}-g722", sounds)
     return directory
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    return write_packages(tmp_path_factory.mktemp("packages"))
 
 
 def test_debian_keeps_what_can_be_learnt_from(tmp_path, packages):

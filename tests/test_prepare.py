@@ -9,8 +9,9 @@ import soundfile
 from tensorflow_datasets.core import constants
 
 from tests.test_datasets import ljspeech, vctk
+from tests.test_embedded import write_packages
 from voxcpm2_jax import prepare as prepare_module
-from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, from_dict
+from voxcpm2_jax.config import AudioVAEConfig, DataConfig, DebianConfig, UserError, from_dict
 from voxcpm2_jax.data import audio, corpus, embedded, packing, pipeline
 from voxcpm2_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from voxcpm2_jax.prepare import codec_sha256, make_shards
@@ -304,6 +305,20 @@ def test_shards_of_tensorflow_sets(tmp_path, tokenizer_dir, vae_params, monkeypa
     assert [(clip.text, clip.speaker) for clip in clips] == texts
     with pytest.raises(UserError, match="sources_sha256"):
         make_shards(config_of(tmp_path, tokenizer_dir, manifest="tfds:ljspeech"), tmp_path / "out", vae_params, VAE)
+
+
+def test_shards_of_debians_recordings(tmp_path, tokenizer_dir, vae_params):
+    packages = write_packages(tmp_path)
+    debian = DebianConfig(languages="en,it", num_heldout=1, packages=str(packages))
+    config = config_of(tmp_path, tokenizer_dir, source="debian", manifest="", debian=debian)
+    header = make_shards(config, tmp_path / "out", vae_params, VAE)
+    assert header.sources == ("debian",) and header.groups == (("debian", "en"), ("debian", "it")) and not header.skipped
+    held = pipeline.read_header(tmp_path / "out" / "heldout").num_clips
+    assert header.num_clips + held == 10 and held in (2, 3, 4)  # one text a language, some of two recordings
+    assert make_shards(config, tmp_path / "out", vae_params, VAE) == header
+    assert sorted(path.name for path in (tmp_path / "out" / "debian").iterdir()) == [
+        "copyright-en.txt", "copyright-it.txt", "flac", "heldout.jsonl", "train.jsonl"
+    ]  # fmt: skip
 
 
 def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):

@@ -225,6 +225,7 @@ def _demo_builder(name: str, config: str | None, version: str | None) -> tfds.co
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
+        builder.data_path.parent.mkdir(parents=True, exist_ok=True)  # TFDS tells of its work before it finds that it cannot
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare()
     except OSError as error:
