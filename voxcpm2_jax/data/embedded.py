@@ -7,7 +7,8 @@ There are two:
     debian    voice prompts of the Asterisk telephone exchange, out of Debian's packages: real recordings at 16 kHz with
               transcripts, one speaker a language: Allison Smith (en, es), June Wallack (fr), Carlo Flora (it), Maxim Topal's
               ivrvoice.ru (ru). CC-BY-SA-3.0, the Russian ones CC-BY-3.0: each package's copyright file, which has the
-              credits, is put beside the recordings, with a line on what was changed.
+              credits, is put beside the recordings, with a line on what was changed. Of the Spanish transcripts most are
+              written without accents.
 """
 
 import ctypes
