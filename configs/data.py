@@ -2,37 +2,38 @@
 
     voxcpm2-jax prepare --config=configs/data.py:demo --output=DIR --vae=CKPT
 
-    variant     what                                                            size       speaking, 2 CPU cores
+    variant     what                                                            size       making it, 2 CPU cores
     tiny        the demo corpus for tests: strings of one and two digits        1 min      seconds
     demo        digit strings in English, words of five more languages          3.0 h      80 s
     demo_long   the same, more of them                                          4.5 h      2 min
-    manifest    recordings of one's own, --config.manifest=FILE[,FILE]
+    debian      voice prompts of a telephone exchange in en, es, fr, it, ru     1.8 h      30 s, half of it downloading
+    manifest    what one has: --config.manifest=NAME[,NAME], each a file of JSON lines or tfds:librispeech@train_clean100
 
 Without --config.tokenizer a vocabulary of --config.vocab_size pieces is learned from the transcripts. "manifest" balances
 the languages in it by a temperature of 3: one with a thousandth of another's text counts a tenth of it.
 
-Speech of the demo corpus is synthetic (hibari-tts, espeak-ng): figures made on it say so. Encoding comes on top, at the
-codec's speed.
+Speech of the demo corpus is synthetic (hibari-tts, espeak-ng): figures made on it say so. That of "debian" is real, one
+speaker a language, CC-BY-SA 3.0 (ru: CC-BY 3.0); apt-get fetches 54 MB, or --config.debian.packages=DIR names packages
+that are there. Without --vae both leave recordings and manifests only. Encoding comes on top, at the codec's speed.
 """
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
-from voxcpm2_jax.config import DataConfig, DemoConfig, UserError
+from voxcpm2_jax.config import DEMOS, DataConfig, UserError
 
-VARIANTS = ("tiny", "demo", "demo_long", "manifest")
+VARIANTS = (*DEMOS, "debian", "manifest")
 
 
 def get_config(variant: str = "demo") -> ConfigDict:
     """A variant as a ConfigDict; the fields and their units stand in config.DataConfig."""
     if variant == "tiny":
-        demo = DemoConfig(num_digit_clips=60, num_foreign_clips=10, max_digits=2, num_heldout=8)
-        config = DataConfig(demo=demo, vocab_size=384, shard_clips=32, encode_sec=8.0)
-    elif variant == "demo":
-        config = DataConfig()
-    elif variant == "demo_long":
-        config = DataConfig(demo=DemoConfig(num_digit_clips=12_000, num_foreign_clips=400))
+        config = DataConfig(demo=DEMOS["tiny"], vocab_size=384, shard_clips=32, encode_sec=8.0)
+    elif variant in DEMOS:
+        config = DataConfig(demo=DEMOS[variant])
+    elif variant == "debian":
+        config = DataConfig(source="debian", vocab_size=2048, vocab_temperature=3.0)
     elif variant == "manifest":
         config = DataConfig()
         return _plain(config, source="manifest", vocab_temperature=3.0)

@@ -9,8 +9,8 @@
     small       14 M             16 -> 48, 25             one GPU or TPU        unmeasured    unmeasured
     release     94 M             16 -> 48, 25             8 GPUs or TPUs        unmeasured    unmeasured; the released shape
 
---data is a manifest (data/corpus.py) or a directory that holds train.jsonl and, to listen to, heldout.jsonl, such as
-`prepare --config=configs/data.py:demo` leaves; :tiny needs none.
+--data is a manifest or tfds:NAME (data/corpus.py), or a directory that holds train.jsonl and, to listen to, heldout.jsonl,
+such as `prepare --config=configs/data.py:demo` leaves; :tiny needs none.
 
 "demo": the share that Whisper-base hears in reconstructions of the 50 held-out digit strings of launch/quickstart.sh
 (synthetic speech; 100 % in the recordings), on two cores of an AMD EPYC. Mel distance 0.217; latents 0.30 .. 1.40 in

@@ -41,6 +41,73 @@ def test_load_a_part_of_many_channels_equals_the_reference_loader(tmp_path):
     assert len(audio.load(path, 16000, None, 0.5)) == 8000
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_part_deep_inside_is_what_decoding_everything_gives_there(tmp_path, suffix):
+    path = tmp_path / f"long.{suffix}"
+    soundfile.write(path, tone(48000, 20.0), 48000, **FORMATS[suffix])
+    whole_A = audio.load(path, 48000)
+    for start in (0.5, 7.123, 19.2):
+        part_A = audio.load(path, 48000, start, start + 0.6)
+        assert len(part_A) in (28799, 28800)
+        expected_A = whole_A[int(start * 48000) :][: len(part_A)]
+        # Opus remembers what it has decoded before; the others are exact.
+        np.testing.assert_allclose(part_A, expected_A, atol=0.03 if suffix == "opus" else 1e-6)
+
+
+def test_a_part_costs_no_more_than_itself(tmp_path, monkeypatch):
+    """A long recording that many clips are cut from is not decoded from its beginning."""
+    asked = []
+    really = soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, n, **kw: asked.append(n) or really(self, n, **kw))
+    soundfile.write(tmp_path / "a.flac", tone(16000, 20.0), 16000)
+    audio.load(tmp_path / "a.flac", 24000, 15.0, 15.5)
+    assert asked == [8000]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64", "float32", "float64"])
+def test_a_stored_recording_equals_the_same_file(tmp_path, channels, dtype):
+    x_AE = np.round(tone(22050, channels=channels) * 2**15) / 2**15
+    soundfile.write(tmp_path / "a.wav", x_AE, 22050, subtype="PCM_16")
+    samples = x_AE.astype(dtype) if dtype.startswith("float") else np.round(x_AE * 2**15).astype(dtype)
+    stored = audio.Stored("set#3", lambda: (samples if channels > 1 else samples[:, 0], 22050))
+    assert str(stored) == "set#3" and stored == audio.Stored("set#3", None) != audio.Stored("set#4", None)
+    assert audio.properties(stored) == audio.properties(tmp_path / "a.wav") == (22050, channels)
+    for args in ((22050,), (16000,), (16000, 0.1), (16000, None, 0.3), (24000, 0.11, 0.27), (16000, 0.4, 9.0)):
+        np.testing.assert_allclose(audio.load(stored, *args), audio.load(tmp_path / "a.wav", *args), atol=1e-6)
+
+
+def test_quiet_integers_are_16_bits_and_large_ones_32():
+    samples = np.array([0, 2**14, -(2**15)])
+    for scale, expected in ((1, [0, 0.5, -1]), (2**16, [0, 0.5, -1])):
+        np.testing.assert_array_equal(audio.load(audio.Stored("a", lambda: (samples * scale, 8000)), 8000), expected)  # noqa: B023
+
+
+def test_a_stored_file_equals_the_file(tmp_path):
+    for suffix, options in FORMATS.items():
+        path = tmp_path / f"a.{suffix}"
+        soundfile.write(path, tone(48000), 48000, **options)
+        stored = audio.Stored("a", lambda: (path.read_bytes(), None))  # noqa: B023
+        assert audio.properties(stored) == (48000, 1)
+        np.testing.assert_array_equal(audio.load(stored, 16000, 0.1, 0.4), audio.load(path, 16000, 0.1, 0.4))
+
+
+def test_a_stored_recording_is_refused_by_its_name():
+    def stored(samples, rate):
+        return audio.Stored("set@train#7", lambda: (samples, rate))
+
+    for recording, args, reason in (
+        (stored(b"not audio", None), (), "unreadable"),
+        (stored(np.zeros(0, np.int16), 16000), (), "empty"),
+        (stored(np.zeros(9000, np.int16), 16000), (), "silent"),
+        (stored(np.array([1.0, np.nan]), 16000), (), "not finite"),
+        (stored(np.ones(16000, np.int16), 16000), (1.5,), "bad part"),
+    ):
+        with pytest.raises(audio.BadRecording, match="set@train#7: ") as caught:
+            audio.load(recording, 16000, *args)
+        assert caught.value.reason == reason
+
+
 def test_load_refuses_with_one_clear_line(tmp_path):
     def written(name, samples, rate=16000, **options):
         soundfile.write(tmp_path / name, samples, rate, **options)

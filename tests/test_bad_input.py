@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 from safetensors.numpy import load_file, save_file
+from tensorflow_datasets.core import constants
 
 from voxcpm2_jax import main as cli
 from voxcpm2_jax.data.tokenizer import train_tokenizer
@@ -435,3 +436,27 @@ def test_evaluate_without_recordings_or_a_model(refusal, released_dir, tmp_path,
         ("m.jsonl", "nothing", "nothing: no such directory; expected a training workdir"),
     ):
         assert message in refusal("evaluate", config, f"--data={data}", f"--checkpoint={checkpoint}", "--output=judged")
+
+
+def test_sets_of_tensorflow_that_are_not_there(refusal, released_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
+    advice = "prepare it once, with TensorFlow: tfds.builder('ljspeech', file_format='array_record')"
+    manifest = "--config=configs/data.py:manifest", "--config.manifest=tfds:ljspeech"
+    for argv in (
+        ("doctor", "--manifest=tfds:ljspeech"),
+        ("prepare", *manifest, f"--vae={released_dir}", "--output=shards"),
+        ("train-vae", "--config=configs/vae.py:tiny", "--data=tfds:ljspeech", "--workdir=codec"),
+        ("evaluate", "--config=configs/evaluate.py:tiny", "--data=tfds:ljspeech", f"--checkpoint={released_dir}", "--output=o"),
+    ):
+        assert advice in refusal(*argv)
+    assert "expected one of tfds:voxcpm2_demo/tiny" in refusal("doctor", "--manifest=tfds:voxcpm2_demo")
+    monkeypatch.setattr(constants, "DATA_DIR", "/dev/null/tfds")
+    assert "cannot be made in /dev/null/tfds" in refusal("doctor", "--manifest=tfds:voxcpm2_demo/tiny")
+
+
+def test_debian_that_cannot_be_had(refusal, monkeypatch):
+    debian = "prepare", "--config=configs/data.py:debian", "--output=out"
+    assert "languages must be some of en,es,fr,it,ru" in refusal(*debian, "--config.debian.languages=xx")
+    assert "nothing: no package asterisk-core-sounds-en_*.deb here" in refusal(*debian, "--config.debian.packages=nothing")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "needs apt-get: use a Debian or Ubuntu system" in refusal(*debian)

@@ -1,14 +1,10 @@
-import dataclasses
 import hashlib
 import json
 
-import numpy as np
 import pytest
 
-from voxcpm2_jax.config import DemoConfig, UserError
-from voxcpm2_jax.data import audio, corpus
-
-SMALL = DemoConfig(num_digit_clips=17, num_foreign_clips=3, max_digits=3, num_heldout=4)
+from voxcpm2_jax.config import UserError
+from voxcpm2_jax.data import corpus
 
 
 def manifest(tmp_path, *entries):
@@ -76,48 +72,10 @@ def test_manifest_that_is_none(tmp_path):
             corpus.read_manifest(path)
 
 
-def test_held_out_strings_are_never_in_training():
-    for seed in range(5):
-        config = dataclasses.replace(DemoConfig(), seed=seed)
-        train, heldout, foreign = corpus.demo_texts(config)
-        assert len(train) == config.num_digit_clips and len(heldout) == len(set(heldout)) == 50
-        assert not set(train) & set(heldout)
-        assert {len(t.split()) for t in heldout} == {2, 3, 4} and {len(t.split()) for t in train} == {1, 2, 3, 4}
-        assert set(" ".join(train).split()) == set(" ".join(heldout).split()) == set(corpus.DIGITS)
-        assert len(foreign) <= 0.15 * (len(train) + len(foreign)) and {voice for voice, _ in foreign} == set(corpus.FOREIGN)
-        assert corpus.demo_texts(config) == (train, heldout, foreign)
-    assert corpus.demo_texts(DemoConfig())[1] != corpus.demo_texts(DemoConfig(seed=1))[1]
-
-
-def test_demo_config_refuses():
-    for change in ({"num_foreign_clips": 3000}, {"max_digits": 1}, {"num_heldout": 151}, {"num_digit_clips": 0}):
-        with pytest.raises(UserError, match="demo: "):
-            DemoConfig(**change)
-
-
-def test_demo_corpus_is_the_same_each_time(tmp_path):
-    hashes = []
-    for name, processes in (("a", 1), ("b", 2)):
-        train, heldout = corpus.make_demo(tmp_path / name, SMALL, num_processes=processes)
-        files = sorted((tmp_path / name).rglob("*.*"))
-        hashes.append({str(f.relative_to(tmp_path / name)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files})
-    assert hashes[0] == hashes[1] and len(hashes[0]) == 17 + 3 + 4 + 2
-
-    recordings = corpus.read_manifest(train)
-    texts, held, foreign = corpus.demo_texts(SMALL)
-    assert [r.text for r in recordings] == texts + [word for _, word in foreign]
-    assert [r.text for r in corpus.read_manifest(heldout)] == held
-    for r in recordings:
-        x_A = audio.load(r.audio, corpus.DEMO_HZ)
-        assert abs(len(x_A) / corpus.DEMO_HZ - r.duration) < 1e-3 and 0.15 < r.duration < 2
-        for end_A in (x_A[:240], x_A[-240:]):  # short silent ends
-            assert np.abs(end_A).max() < 0.1 * np.abs(x_A).max()
-        assert (r.language == "en") == (r.description is None)
-    robot = recordings[-1]
-    assert robot.full_text == f"({corpus.FOREIGN[robot.language][0]}){robot.text}"
-
-
-def test_demo_corpus_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "hibari" else True)
-    with pytest.raises(UserError, match=r"needs hibari: pip install 'voxcpm2-jax\[demo\]'"):
-        corpus.make_demo(tmp_path, SMALL)
+def test_a_name_that_is_no_tfds_name_is_a_manifest(tmp_path):
+    path = manifest(tmp_path, {"audio": "a.wav", "text": "hello"})
+    found = corpus.open_corpus(str(path))
+    assert [r.text for r in found] == ["hello"] and found.name == str(path)
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(UserError, match="no such manifest"):
+        corpus.open_corpus("tfd:librispeech")

@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from tensorflow_datasets.core import constants
 
+from tests.test_datasets import ljspeech, vctk
+from tests.test_embedded import write_packages
 from voxcpm2_jax import prepare as prepare_module
-from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, from_dict
-from voxcpm2_jax.data import audio, corpus, packing, pipeline
+from voxcpm2_jax.config import AudioVAEConfig, DataConfig, DebianConfig, UserError, from_dict
+from voxcpm2_jax.data import audio, corpus, embedded, packing, pipeline
 from voxcpm2_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from voxcpm2_jax.prepare import make_shards
 from voxcpm2_jax.torch_io import codec_sha256
@@ -284,9 +287,40 @@ def test_configs():
                 from_dict(DataConfig, plain.to_dict())
             plain.manifest = "a.jsonl,b.jsonl"
         config = from_dict(DataConfig, plain.to_dict())
-        assert config.source == ("manifest" if variant == "manifest" else "demo")
+        assert config.source == (variant if variant in ("debian", "manifest") else "demo")
     with pytest.raises(UserError, match="got 'huge'"):
         module.get_config("huge")
+
+
+def test_shards_of_tensorflow_sets(tmp_path, tokenizer_dir, vae_params, monkeypatch):
+    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
+    vctk(tmp_path)
+    ljspeech(tmp_path)
+    names = "tfds:vctk/mic1@train[1:],tfds:ljspeech"
+    config = config_of(tmp_path, tokenizer_dir, manifest=names, heldout="tfds:vctk/mic1@train[:1]")
+    header = make_shards(config, tmp_path / "out", vae_params, VAE)
+    assert header.num_clips == 5 and not header.skipped and ",".join(header.sources) == names
+    assert header.groups == (("vctk", "en"), ("ljspeech", "en"))
+    assert pipeline.read_header(tmp_path / "out" / "heldout").num_clips == 1
+    clips = [pipeline.from_record(record) for record in pipeline.grain_source(tmp_path / "out", header)]
+    texts = [("please 1", "p226"), ("please 2", "p225"), ("one 0", "linda"), ("one 1", "linda"), ("one 2", "linda")]
+    assert [(clip.text, clip.speaker) for clip in clips] == texts
+    with pytest.raises(UserError, match="sources_sha256"):
+        make_shards(config_of(tmp_path, tokenizer_dir, manifest="tfds:ljspeech"), tmp_path / "out", vae_params, VAE)
+
+
+def test_shards_of_debians_recordings(tmp_path, tokenizer_dir, vae_params):
+    packages = write_packages(tmp_path)
+    debian = DebianConfig(languages="en,it", num_heldout=1, packages=str(packages))
+    config = config_of(tmp_path, tokenizer_dir, source="debian", manifest="", debian=debian)
+    header = make_shards(config, tmp_path / "out", vae_params, VAE)
+    assert header.sources == ("debian",) and header.groups == (("debian", "en"), ("debian", "it")) and not header.skipped
+    held = pipeline.read_header(tmp_path / "out" / "heldout").num_clips
+    assert header.num_clips + held == 10 and held in (2, 3, 4)  # one text a language, some of two recordings
+    assert make_shards(config, tmp_path / "out", vae_params, VAE) == header
+    assert sorted(path.name for path in (tmp_path / "out" / "debian").iterdir()) == [
+        "copyright-en.txt", "copyright-it.txt", "flac", "heldout.jsonl", "train.jsonl"
+    ]  # fmt: skip
 
 
 def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):
@@ -296,7 +330,7 @@ def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):
     assert pipeline.read_header(tmp_path / "out" / "heldout").num_clips == 8
     assert len(corpus.read_manifest(tmp_path / "out" / "demo" / "heldout.jsonl")) == 8
     clip = pipeline.from_record(pipeline.grain_source([tmp_path / "out"], [header])[69])
-    assert clip.description in [description for description, _ in corpus.FOREIGN.values()]
+    assert clip.description in [description for description, _ in embedded.FOREIGN.values()]
     assert (
         load_tokenizer(tmp_path / "out" / "tokenizer").encode(f"({clip.description}){clip.text}") == clip.described_ids.tolist()
     )

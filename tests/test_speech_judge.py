@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from voxcpm2_jax.config import DemoConfig, UserError
-from voxcpm2_jax.data import audio, corpus
+from voxcpm2_jax.data import audio, corpus, embedded
 from voxcpm2_jax.evaluate import speech
 
 
@@ -53,7 +53,7 @@ def test_word_and_character_error_rates():
 
 def test_the_judge_hears_the_demo_voice(tmp_path):
     config = DemoConfig(num_digit_clips=1, num_foreign_clips=0, num_heldout=3)
-    _, heldout = corpus.make_demo(tmp_path, config, num_processes=1)
+    _, heldout = embedded.make_demo(tmp_path, config, num_processes=1)
     recordings = corpus.read_manifest(heldout)
     waveforms = [audio.load(r.audio, 24000) for r in recordings]
     heard = speech.transcribe(waveforms, 24000, num_processes=1)

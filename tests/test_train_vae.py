@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from tensorflow_datasets.core import constants
 
+from tests.test_datasets import ljspeech
 from voxcpm2_jax import torch_io
 from voxcpm2_jax.config import AudioVAEConfig, UserError, VAERun, from_dict
 from voxcpm2_jax.train import vae as train_vae
@@ -122,6 +124,22 @@ def test_a_run_on_recordings_leaves_a_codec(tmp_path, config):
     assert row["step"] == 2 and np.isfinite(row["loss"])
     vae_config, _ = torch_io.load_codec(tmp_path / "run")
     assert vae_config == config.vae
+
+
+def test_what_is_trained_on_and_what_is_listened_to(tmp_path, monkeypatch):
+    for name in ("train", "heldout"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"audio": "{name}.wav", "text": "one"}}\n')
+    for data in (tmp_path, tmp_path / "train.jsonl"):
+        assert [part[0].audio.name for part in train_vae._recordings(data)] == ["train.wav", "heldout.wav"]
+    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # where a heldout.jsonl lies that has nothing to do with the set
+    ljspeech(tmp_path)
+    recordings, listened = train_vae._recordings("tfds:ljspeech")
+    assert listened is recordings and len(recordings) == 3
+    (tmp_path / "heldout.jsonl").unlink()
+    assert [part[0].audio.name for part in train_vae._recordings(tmp_path)] == ["train.wav", "train.wav"]
+    with pytest.raises(UserError, match="no such manifest"):
+        train_vae._recordings(tmp_path / "missing.jsonl")
 
 
 def test_rows_that_suit_no_mesh_are_the_users_mistake(tmp_path, config):

@@ -221,16 +221,18 @@ class VoxCPM:
             max_tries=retry_badcase_max_times,
         )
 
-    def encode_file(self, path: str | os.PathLike, *, pad: str) -> np.ndarray:
+    def encode_file(self, path: str | os.PathLike, *, pad: str, start_sec=None, end_sec=None) -> np.ndarray:
         """Latents [M, P, C] of an audio file, padded with silence to whole patches, on the "left" or the "right".
 
+        Args:
+            start_sec, end_sec: the part that is meant; None: its ends.
         Raises:
             UserError: no audio there, or less than one patch of it.
         """
         from voxcpm2_jax.data import audio
 
         P, hop = self.config.patch_size, self.vae_config.encoder_hop
-        audio_A = audio.load(path, self.vae_config.sample_rate, min_samples=P * hop)
+        audio_A = audio.load(path, self.vae_config.sample_rate, start_sec, end_sec, min_samples=P * hop)
         audio_A = audio.pad_to_patches(audio_A, P * hop, pad)
         num_frames = len(audio_A) // hop
         # The encoder is causal: what pads to a bucket behind the clip does not change the clip's latents.

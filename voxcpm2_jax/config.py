@@ -675,13 +675,39 @@ class DemoConfig:
         )
 
 
+# The demo corpus by name, in rising size.
+DEMOS = {
+    "tiny": DemoConfig(num_digit_clips=60, num_foreign_clips=10, max_digits=2, num_heldout=8),
+    "demo": DemoConfig(),
+    "demo_long": DemoConfig(num_digit_clips=12_000, num_foreign_clips=400),
+}
+
+
+@dataclass(frozen=True)
+class DebianConfig:
+    """Real recordings out of Debian's packages: the voice prompts of the Asterisk telephone exchange."""
+
+    seed: int = 0  # of what is held out
+    languages: str = "en,es,fr,it,ru"  # some of these
+    num_heldout: int = 20  # texts of each language that are never in training
+    packages: str = ""  # directory with the .deb files; empty: apt-get downloads them
+
+    def __post_init__(self):
+        known = type(self).languages.split(",")
+        chosen = self.languages.split(",")
+        if len(set(chosen) & set(known)) < len(chosen):
+            raise UserError(f"debian: languages must be some of {','.join(known)} with commas between, got {self.languages!r}")
+        _check_at_least(0, self, "debian", "num_heldout")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What `prepare` makes shards from; configs/data.py has the variants."""
 
-    source: str = "demo"  # "demo": spoken on the spot; "manifest": recordings of one's own
+    source: str = "demo"  # "demo": spoken on the spot; "debian": out of Debian's packages; "manifest": what one has
     demo: DemoConfig = DemoConfig()
-    manifest: str = ""  # JSON lines (data/corpus.py); several files with commas between
+    debian: DebianConfig = DebianConfig()
+    manifest: str = ""  # JSON lines or tfds:NAME (data/corpus.py); several with commas between
     heldout: str = ""  # the same, for clips that are not trained on; they become shards of their own, OUTPUT/heldout
     tokenizer: str = ""  # directory or file; empty: a new vocabulary from the transcripts
     vocab_size: int = 512  # V of a new vocabulary
@@ -704,8 +730,9 @@ class DataConfig:
             if not ok:
                 raise UserError(f"data config: {message}")
 
-        check(self.source in ("demo", "manifest"), f"source must be demo or manifest, got {self.source!r}")
-        check(self.source == "demo" or self.manifest, "source 'manifest' needs --config.manifest=FILE[,FILE]")
+        sources = ("demo", "debian", "manifest")
+        check(self.source in sources, f"source must be one of {', '.join(sources)}, got {self.source!r}")
+        check(self.source != "manifest" or self.manifest, "source 'manifest' needs --config.manifest=FILE[,FILE]")
         check(self.source == "manifest" or not (self.manifest or self.heldout), "manifest and heldout need source 'manifest'")
         dtypes = ("float16", "bfloat16", "float32")
         check(self.latent_dtype in dtypes, f"latent_dtype must be one of {', '.join(dtypes)}, got {self.latent_dtype!r}")

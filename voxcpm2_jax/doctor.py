@@ -80,7 +80,7 @@ KINDS = {  # name: (level, what it means)
 class Heard(NamedTuple):
     """What opening a recording tells."""
 
-    reason: str | None  # of corpus.audio.BadRecording
+    reason: str | None  # of audio.BadRecording
     sec: float = 0.0
     rate: int = 0
     channels: int = 1
@@ -113,16 +113,17 @@ def examine(
     patch_sec: float = 0.16,
     limits: Limits = Limits(),
 ) -> dict:
-    """Looks at every recording of training and validation manifests -> the report, plain data.
+    """Looks at every recording of training and validation -> the report, plain data.
 
     Args:
+        manifests, heldout: what `open_corpus` takes.
         tokenizer: has `encode(text) -> ids`; without one, tokens are guessed from the number of characters.
         batch, patch_sec: budgets of a row, for the forecast.
     Raises:
         UserError: a manifest that cannot be read.
     """
-    training = [corpus.Manifest(path) for path in manifests]
-    validation = [corpus.Manifest(path) for path in heldout]
+    training = [corpus.open_corpus(name) for name in manifests]
+    validation = [corpus.open_corpus(name) for name in heldout]
     findings = Findings()
     table = _Table()
     total = sum(map(len, training)) + sum(map(len, validation))

@@ -48,6 +48,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 _CKPT = "a training workdir, one step of it, or a directory in the released PyTorch layout"
+_RECORDINGS = "a manifest (JSON lines), or a TensorFlow data set as tfds:NAME[/CONFIG][:VERSION][@SPLIT]"
 _OVERRIDES = (
     "Every field of the config can be set: --config.optim.learning_rate=3e-4 --config.mesh=1,8,1 --config.num_steps=100"
 )
@@ -80,7 +81,7 @@ def _parse(argv):
         "doctor", _doctor, "look for what is wrong with recordings and transcripts before training on them",
         epilog="Exit codes: 0 nothing that spoils a run, 3 something does, 2 a mistake in the arguments.",
     )  # fmt: skip
-    sub.add_argument("--manifest", required=True, metavar="F[,F]", help="recordings to train on, JSON lines")
+    sub.add_argument("--manifest", required=True, metavar="F[,F]", help=f"recordings to train on: {_RECORDINGS}")
     sub.add_argument("--heldout", default="", metavar="F[,F]", help="recordings to validate on: looked for in training")
     sub.add_argument("--tokenizer", metavar="DIR", help="vocabulary, such as SHARDS/tokenizer or a released directory")
     sub.add_argument("--slots", type=int, default=4096, metavar="T", help="slots of a row, for the forecast (default 4096)")
@@ -100,7 +101,7 @@ def _parse(argv):
         config="configs/vae.py:tiny", epilog=_EXIT_CODES,
     )  # fmt: skip
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
-    sub.add_argument("--data", metavar="DATA", help="recordings; :tiny has data of its own")
+    sub.add_argument("--data", metavar="DATA", help=f"a directory that prepare left, or {_RECORDINGS}; :tiny has its own")
 
     sub = command("generate", _generate, "speak a text, or every line of a file")
     sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
@@ -126,7 +127,7 @@ def _parse(argv):
         config="configs/evaluate.py:words",
     )  # fmt: skip
     sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
-    sub.add_argument("--data", required=True, metavar="MANIFEST", help="held-out recordings with texts, JSON lines")
+    sub.add_argument("--data", required=True, metavar="F", help=f"held-out recordings: {_RECORDINGS}")
     sub.add_argument("--output", required=True, metavar="DIR", help="result.json, audio, spectrograms")
 
     help = "measure what this machine gives"

@@ -38,7 +38,7 @@ import numpy as np
 
 from voxcpm2_jax import metrics, torch_io
 from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, to_dict
-from voxcpm2_jax.data import audio, corpus, packing, pipeline
+from voxcpm2_jax.data import audio, corpus, embedded, packing, pipeline
 from voxcpm2_jax.data.tokenizer import Tokenizer, balanced, load_tokenizer, train_tokenizer
 from voxcpm2_jax.vae import autoencoder
 
@@ -51,15 +51,17 @@ _PACKAGES = ("voxcpm2_jax", "jax", "flax", "numpy", "soundfile", "soxr", "tokeni
 def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLike | None) -> dict:
     """What `voxcpm2-jax prepare` does: `make_shards` with the codec of checkpoint `vae`; the result sums the shards up.
 
-    Without a codec the demo corpus is spoken and nothing else: recordings and manifests that a codec can be trained on.
+    Without a codec an embedded corpus is made and nothing else: recordings and manifests that a codec can be trained on.
 
     Raises:
         UserError: as make_shards, or recordings of one's own without a codec.
     """
     if vae is None:
-        if config.source != "demo":
+        if config.source == "manifest":
             raise UserError("prepare needs a codec: --vae=CKPT (a workdir of train-vae, or a released directory)")
-        return _speak_demo(config, output)
+        _make_recordings(config, output)
+        clips, heldout_clips = (sum(map(len, corpora)) for corpora in _recordings_in(output))
+        return {"output": str(output), "clips": clips, "heldout_clips": heldout_clips}
     vae_config, vae_params = torch_io.load_codec(vae)
     start = time.monotonic()
     header = make_shards(config, output, vae_params, vae_config)
@@ -77,11 +79,18 @@ def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLik
     }
 
 
-def _speak_demo(config: DataConfig, output: str | os.PathLike) -> dict:
+def _make_recordings(config: DataConfig, output: str | os.PathLike) -> None:
     with torch_io.fresh_directory(output) as aside:
-        train, heldout = corpus.make_demo(aside, config.demo)
-        clips = [len(corpus.read_manifest(path)) for path in (train, heldout)]
-    return {"output": str(output), "clips": clips[0], "heldout_clips": clips[1]}
+        if config.source == "demo":
+            embedded.make_demo(aside, config.demo)
+        else:
+            embedded.make_debian(aside, config.debian)
+
+
+def _recordings_in(directory: str | os.PathLike) -> list[list[corpus.Corpus]]:
+    """What _make_recordings left: to train on, and held out."""
+    paths = [pathlib.Path(directory) / name for name in (embedded.TRAIN, embedded.HELDOUT)]
+    return [[corpus.open_corpus(path)] if path.exists() else [] for path in paths]
 
 
 def make_shards(
@@ -89,7 +98,7 @@ def make_shards(
 ) -> pipeline.Header | None:
     """Makes this host's shards of `output`, and of `heldout` in it if there are held-out clips.
 
-    The demo corpus stays in output/demo. Copies of codec and tokenizer lie in output/codec and output/tokenizer.
+    An embedded corpus stays in output/demo or output/debian; copies of codec and tokenizer lie beside it.
 
     Returns:
         The header; None if other hosts have shards to make.
@@ -99,19 +108,15 @@ def make_shards(
     output = pathlib.Path(output)
     is_new = not output.exists()
     is_ours = is_new or (output / MAKING_FILE).exists()
-    if not is_ours and (not output.is_dir() or set(os.listdir(output)) - {"demo"}):
+    if not is_ours and (not output.is_dir() or set(os.listdir(output)) - {config.source}):
         raise UserError(f"{output}: already there; choose a directory that is absent or empty")
-    if config.source == "demo":
-        if not (output / "demo").exists():
-            with torch_io.fresh_directory(output / "demo") as aside:
-                corpus.make_demo(aside, config.demo)
-        train, heldout = ([output / "demo" / name] for name in ("train.jsonl", "heldout.jsonl"))
-        heldout = heldout if config.demo.num_heldout else []
+    if config.source == "manifest":
+        names = ([name for name in names.split(",") if name] for names in (config.manifest, config.heldout))
+        train, heldout = ([corpus.open_corpus(name) for name in several] for several in names)
     else:
-        train, heldout = (
-            [pathlib.Path(name) for name in names.split(",") if name] for names in (config.manifest, config.heldout)
-        )
-    train, heldout = ([corpus.Manifest(path) for path in paths] for paths in (train, heldout))
+        if not (output / config.source).exists():
+            _make_recordings(config, output / config.source)
+        train, heldout = _recordings_in(output / config.source)
     codec_hash = torch_io.codec_sha256(vae_params, vae_config)
     _claim(output, _making(config, train, heldout, codec_hash))
     try:
@@ -198,7 +203,7 @@ def normal_text(text: str, sentence_case: bool = False) -> str:
     return text
 
 
-def _sources_sha256(manifests: Iterable[corpus.Manifest]) -> str:
+def _sources_sha256(manifests: Iterable[corpus.Corpus]) -> str:
     return hashlib.sha256(" ".join(manifest.sha256 for manifest in manifests).encode()).hexdigest()
 
 
@@ -243,11 +248,11 @@ class _Maker:
         encode = jax.jit(autoencoder.encode, static_argnums=1)
         self._encode = lambda audio_BA: encode(vae_params, vae_config, audio_BA)
 
-    def _names(self, manifests: list[corpus.Manifest]) -> list[str]:
+    def _names(self, manifests: list[corpus.Corpus]) -> list[str]:
         num_parts = math.ceil(sum(map(len, manifests)) / self._config.shard_clips)
         return [f"shard-{i:05d}-of-{num_parts:05d}" for i in range(num_parts)]
 
-    def make_parts(self, directory: pathlib.Path, manifests: list[corpus.Manifest]) -> None:
+    def make_parts(self, directory: pathlib.Path, manifests: list[corpus.Corpus]) -> None:
         """This host's shards of a directory, as far as they are missing."""
         directory.mkdir(exist_ok=True)
         names, size = self._names(manifests), self._config.shard_clips
@@ -295,7 +300,7 @@ class _Maker:
         finally:
             aside.unlink(missing_ok=True)
 
-    def finish(self, directory: pathlib.Path, manifests: list[corpus.Manifest]) -> pipeline.Header | None:
+    def finish(self, directory: pathlib.Path, manifests: list[corpus.Corpus]) -> pipeline.Header | None:
         """Puts together what the shards leave of themselves, the header last; None while one is missing."""
         config, vae, names = self._config, self._vae_config, self._names(manifests)
         if not all((directory / f"{name}.npz").exists() for name in names):
@@ -344,7 +349,7 @@ class _Maker:
             shards=tuple(shards),
             trim_db=config.trim_db,
             trim_keep_ms=config.trim_keep_ms,
-            sources=("demo",) if config.source == "demo" else tuple(str(manifest.path) for manifest in manifests),
+            sources=tuple(m.name for m in manifests) if config.source == "manifest" else (config.source,),
             sources_sha256=_sources_sha256(manifests),
             skipped=dict(Counter(reason for _, reason, _ in skipped)),
             versions=_versions(),
@@ -378,6 +383,8 @@ class _Maker:
 
     def _load(self, recording: corpus.Recording) -> _Loaded | audio.BadRecording:
         try:
+            if not recording.text.strip():
+                raise audio.BadRecording("no words", f"{recording.audio}: no transcript")
             audio_A = self._audio(recording.audio, recording.start_sec, recording.end_sec)
             if recording.ref_audio is None or recording.is_prompt:
                 return _Loaded(recording, audio_A, None)
@@ -385,7 +392,7 @@ class _Maker:
         except audio.BadRecording as error:
             return error
 
-    def _audio(self, path, start_sec=None, end_sec=None) -> np.ndarray:
+    def _audio(self, path: pathlib.Path | audio.Stored, start_sec=None, end_sec=None) -> np.ndarray:
         config, rate = self._config, self._vae_config.sample_rate
         shortest = max(round(config.min_sec * rate), self._patch_samples)
         audio_A = audio.load(path, rate, start_sec, end_sec, min_samples=shortest)

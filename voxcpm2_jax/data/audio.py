@@ -11,6 +11,8 @@ import io
 import math
 import os
 import pathlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,51 +30,56 @@ class BadRecording(UserError):  # noqa: N818
 SILENT = 1e-4  # peak below which a recording counts as silent (-80 dB)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A recording that lies in a data set and not in a file of its own. It stands where a path would; nothing is read yet.
+
+    Attributes:
+        name: what reports call it, and what tells it from others.
+        read: -> samples [A] or [A, E] and their rate; or an audio file's content and None.
+    """
+
+    name: str
+    read: Callable[[], tuple[np.ndarray | bytes, int | None]] = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def load(
-    path: str | os.PathLike,
+    recording: str | os.PathLike | Stored,
     sample_rate: int,
     start_sec: float | None = None,
     end_sec: float | None = None,
     *,
     min_samples: int = 1,
 ) -> np.ndarray:
-    """A recording, or a part of it, as float32 [A] mono at `sample_rate`.
+    """A recording, or a part of it, as float32 [A] mono at `sample_rate`. Only that part of a file is decoded.
 
     Args:
-        path: wav, flac, mp3, ogg or opus, any rate and channel count.   start_sec, end_sec: the part; None: its ends.
+        recording: wav, flac, mp3, ogg or opus, any rate and channel count.   start_sec, end_sec: the part; None: its ends.
         min_samples: shortest result that is of use, at `sample_rate`.
     Raises:
         BadRecording: missing, unreadable, empty, not finite, silent or too short.
     """
-    import soundfile
     import soxr
 
-    path = pathlib.Path(path)
     start_sec = start_sec or 0.0
     if start_sec < 0 or (end_sec is not None and end_sec <= start_sec):
-        raise BadRecording("bad part", f"{path}: cannot take seconds {start_sec} to {end_sec}; expected 0 <= start < end")
-    if not path.is_file():
-        raise BadRecording("missing", f"{path}: no such audio file")
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            start = int(start_sec * rate)
-            if start >= file.frames > 0:
-                raise BadRecording(
-                    "bad part", f"{path}: starts at {start_sec} s, but the recording has {file.frames / rate:.2f} s"
-                )
-            file.seek(start)
-            count = -1 if end_sec is None else int((end_sec - start_sec) * rate)
-            audio_AE = file.read(count, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        what = error.error_string.rstrip(".")
-        raise BadRecording(
-            "unreadable", f"{path}: not a readable recording ({what}); expected wav, flac, mp3, ogg or opus"
-        ) from None
+        raise BadRecording("bad part", f"{recording}: cannot take seconds {start_sec} to {end_sec}; expected 0 <= start < end")
+    with _opened(recording) as file:
+        rate = file.samplerate
+        start = int(start_sec * rate)
+        if start >= file.frames > 0:
+            have = file.frames / rate
+            raise BadRecording("bad part", f"{recording}: starts at {start_sec} s, but the recording has {have:.2f} s")
+        file.seek(start)
+        count = -1 if end_sec is None else int((end_sec - start_sec) * rate)
+        audio_AE = file.read(count, dtype="float32", always_2d=True)
     if not len(audio_AE):
-        raise BadRecording("empty", f"{path}: empty recording")
+        raise BadRecording("empty", f"{recording}: empty recording")
     if not np.isfinite(audio_AE).all():
-        raise BadRecording("not finite", f"{path}: samples that are not finite numbers")
+        raise BadRecording("not finite", f"{recording}: samples that are not finite numbers")
     audio_A = audio_AE.mean(axis=1)
     if rate != sample_rate:
         samples = math.ceil(len(audio_A) * (sample_rate / rate))  # in this order: the reference's rounding
@@ -80,10 +87,59 @@ def load(
         audio_A = np.pad(audio_A, (0, samples - len(audio_A)))
     if len(audio_A) < min_samples:
         got, wanted = len(audio_A) / sample_rate, min_samples / sample_rate
-        raise BadRecording("too short", f"{path}: {got:.3f} s is too short; expected at least {wanted:.3f} s")
+        raise BadRecording("too short", f"{recording}: {got:.3f} s is too short; expected at least {wanted:.3f} s")
     if np.abs(audio_A).max() < SILENT:
-        raise BadRecording("silent", f"{path}: silent (peak {np.abs(audio_A).max():.1e})")
+        raise BadRecording("silent", f"{recording}: silent (peak {np.abs(audio_A).max():.1e})")
     return audio_A
+
+
+@contextlib.contextmanager
+def _opened(recording: str | os.PathLike | Stored) -> Iterator:
+    """The recording as an open soundfile.SoundFile, or as something that has the part of its face used here."""
+    import soundfile
+
+    try:
+        if isinstance(recording, Stored):
+            content, rate = recording.read()
+            with _Array(content, rate) if rate else soundfile.SoundFile(io.BytesIO(content)) as file:
+                yield file
+        elif pathlib.Path(recording).is_file():
+            with soundfile.SoundFile(recording) as file:
+                yield file
+        else:
+            raise BadRecording("missing", f"{recording}: no such audio file")
+    except soundfile.LibsndfileError as error:
+        what = error.error_string.rstrip(".")
+        raise BadRecording(
+            "unreadable", f"{recording}: not a readable recording ({what}); expected wav, flac, mp3, ogg or opus"
+        ) from None
+
+
+class _Array(contextlib.nullcontext):
+    """Samples in memory with the face of a soundfile.SoundFile."""
+
+    def __init__(self, samples: np.ndarray, rate: int):
+        super().__init__(self)
+        self._samples_AE = samples if samples.ndim > 1 else samples[:, None]
+        self._at = 0
+        self.samplerate, (self.frames, self.channels) = rate, self._samples_AE.shape
+
+    def seek(self, frame: int) -> None:
+        self._at = frame
+
+    def read(self, frames: int, dtype: str, always_2d: bool) -> np.ndarray:
+        assert always_2d
+        part_AE = self._samples_AE[self._at :][: None if frames < 0 else frames]
+        return part_AE.astype(dtype) * np.float32(1 / _full_scale(self._samples_AE))
+
+
+def _full_scale(samples_AE: np.ndarray) -> float:
+    """What a sample of 1.0 is stored as. Integers wider than 16 bits hold 16 bits all the same, unless one is too large."""
+    if not np.issubdtype(samples_AE.dtype, np.integer):
+        return 1.0
+    if samples_AE.dtype.itemsize > 2 and samples_AE.size and np.abs(samples_AE).max() > 2**15:
+        return 2.0**31
+    return 2.0**15
 
 
 def pad_to_patches(audio_A: np.ndarray, patch_samples: int, side: str) -> np.ndarray:
@@ -104,22 +160,14 @@ def resample(audio_A: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     return audio_A if rate == new_rate else soxr.resample(audio_A.astype(np.float32, copy=False), rate, new_rate, quality="HQ")
 
 
-def properties(path: str | os.PathLike) -> tuple[int, int]:
+def properties(recording: str | os.PathLike | Stored) -> tuple[int, int]:
     """Sample rate and channels of a recording.
 
     Raises:
         BadRecording: missing or unreadable.
     """
-    import soundfile
-
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise BadRecording("missing", f"{path}: no such audio file")
-    try:
-        info = soundfile.info(str(path))
-    except soundfile.LibsndfileError as error:
-        raise BadRecording("unreadable", f"{path}: not a readable recording ({error.error_string.rstrip('.')})") from None
-    return info.samplerate, info.channels
+    with _opened(recording) as file:
+        return file.samplerate, file.channels
 
 
 def sound_span(audio_A: np.ndarray, rate: int, *, threshold_db: float = -40.0) -> tuple[int, int]:

@@ -29,11 +29,11 @@ def evaluate(
     """Writes result.json, the audio of all texts and some spectrograms to `output` -> the content of result.json.
 
     Args:
-        manifest: held-out recordings with their texts (see data/corpus.py).
+        manifest: held-out recordings with their texts, anything that data/corpus.py opens.
     Raises:
         UserError: no checkpoint, no manifest, no judge installed, or an output directory that cannot be written to.
     """
-    recordings = corpus.read_manifest(manifest)
+    recordings = list(corpus.open_corpus(manifest))
     judge.whisper_directory()  # a judge that is not installed is told of before anything is spoken
     model = VoxCPM.from_pretrained(checkpoint)
     output = pathlib.Path(output)
@@ -45,9 +45,11 @@ def evaluate(
     start = time.monotonic()
     spoken = _speak(model, config, [r.full_text for r in recordings])
     speaking_sec = time.monotonic() - start
+    parts = [{"start_sec": r.start_sec, "end_sec": r.end_sec} for r in recordings]
+    coded = [model.encode_file(r.audio, pad="right", **part) for r, part in zip(recordings, parts)]
     sets = {
-        "recordings": [audio.load(r.audio, model.sample_rate, start_sec=r.start_sec, end_sec=r.end_sec) for r in recordings],
-        "reconstructions": model.decode([model.encode_file(r.audio, pad="right") for r in recordings]),
+        "recordings": [audio.load(r.audio, model.sample_rate, **part) for r, part in zip(recordings, parts)],
+        "reconstructions": model.decode(coded),
         "generated": [s.audio_A for s in spoken],
     }
     texts = [r.text for r in recordings]

@@ -136,7 +136,8 @@ def train(config: VAERun, workdir, data=None) -> dict:
     """Trains in `workdir`, from where it stopped if it holds a checkpoint -> figures of the last logged step.
 
     Args:
-        data: manifest, or a directory with train.jsonl; a heldout.jsonl beside it is listened to. None: seeded glides.
+        data: what data/corpus.py opens, or a directory with train.jsonl; a heldout.jsonl beside it is listened to. None:
+            seeded glides.
     Raises:
         UserError: recordings that cannot be used, or rows that suit no mesh.
     """
@@ -144,11 +145,9 @@ def train(config: VAERun, workdir, data=None) -> dict:
         clips = tiny_clips(config)
         samples = [wave_A for wave_A, _ in zip(clips[0], range(config.num_samples))]
     else:
-        manifest = pathlib.Path(data) / "train.jsonl" if pathlib.Path(data).is_dir() else pathlib.Path(data)
-        heldout = manifest.with_name("heldout.jsonl")
-        clips = load_clips(corpus.read_manifest(manifest), config)
-        recordings = corpus.read_manifest(heldout if heldout.is_file() else manifest)[: config.num_samples]
-        samples = load_clips(recordings, config)[0]
+        recordings, listened = _recordings(data)
+        clips = load_clips(recordings, config)
+        samples = load_clips(listened[: config.num_samples], config)[0]
     crops = Crops(config, *clips)
     mesh = sharding.make_mesh()
     if config.rows % mesh.size:
@@ -168,6 +167,14 @@ def train(config: VAERun, workdir, data=None) -> dict:
             evaluators=[_listener(config, samples)] if samples else [],
         )
     return {name: row.get(name) for name in ("step", "loss", "loss_mel", "loss_kl", "audio_sec_per_sec", "mfu")}
+
+
+def _recordings(data) -> tuple[corpus.Corpus, corpus.Corpus]:
+    """What is trained on, and what is listened to."""
+    path = pathlib.Path(data) / "train.jsonl" if pathlib.Path(data).is_dir() else pathlib.Path(data)
+    recordings = corpus.open_corpus(path if path.is_file() else data)
+    heldout = path.with_name("heldout.jsonl")
+    return recordings, corpus.open_corpus(heldout) if path.is_file() and heldout.is_file() else recordings
 
 
 def _batches(crops: Crops, seed: int, layout, step: int) -> Iterator[dict]:
