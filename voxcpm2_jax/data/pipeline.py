@@ -54,12 +54,15 @@ class Header:
     latent_min: tuple[float, ...]
     latent_max: tuple[float, ...]
     shards: tuple[str, ...]  # file names, in the order of the clips
-    trim_db: float  # silence cut this far below the loudest 10 ms; 0: left
+    trim_db: float  # what counts as silence, below the loudest 10 ms
     trim_keep_ms: float
     sources: tuple[str, ...]  # manifests, or "demo"
     sources_sha256: str  # of the manifests' bytes
     skipped: dict = field(default_factory=dict)  # number of recordings left out, by reason
     versions: dict = field(default_factory=dict)  # of the packages that made the shards
+    trim: str | None = None  # what was cut at the ends: "none", "silence", "vad"; None: made before it was written down
+    models: dict = field(default_factory=dict)  # "vad", "speaker": names and hashes of what cut and what compared voices
+    pairs: dict = field(default_factory=dict)  # how references were chosen, and how many clips have one; empty: none were
 
 
 HEADER_FILE, LENGTHS_FILE, PAIRS_FILE = "header.json", "lengths.npy", "pairs.npy"
@@ -137,11 +140,14 @@ class Shards:
     def __init__(self, directory: str | os.PathLike):
         directory = pathlib.Path(directory)
         self.header = header = read_header(directory)
-        missing = [name for name in (*header.shards, LENGTHS_FILE) if not (directory / name).is_file()]
+        files = (*header.shards, LENGTHS_FILE, *[PAIRS_FILE] * bool(header.pairs))
+        missing = [name for name in files if not (directory / name).is_file()]
         if missing:
             raise UserError(f"{directory}: {', '.join(missing)} missing; prepare the shards again")
         lengths = np.load(directory / LENGTHS_FILE)
         pairs = np.load(directory / PAIRS_FILE) if (directory / PAIRS_FILE).exists() else None
+        if pairs is not None and (pairs.ndim != 2 or len(pairs) != len(lengths) or pairs.max(initial=-1) >= len(lengths)):
+            raise UserError(f"{directory}: {PAIRS_FILE} is of other clips; prepare the shards again")
         self.index = Index(lengths, header.groups, pairs)
         self._records = grain_source(directory, header)
         if not header.num_clips == len(lengths) == len(self._records):
