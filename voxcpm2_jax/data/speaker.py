@@ -264,9 +264,10 @@ def _choose_in_voice(origins_E, embeddings_ED, may_F, rng, config: PairsConfig) 
     is_new_E = (np.diff(file_E, prepend=file_E[:1]) != 0) | (np.diff(start_E, prepend=start_E[:1]) != 0)
     place_E = np.cumsum(is_new_E)
     found_EK = np.full((len(file_E), config.references), -1, np.int64)
+    may_F = rng.permutation(may_F)
     for first in range(0, len(file_E) if len(may_F) else 0, _POOL):
         of = slice(first, first + _POOL)
-        pool_F = may_F if len(may_F) <= _POOL else rng.choice(may_F, _POOL, replace=False)
+        pool_F = may_F[(first + np.arange(min(_POOL, len(may_F)))) % len(may_F)]  # so that all get their turn
         cosine_EF = embeddings_ED[of].astype(np.float32) @ embeddings_ED[pool_F].astype(np.float32).T
         after_EF = place_E[of, None] - place_E[pool_F][None]  # 0: itself, 1: directly after the candidate
         overlaps_EF = file_E[of, None] == file_E[pool_F][None]
