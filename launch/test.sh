@@ -9,8 +9,9 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   . .venv/bin/activate
 fi
 python -m pip install -qq --editable '.[test,demo,eval,torch]' transformers einops pydantic
-# The reference brings a web demo and downloaders along; the comparison needs its model alone.
-python -m pip install -qq --no-deps voxcpm==2.0.3
+# The reference brings a web demo and downloaders along, the speaker encoder a C extension to be compiled; the comparisons
+# need their models alone.
+python -m pip install -qq --no-deps voxcpm==2.0.3 resemblyzer==0.1.4
 
 ruff check .
 python -m pytest -n 2 --dist loadfile "$@"

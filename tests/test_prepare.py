@@ -137,12 +137,12 @@ def test_trimming_and_held_out_clips(tmp_path, recordings, tokenizer_dir, vae_pa
     sound, rate = soundfile.read(recordings[0].audio)
     soundfile.write(tmp_path / "wide.wav", np.concatenate([quiet, sound, quiet]), rate)
     corpus.write_manifest(tmp_path / "h.jsonl", [corpus.Recording(tmp_path / "wide.wav", "hello there")])
-    config = config_of(tmp_path, tokenizer_dir, heldout=str(tmp_path / "h.jsonl"), trim_db=-40.0, trim_keep_ms=0.0)
+    config = config_of(tmp_path, tokenizer_dir, heldout=str(tmp_path / "h.jsonl"), trim="silence", trim_keep_ms=0.0)
     make_shards(config, tmp_path / "out", vae_params, VAE)
     header = pipeline.read_header(tmp_path / "out" / "heldout")
     lengths = np.load(tmp_path / "out" / "heldout" / pipeline.LENGTHS_FILE)
     assert header.num_clips == 1 and abs(lengths[0, packing.PATCHES] - 0.45 * 8000 / (P * HOP)) <= 2
-    assert header.trim_db == -40.0
+    assert (header.trim, header.trim_db) == ("silence", -50.0)
 
 
 def content(directory):
@@ -288,6 +288,7 @@ def test_configs():
             plain.manifest = "a.jsonl,b.jsonl"
         config = from_dict(DataConfig, plain.to_dict())
         assert config.source == (variant if variant in ("debian", "manifest") else "demo")
+        assert config.trim == ("silence" if variant == "manifest" else "none")  # the others' clips are trimmed when made
     with pytest.raises(UserError, match="got 'huge'"):
         module.get_config("huge")
 

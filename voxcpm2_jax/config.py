@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -701,6 +702,34 @@ class DebianConfig:
 
 
 @dataclass(frozen=True)
+class PairsConfig:
+    """Which clips may be a clip's reference: others of its speaker and session that sound alike; data/speaker.py.
+
+    All but the encoder may change from one run of `prepare` to the next: the pairs are then chosen anew, and nothing else.
+    """
+
+    encoder: str = ""  # of voices: "resemblyzer", or "module:name" of one's own; empty: no pairs
+    min_cosine: float = 0.7  # of two voices' embeddings: what is not above it is no pair
+    references: int = 4  # k, clips that are kept to draw a clip's reference from
+    min_sec: float = 1.0  # shorter clips are nobody's reference
+    max_sec: float = 30.0  # longer clips are nobody's reference
+    need_session: bool = False  # clips without a session: True: have no pairs; False: a speaker's are one session
+    seed: int = 0  # of the choice
+
+    def __post_init__(self):
+        def check(ok, message):
+            if not ok:
+                raise UserError(f"pairs: {message}")
+
+        known = self.encoder in ("", "resemblyzer") or re.fullmatch(r"[\w.]+:\w+", self.encoder)
+        check(known, f"encoder must be resemblyzer, MODULE:NAME or empty, got {self.encoder!r}")
+        check(-1 <= self.min_cosine < 1, f"min_cosine must lie in [-1, 1), got {self.min_cosine}")
+        check(self.references >= 1, f"references must be at least 1, got {self.references}")
+        check(0 <= self.min_sec < self.max_sec, f"expected 0 <= min_sec < max_sec, got {self.min_sec} and {self.max_sec}")
+        check(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What `prepare` makes shards from; configs/data.py has the variants."""
 
@@ -714,8 +743,9 @@ class DataConfig:
     vocab_temperature: float = 1.0  # a language counts its characters ** (1 / temperature) in it: over 1 is more even
     vocab_chars: int = 100_000_000  # most characters of text that it is learned from: bounds memory
     patch_size: int = 4  # P, latent frames in a patch
-    trim_db: float = 0.0  # cut silence at both ends this far below the loudest 10 ms, such as -40; 0: leave it
-    trim_keep_ms: float = 40.0  # silence that stays
+    trim: str = "none"  # cut at both ends: "silence", "vad" (what is no speech, silence or not), "none"
+    trim_db: float = -50.0  # silence is this far below the loudest 10 ms
+    trim_keep_ms: float = 200.0  # stays at each end, as far as it is there
     min_sec: float = 0.16  # shorter clips are left out
     max_sec: float = 60.0  # longer clips are left out
     latent_dtype: str = "float16"  # in the shards: "float16", "bfloat16", "float32"
@@ -724,6 +754,7 @@ class DataConfig:
     host: int = 0  # this machine makes shards host, host + num_hosts, ..
     num_hosts: int = 1
     encode_sec: float = 60.0  # seconds of audio the codec hears at once
+    pairs: PairsConfig = PairsConfig()
 
     def __post_init__(self):
         def check(ok, message):
@@ -741,7 +772,8 @@ class DataConfig:
         check(self.vocab_chars >= 1, f"vocab_chars must be at least 1, got {self.vocab_chars}")
         check(self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
         check(0 < self.min_sec < self.max_sec, f"expected 0 < min_sec < max_sec, got {self.min_sec} and {self.max_sec}")
-        check(self.trim_db <= 0, f"trim_db must be negative, or 0 for no trimming, got {self.trim_db}")
+        check(self.trim in ("none", "silence", "vad"), f"trim must be none, silence or vad, got {self.trim!r}")
+        check(self.trim_db < 0, f"trim_db must be negative, got {self.trim_db}; to leave silence, set trim to none")
         check(self.trim_keep_ms >= 0, f"trim_keep_ms must be 0 or more, got {self.trim_keep_ms}")
         check(self.shard_clips >= 1, f"shard_clips must be at least 1, got {self.shard_clips}")
         check(0 <= self.host < self.num_hosts, f"host must lie in 0..num_hosts - 1, got {self.host} of {self.num_hosts}")

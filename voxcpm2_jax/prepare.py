@@ -7,11 +7,13 @@
     OUTPUT/shard-00003-of-00040.array_record records of recordings 3 S .. 4 S - 1, in order
     OUTPUT/shard-00003-of-00040.npz          written when the shard is whole: what header and index need of it
     OUTPUT/header.json, lengths.npy          written when all shards are whole (pipeline.py)
+    OUTPUT/pairs.npy                         likewise, if references are to be chosen (data/speaker.py)
 
 A shard follows from its recordings alone. So a run that was stopped goes on with the shards that are missing, and many
 hosts share the work without a word between them: host i of n makes shards i, i + n, ..; whoever finds all of them
 whole writes the header. Recordings that are of no use are left out, counted by reason in the header and listed in
-skipped.jsonl. Memory holds half an hour of audio and 24 bytes a recording, whatever the size of the corpus.
+skipped.jsonl. Memory holds half an hour of audio and 24 bytes a recording, whatever the size of the corpus; while pairs
+are chosen, at most 1 GB of embeddings and 150 bytes a recording.
 """
 
 import contextlib
@@ -38,13 +40,14 @@ import numpy as np
 
 from voxcpm2_jax import metrics, torch_io
 from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, to_dict
-from voxcpm2_jax.data import audio, corpus, embedded, packing, pipeline
+from voxcpm2_jax.data import audio, corpus, embedded, packing, pipeline, speaker
 from voxcpm2_jax.data.tokenizer import Tokenizer, balanced, load_tokenizer, train_tokenizer
 from voxcpm2_jax.vae import autoencoder
 
 MAKING_FILE = "making.json"
 HELDOUT = "heldout"  # directory of the shards that are not trained on, inside the others
 _ROUND_SEC = 1800.0  # recordings in memory at once
+_EMBEDDINGS = "embeddings_ED"  # in a shard's .npz file: float16, of the clips that have a part in pairs, in order
 _PACKAGES = ("voxcpm2_jax", "jax", "flax", "numpy", "soundfile", "soxr", "tokenizers", "array-record")
 
 
@@ -73,6 +76,7 @@ def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLik
         "clips": header.num_clips,
         "hours": round(header.hours, 4),
         "skipped": header.skipped,
+        **({"clips_with_pairs": header.pairs["clips"]} if header.pairs else {}),
         "vocab_size": header.vocab_size,
         "latent_std": [round(min(header.latent_std), 4), round(max(header.latent_std), 4)],
         "wall_sec": round(time.monotonic() - start, 1),
@@ -118,11 +122,14 @@ def make_shards(
             _make_recordings(config, output / config.source)
         train, heldout = _recordings_in(output / config.source)
     codec_hash = torch_io.codec_sha256(vae_params, vae_config)
-    _claim(output, _making(config, train, heldout, codec_hash))
+    encoder = speaker.load_encoder(config.pairs.encoder) if config.pairs.encoder else None
+    models = {"vad": audio.load_vad()} if config.trim == "vad" else {}
+    models |= {"speaker": {"name": config.pairs.encoder, "sha256": encoder.sha256}} if encoder else {}
+    _claim(output, _making(config, train, heldout, codec_hash, models))
     try:
         _once(output / "codec", lambda aside: torch_io.save_codec(aside, vae_config, vae_params))
         _once(output / "tokenizer", lambda aside: _tokenizer(config, train).save(aside / "tokenizer"))
-        maker = _Maker(config, output, vae_params, vae_config, codec_hash)
+        maker = _Maker(config, output, vae_params, vae_config, codec_hash, encoder, models)
         sets = [(output / HELDOUT, heldout)] * bool(heldout) + [(output, train)]
         for directory, manifests in sets:
             maker.make_parts(directory, manifests)
@@ -135,11 +142,12 @@ def make_shards(
         raise
 
 
-def _making(config: DataConfig, train, heldout, codec_hash: str) -> dict:
-    """What the shards are made from. Who makes which of them does not matter."""
-    who = ("host", "num_hosts")
+def _making(config: DataConfig, train, heldout, codec_hash: str, models: dict) -> dict:
+    """What the shards are made from. Who makes which of them does not matter, nor what is chosen when all are whole."""
+    later = ("host", "num_hosts", "pairs")
     return {
-        "config": {name: value for name, value in to_dict(config).items() if name not in who},
+        "config": {name: value for name, value in to_dict(config).items() if name not in later},
+        "models": models,
         "codec_sha256": codec_hash,
         "sources_sha256": _sources_sha256(train),
         "heldout_sha256": _sources_sha256(heldout),
@@ -159,10 +167,16 @@ def _claim(output: pathlib.Path, making: dict) -> None:
             raise UserError(f"{output}: cannot be written ({error})") from None
     old = json.loads(file.read_text(encoding="utf-8"))
     fields = [(name, old["config"].get(name), making["config"].get(name)) for name in old["config"] | making["config"]]
-    fields += [(name, old[name], making[name]) for name in making if name != "config"]
+    fields += [(name, old.get(name), making[name]) for name in making if name != "config"]
     changed = [f"{name}: {there!r}, now {now!r}" for name, there, now in fields if there != now]
     if changed:
         raise UserError(f"{output}: holds shards made from something else ({'; '.join(changed)}); choose another directory")
+
+
+def _save_array(path: pathlib.Path, array: np.ndarray) -> None:
+    aside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.npy")
+    np.save(aside, array)
+    aside.replace(path)
 
 
 def _once(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
@@ -234,13 +248,19 @@ class _Part(NamedTuple):
     moments_4C: np.ndarray  # sum, sum of squares, least, largest of every latent channel
     num_frames: np.ndarray
     skipped: np.ndarray  # [skipped, 3] text: audio, reason, message
+    origins_N: np.ndarray  # speaker.ORIGIN; none if no pairs are wanted
+    num_embeddings: np.ndarray  # the file holds them as well, under _EMBEDDINGS
 
 
 class _Maker:
     """Turns recordings into shards with one codec and one tokenizer."""
 
-    def __init__(self, config: DataConfig, output: pathlib.Path, vae_params, vae_config: AudioVAEConfig, codec_hash: str):
+    def __init__(
+        self, config: DataConfig, output: pathlib.Path, vae_params, vae_config: AudioVAEConfig, codec_hash: str,
+        encoder: speaker.Encoder | None, models: dict,
+    ):  # fmt: skip
         self._config, self._vae_config, self._codec_sha256 = config, vae_config, codec_hash
+        self._encoder, self._models = encoder, models
         self._patch_samples = config.patch_size * vae_config.encoder_hop
         self._patch_sec = self._patch_samples / vae_config.sample_rate
         self._tokenizer = load_tokenizer(output / "tokenizer")
@@ -275,9 +295,15 @@ class _Maker:
         groups: dict[tuple[str, str], int] = {}
         moments = _Moments(self._vae_config.latent_dim)
         skipped: list[tuple[str, str, str]] = []
+        origins: list[tuple] = []
+        embeddings: list[np.ndarray] = []
 
         def clips():
-            for clip in self._clips(recordings, skipped, pool, bar):
+            for recording, clip, embedding_D in self._clips(recordings, skipped, pool, bar):
+                if self._encoder:
+                    voice = None if embedding_D is None else (clip.dataset, clip.speaker, clip.session)
+                    origins.append(speaker.origin(str(recording.audio), recording.start_sec, recording.end_sec, voice))
+                    embeddings.extend([] if embedding_D is None else [embedding_D.astype(np.float16)])
                 reference, described = (0 if x is None else len(x) for x in (clip.reference_MPC, clip.described_ids))
                 group = groups.setdefault((clip.dataset, clip.language or "unknown"), len(groups))
                 lengths.append((len(clip.text_ids), len(clip.patches_MPC), reference, clip.is_prompt, described, group))
@@ -291,9 +317,10 @@ class _Maker:
             part = _Part(
                 np.array(lengths, np.int32).reshape(-1, 6), np.array(list(groups), str).reshape(-1, 2), moments.sums_4C,
                 np.array(moments.count), np.array(skipped, str).reshape(-1, 3),
+                np.array(origins, speaker.ORIGIN), np.array(len(embeddings)),
             )  # fmt: skip
             with aside.open("wb") as file:
-                np.savez(file, **part._asdict())
+                np.savez(file, **part._asdict(), **{_EMBEDDINGS: np.array(embeddings, np.float16)})
             aside.replace(path.with_suffix(".npz"))
         except OSError as error:
             raise UserError(f"{path.parent}: cannot be written ({error})") from None
@@ -306,15 +333,17 @@ class _Maker:
         if not all((directory / f"{name}.npz").exists() for name in names):
             return None
         groups: dict[tuple[str, str], int] = {}
-        moments, lengths, skipped, shards = _Moments(vae.latent_dim), [], [], []
+        moments, lengths, skipped, shards, origins, num_embeddings = _Moments(vae.latent_dim), [], [], [], [], []
         for name in names:
             with np.load(directory / f"{name}.npz") as file:
-                part = _Part(**file)
+                part = _Part(**{field: file[field] for field in _Part._fields})
             numbers = [groups.setdefault((str(dataset), str(language)), len(groups)) for dataset, language in part.groups]
             part.lengths_N6[:, packing.GROUP] = np.array(numbers, np.int32)[part.lengths_N6[:, packing.GROUP]]
             moments.merge(part.moments_4C, int(part.num_frames))
             lengths.append(part.lengths_N6)
             skipped += part.skipped.tolist()
+            origins.append(part.origins_N)
+            num_embeddings.append(int(part.num_embeddings))
             if len(part.lengths_N6):
                 shards.append(f"{name}.array_record")
         lengths_N6 = np.concatenate(lengths)
@@ -322,9 +351,18 @@ class _Maker:
             raise UserError(f"none of {len(skipped)} recordings is of use; the first: {skipped[0][2]}")
         if config.latent_dtype == "float16" and max(-moments.min_C.min(), moments.max_C.max()) > np.finfo(np.float16).max:
             raise UserError("latents exceed the range of float16; prepare with --config.latent_dtype=bfloat16")
-        aside = directory / f".lengths.{uuid.uuid4().hex}.npy"
-        np.save(aside, lengths_N6)
-        aside.replace(directory / pipeline.LENGTHS_FILE)
+        _save_array(directory / pipeline.LENGTHS_FILE, lengths_N6)
+        pairs = {}
+        if self._encoder:
+            sec_N = lengths_N6[:, packing.PATCHES] * self._patch_sec
+
+            def read(shard: int) -> np.ndarray:
+                with np.load(directory / f"{names[shard]}.npz") as file:
+                    return file[_EMBEDDINGS]
+
+            pairs_NK = speaker.choose(np.concatenate(origins), sec_N, num_embeddings, read, config.pairs)
+            _save_array(directory / pipeline.PAIRS_FILE, pairs_NK)
+            pairs = to_dict(config.pairs) | {"clips": int((pairs_NK[:, 0] >= 0).sum()), "compared": sum(num_embeddings)}
         if skipped:
             lines = [dict(zip(("audio", "reason", "message"), line)) for line in skipped]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -347,18 +385,21 @@ class _Maker:
             latent_min=tuple(moments.min_C.tolist()),
             latent_max=tuple(moments.max_C.tolist()),
             shards=tuple(shards),
+            trim=config.trim,
             trim_db=config.trim_db,
             trim_keep_ms=config.trim_keep_ms,
             sources=tuple(m.name for m in manifests) if config.source == "manifest" else (config.source,),
             sources_sha256=_sources_sha256(manifests),
             skipped=dict(Counter(reason for _, reason, _ in skipped)),
             versions=_versions(),
+            models=self._models,
+            pairs=pairs,
         )
         pipeline.write_header(directory, header)
         return header
 
-    def _clips(self, recordings: Iterable[corpus.Recording], skipped: list, pool, bar) -> Iterator[packing.Clip]:
-        """The clips of all useful recordings, in order; the others go to `skipped`."""
+    def _clips(self, recordings: Iterable[corpus.Recording], skipped: list, pool, bar) -> Iterator[tuple]:
+        """(recording, clip, embedding or None) of all useful recordings, in order; the others go to `skipped`."""
         limit = round(_ROUND_SEC * self._vae_config.sample_rate)
         waiting: list[_Loaded] = []
         samples = seen = 0
@@ -396,8 +437,12 @@ class _Maker:
         config, rate = self._config, self._vae_config.sample_rate
         shortest = max(round(config.min_sec * rate), self._patch_samples)
         audio_A = audio.load(path, rate, start_sec, end_sec, min_samples=shortest)
-        if config.trim_db:
+        if config.trim == "silence":
             audio_A = audio.trim_silence(audio_A, rate, threshold_db=config.trim_db, keep_ms=config.trim_keep_ms)
+        elif config.trim == "vad":
+            audio_A = audio.trim_to_speech(audio_A, rate, keep_ms=config.trim_keep_ms)
+            if not len(audio_A):
+                raise audio.BadRecording("no speech", f"{path}: no speech is heard in it")
         sec = len(audio_A) / rate
         if len(audio_A) < shortest:
             raise audio.BadRecording(
@@ -407,11 +452,12 @@ class _Maker:
             raise audio.BadRecording("too long", f"{path}: {sec:.1f} s is longer than max_sec, {config.max_sec} s")
         return audio.pad_to_patches(audio_A, self._patch_samples, "right")
 
-    def _encoded(self, loaded: list[_Loaded]) -> Iterator[packing.Clip]:
+    def _encoded(self, loaded: list[_Loaded]) -> Iterator[tuple[corpus.Recording, packing.Clip, np.ndarray | None]]:
+        embeddings = self._embeddings(loaded)
         latents = self._latents([a for item in loaded for a in (item.audio_A, item.reference_A) if a is not None])
-        for recording, _, reference_A in loaded:
+        for i, (recording, _, reference_A) in enumerate(loaded):
             patches_MPC = next(latents)
-            yield packing.Clip(
+            clip = packing.Clip(
                 text_ids=self._ids(recording.text),
                 described_ids=self._ids(recording.full_text) if recording.description else None,
                 patches_MPC=patches_MPC,
@@ -424,6 +470,17 @@ class _Maker:
                 speaker=recording.speaker,
                 session=recording.session,
             )
+            yield recording, clip, embeddings.get(i)
+
+    def _embeddings(self, loaded: list[_Loaded]) -> dict[int, np.ndarray]:
+        """Of the clips that have a part in pairs: those that a speaker is named of, prompt clips aside."""
+        if self._encoder is None:
+            return {}
+        chosen = [i for i, (recording, *_) in enumerate(loaded) if recording.speaker and not recording.is_prompt]
+        if not chosen:
+            return {}
+        clips = [loaded[i].audio_A for i in chosen]
+        return dict(zip(chosen, speaker.embed(self._encoder, clips, self._vae_config.sample_rate)))
 
     def _ids(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(normal_text(text, self._config.sentence_case)), np.int32)

@@ -55,12 +55,15 @@ class Header:
     latent_min: tuple[float, ...]
     latent_max: tuple[float, ...]
     shards: tuple[str, ...]  # file names, in the order of the clips
-    trim_db: float  # silence cut this far below the loudest 10 ms; 0: left
+    trim_db: float  # what counts as silence, below the loudest 10 ms
     trim_keep_ms: float
     sources: tuple[str, ...]  # manifests, or "demo"
     sources_sha256: str  # of the manifests' bytes
     skipped: dict = field(default_factory=dict)  # number of recordings left out, by reason
     versions: dict = field(default_factory=dict)  # of the packages that made the shards
+    trim: str | None = None  # what was cut at the ends: "none", "silence", "vad"; None: made before it was written down
+    models: dict = field(default_factory=dict)  # "vad", "speaker": names and hashes of what cut and what compared voices
+    pairs: dict = field(default_factory=dict)  # how references were chosen, and how many clips have one; empty: none were
 
 
 HEADER_FILE, LENGTHS_FILE, PAIRS_FILE = "header.json", "lengths.npy", "pairs.npy"
@@ -147,20 +150,11 @@ class Shards:
         _check_alike(paths, headers)
         lengths, pairs, groups, clips = [], [], {}, 0
         for path, header in zip(paths, headers):
-            missing = [name for name in (*header.shards, LENGTHS_FILE) if not (path / name).is_file()]
-            if missing:
-                raise UserError(f"{path}: {', '.join(missing)} missing; prepare the shards again")
-            lengths_N6 = np.load(path / LENGTHS_FILE)
-            if len(lengths_N6) != header.num_clips:
-                raise UserError(f"{path}: {_disagree(header.num_clips, len(lengths_N6))}")
+            lengths_N6, pairs_NK = _read_index(path, header)
             numbers = [groups.setdefault(tuple(group), len(groups)) for group in header.groups]
             lengths_N6[:, GROUP] = np.array(numbers, np.int32)[lengths_N6[:, GROUP]]
             lengths.append(lengths_N6)
-            if (path / PAIRS_FILE).exists():
-                pairs_NK = np.load(path / PAIRS_FILE)
-                pairs.append(np.where(pairs_NK < 0, pairs_NK, pairs_NK + clips))
-            else:
-                pairs.append(np.full((header.num_clips, 0), -1, np.int32))
+            pairs.append(np.where(pairs_NK < 0, pairs_NK, pairs_NK + clips))
             clips += header.num_clips
         self.header = header = _together(headers, tuple(groups))
         widest = max(pairs_NK.shape[1] for pairs_NK in pairs)
@@ -168,7 +162,9 @@ class Shards:
         self.index = Index(np.concatenate(lengths), header.groups, np.concatenate(pairs) if widest else None)
         self._records = grain_source(paths, headers)
         if len(self._records) != clips:
-            raise UserError(f"{directories}: {_disagree(clips, clips, len(self._records))}")
+            raise UserError(
+                f"{directories}: {clips} clips in {HEADER_FILE}, {len(self._records)} in the shards; prepare the shards again"
+            )
         self.dead_channels = sorted({channel for path, header in zip(paths, headers) for channel in _dead(path, header)})
         self.patch_shape = (header.patch_size, header.latent_dim)
         self.patch_sec = header.patch_sec
@@ -213,12 +209,21 @@ def _together(headers: list[Header], groups) -> Header:
     )
 
 
-def _disagree(in_header: int, in_lengths: int, in_shards: int | None = None) -> str:
-    shards = "" if in_shards is None else f", shards {in_shards}"
-    return (
-        f"header, {LENGTHS_FILE} and shards disagree (header {in_header}, {LENGTHS_FILE} {in_lengths}{shards} clips); "
-        "prepare the shards again"
-    )
+def _read_index(path: pathlib.Path, header: Header) -> tuple[np.ndarray, np.ndarray]:
+    """lengths.npy, and pairs.npy or a table of no columns, once all files of a directory are found to be there."""
+    files = (*header.shards, LENGTHS_FILE, *[PAIRS_FILE] * bool(header.pairs))
+    missing = [name for name in files if not (path / name).is_file()]
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} missing; prepare the shards again")
+    lengths_N6 = np.load(path / LENGTHS_FILE)
+    if len(lengths_N6) != header.num_clips:
+        raise UserError(
+            f"{path}: {header.num_clips} clips in {HEADER_FILE}, {len(lengths_N6)} in {LENGTHS_FILE}; prepare the shards again"
+        )
+    pairs_NK = np.load(path / PAIRS_FILE) if header.pairs else np.zeros((len(lengths_N6), 0), np.int32)
+    if pairs_NK.ndim != 2 or len(pairs_NK) != len(lengths_N6) or pairs_NK.max(initial=-1) >= len(lengths_N6):
+        raise UserError(f"{path}: {PAIRS_FILE} is of other clips; prepare the shards again")
+    return lengths_N6, pairs_NK
 
 
 def _dead(path: pathlib.Path, header: Header) -> list[int]:
