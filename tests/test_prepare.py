@@ -303,7 +303,7 @@ def test_shards_of_tensorflow_sets(tmp_path, tokenizer_dir, vae_params, monkeypa
     assert header.num_clips == 5 and not header.skipped and ",".join(header.sources) == names
     assert header.groups == (("vctk", "en"), ("ljspeech", "en"))
     assert pipeline.read_header(tmp_path / "out" / "heldout").num_clips == 1
-    clips = [pipeline.from_record(record) for record in pipeline.grain_source(tmp_path / "out", header)]
+    clips = [pipeline.from_record(record) for record in pipeline.grain_source([tmp_path / "out"], [header])]
     texts = [("please 1", "p226"), ("please 2", "p225"), ("one 0", "linda"), ("one 1", "linda"), ("one 2", "linda")]
     assert [(clip.text, clip.speaker) for clip in clips] == texts
     with pytest.raises(UserError, match="sources_sha256"):

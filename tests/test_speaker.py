@@ -19,9 +19,9 @@ def speech():
     """Seconds of the English voice and of another one, at 16 kHz."""
     from hibari import Hibari
 
-    from voxcpm2_jax.data import corpus
+    from voxcpm2_jax.data import embedded
 
-    english, say = Hibari(voice="heart", threads=1), corpus._espeak()
+    english, say = Hibari(voice="heart", threads=1), embedded._espeak()
     clips = [english("Hello there, this is a sentence that lasts for some seconds.", seed=1), english("Three, seven.", seed=2)]
     clips += [say("de", "Guten Morgen, die Sonne scheint in den Garten.")]
     return [audio.resample(audio_A, 24000, speaker.Resemblyzer.hz) for audio_A in clips]
