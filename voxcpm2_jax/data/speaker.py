@@ -173,7 +173,7 @@ ORIGIN = np.dtype([("voice", "u8"), ("file", "u8"), ("start_sec", "f4"), ("end_s
 """Where a clip comes from: dataset, speaker and session (0: it has no part in pairs); audio file; which part of it."""
 
 _POOL = 256  # candidates that each clip of a large voice is compared with
-_AT_ONCE = 1 << 21  # embeddings in memory: 1 GB; a voice with more clips is taken in stretches
+_AT_ONCE = 1 << 20  # embeddings of a reading: 0.5 GB, of which two are in memory; a voice of more is taken in stretches
 
 
 def origin(file: str, start_sec: float | None, end_sec: float | None, voice: Sequence[str | None] | None) -> tuple:
