@@ -6,7 +6,10 @@
     tiny        the demo corpus for tests: strings of one and two digits        1 min      seconds
     demo        digit strings in English, words of five more languages          3.0 h      80 s
     demo_long   the same, more of them                                          4.5 h      2 min
-    manifest    recordings of one's own, --config.manifest=FILE[,FILE]
+    manifest    recordings of one's own, --config.manifest=FILE[,FILE]; silence at their ends is cut
+
+--config.trim=vad cuts noise at the ends as well (extra "eval"); --config.pairs.encoder=resemblyzer chooses reference
+clips of the same speaker, session and sound (extra "speaker").
 
 Speech of the demo corpus is synthetic (hibari-tts, espeak-ng): figures made on it say so. Encoding comes on top, at the
 codec's speed.
