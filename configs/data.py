@@ -11,6 +11,8 @@
 
 Without --config.tokenizer a vocabulary of --config.vocab_size pieces is learned from the transcripts. The last two balance
 the languages in it by a temperature of 3: one with a thousandth of another's text counts a tenth of it.
+"manifest" cuts the silence at both ends of its recordings; --config.trim=vad cuts noise as well (extra "eval").
+--config.pairs.encoder=resemblyzer chooses reference clips of the same speaker, session and sound (extra "speaker").
 
 Speech of the demo corpus is synthetic (hibari-tts, espeak-ng): figures made on it say so. That of "debian" is real, one
 speaker a language, CC-BY-SA 3.0 (ru: CC-BY 3.0); apt-get fetches 54 MB, or --config.debian.packages=DIR names packages

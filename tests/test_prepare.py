@@ -234,15 +234,6 @@ def test_shards_of_something_else_are_left_alone(tmp_path, recordings, tokenizer
     assert content(tmp_path / "out") == before
 
 
-def test_transcripts_are_normalised():
-    assert prepare_module.normal_text("  e\u0301t\u00e9 \n two ") == "\u00e9t\u00e9 two"
-    shout = "HELLO THERE. HOW ARE YOU? I AM FINE"
-    assert prepare_module.normal_text(shout) == shout
-    assert prepare_module.normal_text(shout, True) == "Hello there. How are you? I am fine"
-    for text in ("NASA is near", "\u4f60\u597d", "123"):
-        assert prepare_module.normal_text(text, True) == text
-
-
 def test_prepare_refuses(tmp_path, recordings, tokenizer_dir, vae_params):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

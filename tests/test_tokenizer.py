@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxcpm2_jax.config import UserError
-from voxcpm2_jax.data.tokenizer import SPACE, balanced, load_tokenizer, train_tokenizer
-from voxcpm2_jax.prepare import normal_text
+from voxcpm2_jax.data.tokenizer import SPACE, balanced, load_tokenizer, normal_text, train_tokenizer
 
 LANGUAGES = {
     "Arabic": "مرحبا، كيف حالك اليوم؟",
@@ -242,3 +241,12 @@ def test_files_that_are_no_tokenizers_are_refused(content, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\xff\xff\xff")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path / "tokenizer.model")
+
+
+def test_transcripts_are_normalised():
+    assert normal_text("  e\u0301t\u00e9 \n two ") == "\u00e9t\u00e9 two"
+    shout = "HELLO THERE. HOW ARE YOU? I AM FINE"
+    assert normal_text(shout) == shout
+    assert normal_text(shout, True) == "Hello there. How are you? I am fine"
+    for text in ("NASA is near", "\u4f60\u597d", "123"):
+        assert normal_text(text, True) == text

@@ -745,7 +745,7 @@ class DataConfig:
     patch_size: int = 4  # P, latent frames in a patch
     trim: str = "none"  # cut at both ends: "silence", "vad" (what is no speech, silence or not), "none"
     trim_db: float = -50.0  # silence is this far below the loudest 10 ms
-    trim_keep_ms: float = 200.0  # stays at each end, as far as it is there
+    trim_keep_ms: float = 200.0  # stays at each end, as far as it is there; "vad" hears soft consonants up to 120 ms late
     min_sec: float = 0.16  # shorter clips are left out
     max_sec: float = 60.0  # longer clips are left out
     latent_dtype: str = "float16"  # in the shards: "float16", "bfloat16", "float32"

@@ -58,7 +58,7 @@ KINDS = {  # name: (level, what it means)
     "no words": (SPOILS, "a transcript without a letter or digit"),
     "reference missing": (SPOILS, "the reference recording is not there"),
     "reference is itself": (SPOILS, "a clip as its own reference teaches copying"),
-    "trailing silence": (SPOILS, "too many clips end in silence: the model does not learn to stop"),
+    "trailing silence": (SPOILS, "too many clips end in silence: the model learns no end, unless prepare cuts it (trim)"),
     "heard in validation": (SPOILS, "the same audio is in training and validation"),
     "speaker in validation": (SPOILS, "a speaker of training is in validation"),
     "unknown characters": (SPOILS, "the vocabulary has no piece for them"),

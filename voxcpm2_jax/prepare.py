@@ -23,12 +23,10 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 import sys
 import tempfile
 import time
-import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -41,7 +39,7 @@ import numpy as np
 from voxcpm2_jax import metrics, torch_io
 from voxcpm2_jax.config import AudioVAEConfig, DataConfig, UserError, to_dict
 from voxcpm2_jax.data import audio, corpus, embedded, packing, pipeline, speaker
-from voxcpm2_jax.data.tokenizer import Tokenizer, balanced, load_tokenizer, train_tokenizer
+from voxcpm2_jax.data.tokenizer import Tokenizer, balanced, load_tokenizer, normal_text, train_tokenizer
 from voxcpm2_jax.vae import autoencoder
 
 MAKING_FILE = "making.json"
@@ -205,18 +203,6 @@ def _tokenizer(config: DataConfig, train) -> Tokenizer:
     return train_tokenizer(chosen, config.vocab_size)
 
 
-def normal_text(text: str, sentence_case: bool = False) -> str:
-    """A transcript as it is tokenized: Unicode NFC, runs of white space as one space, none at the ends.
-
-    Args:
-        sentence_case: a transcript in capitals alone becomes small letters, capitals at the start of its sentences.
-    """
-    text = " ".join(unicodedata.normalize("NFC", text).split())
-    if sentence_case and text.isupper():
-        text = re.sub(r"(^|[.!?…]\s+)(\w)", lambda match: match[1] + match[2].upper(), text.lower())
-    return text
-
-
 def _sources_sha256(manifests: Iterable[corpus.Corpus]) -> str:
     return hashlib.sha256(" ".join(manifest.sha256 for manifest in manifests).encode()).hexdigest()
 
@@ -293,7 +279,7 @@ class _Maker:
     def _make_part(self, path: pathlib.Path, recordings: Iterable[corpus.Recording], pool, bar) -> None:
         lengths: list[tuple[int, int, int, int, int, int]] = []
         groups: dict[tuple[str, str], int] = {}
-        moments = _Moments(self._vae_config.latent_dim)
+        moments = pipeline.Moments(self._vae_config.latent_dim)
         skipped: list[tuple[str, str, str]] = []
         origins: list[tuple] = []
         embeddings: list[np.ndarray] = []
@@ -333,7 +319,7 @@ class _Maker:
         if not all((directory / f"{name}.npz").exists() for name in names):
             return None
         groups: dict[tuple[str, str], int] = {}
-        moments, lengths, skipped, shards, origins, num_embeddings = _Moments(vae.latent_dim), [], [], [], [], []
+        moments, lengths, skipped, shards, origins, num_embeddings = pipeline.Moments(vae.latent_dim), [], [], [], [], []
         for name in names:
             with np.load(directory / f"{name}.npz") as file:
                 part = _Part(**{field: file[field] for field in _Part._fields})
@@ -536,39 +522,3 @@ def _bar(what: str, total: int):
     bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
     bar.add_task("", total=total, hours=0.0)
     return bar
-
-
-class _Moments:
-    """Mean, standard deviation, least and largest of every latent channel."""
-
-    def __init__(self, channels: int):
-        self.count = 0
-        none_C = np.full(channels, np.inf)
-        self.sums_4C = np.stack([np.zeros(channels), np.zeros(channels), none_C, -none_C])
-
-    def add(self, patches_MPC: np.ndarray) -> None:
-        frames_TC = patches_MPC.reshape(-1, patches_MPC.shape[-1]).astype(np.float64)
-        sums = frames_TC.sum(axis=0), (frames_TC**2).sum(axis=0), frames_TC.min(axis=0), frames_TC.max(axis=0)
-        self.merge(np.stack(sums), len(frames_TC))
-
-    def merge(self, sums_4C: np.ndarray, count: int) -> None:
-        self.count += count
-        self.sums_4C[:2] += sums_4C[:2]
-        self.sums_4C[2] = np.minimum(self.sums_4C[2], sums_4C[2])
-        self.sums_4C[3] = np.maximum(self.sums_4C[3], sums_4C[3])
-
-    @property
-    def mean_C(self) -> np.ndarray:
-        return self.sums_4C[0] / self.count
-
-    @property
-    def std_C(self) -> np.ndarray:
-        return np.sqrt(np.maximum(self.sums_4C[1] / self.count - self.mean_C**2, 0))
-
-    @property
-    def min_C(self) -> np.ndarray:
-        return self.sums_4C[2]
-
-    @property
-    def max_C(self) -> np.ndarray:
-        return self.sums_4C[3]

@@ -93,6 +93,42 @@ def write_header(directory: str | os.PathLike, header: Header) -> None:
     metrics.replace_file(pathlib.Path(directory) / HEADER_FILE, text)
 
 
+class Moments:
+    """Mean, standard deviation, least and largest of every latent channel."""
+
+    def __init__(self, channels: int):
+        self.count = 0
+        none_C = np.full(channels, np.inf)
+        self.sums_4C = np.stack([np.zeros(channels), np.zeros(channels), none_C, -none_C])
+
+    def add(self, patches_MPC: np.ndarray) -> None:
+        frames_TC = patches_MPC.reshape(-1, patches_MPC.shape[-1]).astype(np.float64)
+        sums = frames_TC.sum(axis=0), (frames_TC**2).sum(axis=0), frames_TC.min(axis=0), frames_TC.max(axis=0)
+        self.merge(np.stack(sums), len(frames_TC))
+
+    def merge(self, sums_4C: np.ndarray, count: int) -> None:
+        self.count += count
+        self.sums_4C[:2] += sums_4C[:2]
+        self.sums_4C[2] = np.minimum(self.sums_4C[2], sums_4C[2])
+        self.sums_4C[3] = np.maximum(self.sums_4C[3], sums_4C[3])
+
+    @property
+    def mean_C(self) -> np.ndarray:
+        return self.sums_4C[0] / self.count
+
+    @property
+    def std_C(self) -> np.ndarray:
+        return np.sqrt(np.maximum(self.sums_4C[1] / self.count - self.mean_C**2, 0))
+
+    @property
+    def min_C(self) -> np.ndarray:
+        return self.sums_4C[2]
+
+    @property
+    def max_C(self) -> np.ndarray:
+        return self.sums_4C[3]
+
+
 # ---- records ---------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ import os
 import pathlib
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
@@ -37,6 +38,18 @@ _MARKERS = {  # names in our own vocabularies; no text can spell them
     REFERENCE_START_ID: "<|reference_start|>",
     REFERENCE_END_ID: "<|reference_end|>",
 }
+
+
+def normal_text(text: str, sentence_case: bool = False) -> str:
+    """A transcript as it is tokenized: Unicode NFC, runs of white space as one space, none at the ends.
+
+    Args:
+        sentence_case: a transcript in capitals alone becomes small letters, capitals at the start of its sentences.
+    """
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    if sentence_case and text.isupper():
+        text = re.sub(r"(^|[.!?…]\s+)(\w)", lambda match: match[1] + match[2].upper(), text.lower())
+    return text
 
 
 class Tokenizer:
