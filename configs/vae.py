@@ -5,7 +5,7 @@
     variant     codec            rates (kHz), frames/s    hardware              wall time     result
     tiny        30 k             16 -> 24, 25             any                   seconds       loss falls; needs no --data
     demo        0.6 M, dense     16 -> 24, 25             2 CPU cores           4.9 min       98.7 % of digits (below)
-    demo_long   the same         16 -> 24, 25             2 CPU cores           unmeasured    unmeasured
+    demo_long   the same         16 -> 24, 25             2 CPU cores           18 min*       100 % of digits
     small       14 M             16 -> 48, 25             one GPU or TPU        unmeasured    unmeasured
     release     94 M             16 -> 48, 25             8 GPUs or TPUs        unmeasured    unmeasured; the released shape
 
@@ -13,9 +13,10 @@
 such as `prepare --config=configs/data.py:demo` leaves; :tiny needs none.
 
 "demo": the share that Whisper-base hears in reconstructions of the 50 held-out digit strings of launch/quickstart.sh
-(synthetic speech; 100 % in the recordings), on two cores of an AMD EPYC. Mel distance 0.217; latents 0.30 .. 1.40 in
-standard deviation by channel. With twice the updates three of 16 channels are given up (standard deviation under 0.2). It
-has dense windows where the release has depthwise ones: with so few channels they cost a CPU no more.
+(synthetic speech; 100 % in the recordings), on two cores of an AMD EPYC (*shared with other work). Mel distance 0.217;
+latents 0.30 .. 1.40 in standard deviation by channel. "demo_long", with twice the updates, comes to a mel distance of 0.204
+and gives up 3 of its 16 channels (standard deviation under 0.2), which the voice does not mind. Both have dense windows
+where the release has depthwise ones: with so few channels they cost a CPU no more.
 
 Optimiser, crop length and KL weight of "small" and "release" follow the recipe of the first AudioVAE (mel 15, KL 5e-5, 2 s
 crops, betas 0.8 / 0.99, 1K warm-up, generator's clip 1000); that of V2 is unpublished. There is no discriminator yet.
