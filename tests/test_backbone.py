@@ -149,9 +149,12 @@ def test_shards_of_another_codec_or_tokenizer_are_refused(tmp_path):
     train_tokenizer(["one two three"] * 9, 288).save(shards / "tokenizer")
     tokenizer_sha256 = hashlib.sha256((shards / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
     made = SimpleNamespace(codec_sha256=torch_io.codec_sha256(params, vae), tokenizer_sha256=tokenizer_sha256)
-    backbone._keep_makers(workdir, shards, made)
-    backbone._keep_makers(workdir, shards, made)
+    backbone._keep_makers(workdir, [shards], made)
+    backbone._keep_makers(workdir, [shards], made)
     for name, message in (("codec_sha256", r"codec: .*run [0-9a-f]{12}, .*shards other,"), ("tokenizer_sha256", "tokenizer: ")):
         other = SimpleNamespace(**(vars(made) | {name: "other"}))
         with pytest.raises(UserError, match=message):
-            backbone._keep_makers(workdir, shards, other)
+            backbone._keep_makers(workdir, [shards], other)
+    (shards / "heldout").mkdir()
+    with pytest.raises(UserError, match="heldout: no codec/ in it"):
+        backbone._keep_makers(workdir, [shards / "heldout"], made)

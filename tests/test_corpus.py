@@ -54,6 +54,8 @@ def test_manifest_of_the_reference_reads(tmp_path):
         ({"audio": "a.wav", "text": "a", "dataset_id": True}, "dataset_id must be int"),
         ({"audio": "a.wav", "text": "a", "ref_adio": "b"}, "unknown key 'ref_adio'; did you mean 'ref_audio'"),
         ({"audio": "a.wav", "text": "a", "start_sec": 2, "end_sec": 1}, "do not bound a part"),
+        ({"audio": "a.wav", "text": "a", "start_sec": float("nan")}, "start_sec must be a finite number, got nan"),
+        ({"audio": "a.wav", "text": "a", "speaker": "\ud800"}, "speaker is not valid Unicode"),
     ],
 )
 def test_manifest_errors_name_the_line(tmp_path, entry, message):
@@ -66,6 +68,7 @@ def test_manifest_that_is_none(tmp_path):
     for path, message in (
         (tmp_path / "no", "no such manifest"),
         (tmp_path, "not a manifest"),
+        (manifest(tmp_path, {"audio": "a.wav", "text": "a"}) / "m.jsonl", "not a manifest"),
         (manifest(tmp_path), "empty manifest"),
     ):
         with pytest.raises(UserError, match=message):

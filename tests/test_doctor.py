@@ -65,7 +65,7 @@ FAULTS = {
     "too short": (clip(text="ab"), sound(0.1, 50)),
     "too long": (clip(text="long " * 400), sound(61)),
     "no words": (clip(text="?!" * 9), sound(1, 50)),
-    "reference missing": (clip(ref_audio="gone.wav"), sound(1, 50)),
+    "reference of no use": (clip(ref_audio="gone.wav"), sound(1, 50)),
     "reference is itself": (clip(ref_audio="new.wav"), sound(1, 50)),
     "trailing silence": (clip(), np.concatenate([sound(1, 50), silence(0.7)])),
     "leading silence": (clip(), np.concatenate([silence(0.7), sound(1, 50)])),
@@ -91,6 +91,26 @@ def test_a_planted_fault_is_found(tmp_path, sane, kind):
     finding = kinds[kind]
     assert finding["count"] == 1 and "new.wav" in finding["examples"][0] and finding["meaning"]
     assert report["ok"] == (doctor.KINDS[kind][0] == doctor.LOOK)
+
+
+def test_references_are_opened(tmp_path, sane):
+    soundfile.write(tmp_path / "long.wav", sound(3, 51), RATE)
+    (tmp_path / "text.wav").write_bytes(b"not audio")
+    part = {"audio": "long.wav", "start_sec": 1.0, "end_sec": 2.0}
+    kinds, _ = found(tmp_path, [*sane, clip(**part, text="within its own reference", ref_audio="long.wav")])
+    assert kinds.keys() == {"reference is itself"}
+    kinds, _ = found(tmp_path, [*sane, clip(**part, text="beside no recording", ref_audio="text.wav")])
+    assert kinds["reference of no use"]["examples"][0].endswith("text.wav: unreadable")
+
+
+def test_words_are_shown_as_they_are_and_counted_as_prepare_does(tmp_path, sane, capsys):
+    soundfile.write(tmp_path / "new.wav", sound(1, 50), RATE)
+    tokenizer = train_tokenizer([*(entry["text"] for entry in sane), "\u00e9cole " * 9], 310)
+    kinds, _ = found(tmp_path, [*sane, clip(text="e\u0301cole " * 3)], tokenizer=tokenizer)
+    assert not kinds
+    kinds, report = found(tmp_path, [*sane, clip(text="[NOISE] HELLO [/NOISE] THERE", speaker="[/b]")])
+    doctor.show(report)
+    assert "upper case" in kinds and "[/NOISE]" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_faults_of_rates_and_channels(tmp_path, sane):

@@ -156,6 +156,21 @@ def test_shares_follow_hours_temperature_and_weights():
             assert abs(found[group] - share) < 0.025, (stage, group, found[group])
 
 
+def test_the_share_of_prompt_clips_is_of_audio():
+    """Not of rows: those of a group with much text hold less audio."""
+    lengths, groups = corpus()
+    lengths[lengths[:, packing.IS_PROMPT] > 0, packing.TEXT] *= 4
+    mix = mix_of(lengths, StageConfig(prompt=0.3), batch=BatchConfig(rows=2, slots=4096, patches=2800), groups=groups)
+    found = hours_by_group(lengths, draws(mix, range(300)))
+    assert abs(sum(share for (_, is_prompt), share in found.items() if is_prompt) - 0.3) < 0.02
+
+
+def test_stages_that_begin_at_one_step_are_refused():
+    lengths, groups = corpus(300)
+    with pytest.raises(UserError, match="two begin at one step; they begin at 0, 5, 5"):
+        mix_of(lengths, StageConfig(), StageConfig(first_step=5), StageConfig(first_step=5), batch=LARGE, groups=groups)
+
+
 def test_shares_hold_in_every_stretch():
     share_G = np.array([0.7, 0.2, 0.0999, 0.0001])
     order = mixing._Interleaving((0,), share_G)

@@ -119,6 +119,25 @@ def test_several_directories_are_one_corpus(tmp_path, clips):
             pipeline.Shards(f"{tmp_path}/a,{tmp_path}/c")
 
 
+def test_no_directory_counts_twice(shards, tmp_path):
+    for names in (f"{shards.paths[0]},{shards.paths[0]}/", ",", ""):
+        with pytest.raises(UserError, match="expected one or more directories, each once"):
+            pipeline.Shards(names)
+
+
+def test_torn_files_are_named(tmp_path, clips):
+    directory = write(tmp_path / "a", clips)
+    whole = (directory / pipeline.LENGTHS_FILE).read_bytes()
+    (directory / pipeline.LENGTHS_FILE).write_bytes(whole[:100])
+    with pytest.raises(UserError, match=r"lengths\.npy: cannot be read"):
+        pipeline.Shards(directory)
+    (directory / pipeline.LENGTHS_FILE).write_bytes(whole)
+    shard = directory / pipeline.read_header(directory).shards[1]
+    shard.write_bytes(shard.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"a/shard-00001-of-00005\.array_record: not whole \("):
+        pipeline.Shards(directory)[8]
+
+
 def plan_of(source, num_rows=4):
     return Mix(3, source.index, source.patch_sec, BatchConfig(rows=num_rows, slots=32, patches=20))
 

@@ -1,6 +1,8 @@
+import dataclasses
 import importlib.util
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -110,9 +112,9 @@ def test_shards_hold_what_the_codec_gives_clip_by_clip(tmp_path, recordings, tok
     np.testing.assert_allclose(header.latent_min, frames_TC.min(0), rtol=1e-12)
     np.testing.assert_allclose(header.latent_max, frames_TC.max(0), rtol=1e-12)
     assert header.hours == pytest.approx(len(frames_TC) * HOP / 8000 / 3600)
-    assert header.skipped == {"unreadable": 1, "missing": 2, "too short": 1, "too long": 1}
+    assert header.skipped == {"unreadable": 1, "missing": 1, "too short": 1, "too long": 1, "reference missing": 1}
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
-    assert reasons == ["unreadable", "missing", "too short", "too long", "missing"]
+    assert reasons == ["unreadable", "missing", "too short", "too long", "reference missing"]
     assert (header.encoder_hz, header.decoder_hz, header.patch_sec, header.latent_dim) == (8000, 24000, P * HOP / 8000, 3)
     assert (tmp_path / "out" / "codec" / "config.json").is_file() and not [
         f for f in tmp_path.iterdir() if f.name.startswith(".")
@@ -247,6 +249,44 @@ def test_prepare_refuses(tmp_path, recordings, tokenizer_dir, vae_params):
     assert not (tmp_path / "out").exists() and not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
 
 
+def test_a_mistake_leaves_a_directory_as_it_was(tmp_path, recordings, tokenizer_dir, vae_params):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"a vocabulary of 5000 pieces \(vocab_size\): Vocabulary size too high"):
+        make_shards(config_of(tmp_path, "", vocab_size=5000), tmp_path / "out", vae_params, VAE)
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "m.jsonl").rename(tmp_path / "whole.jsonl")
+    away = [dataclasses.replace(r, audio=tmp_path / "away" / r.audio.name, ref_audio=None) for r in recordings]
+    corpus.write_manifest(tmp_path / "m.jsonl", away)
+    shared = config_of(tmp_path, tokenizer_dir, num_hosts=2, shard_clips=9)
+    with pytest.raises(UserError, match="none of 5 recordings is of use"):
+        make_shards(shared, tmp_path / "out", vae_params, VAE)
+    (tmp_path / "away").mkdir()
+    for recording in away:  # the disk comes back
+        shutil.copy(tmp_path / recording.audio.name, recording.audio)
+    assert make_shards(shared, tmp_path / "out", vae_params, VAE).num_clips == 5
+
+
+def test_where_a_manifest_lies_does_not_matter(tmp_path, recordings, tokenizer_dir, vae_params):
+    first = make_shards(config_of(tmp_path, tokenizer_dir), tmp_path / "out", vae_params, VAE)
+    shutil.copy(tmp_path / "m.jsonl", tmp_path / "again.jsonl")
+    config = config_of(tmp_path, tokenizer_dir, manifest=str(tmp_path / "again.jsonl"), encode_sec=0.5)
+    assert make_shards(config, tmp_path / "out", vae_params, VAE).num_clips == first.num_clips
+
+
+def test_a_recording_that_is_too_long_is_not_decoded(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):
+    """An hour by mistake takes no memory, whether its end is named or not."""
+    soundfile.write(tmp_path / "hour.wav", np.zeros(16000 * 9), 16000)
+    bad = [corpus.Recording(tmp_path / "hour.wav", "one"), corpus.Recording(tmp_path / "hour.wav", "two", end_sec=8.0)]
+    corpus.write_manifest(tmp_path / "m.jsonl", [*recordings, *bad])
+    longest = []
+    really = soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *a, **k: longest.append(len(x := really(*a, **k))) or x)
+    for trim in ("none", "silence"):
+        header = make_shards(config_of(tmp_path, tokenizer_dir, trim=trim), tmp_path / trim, vae_params, VAE)
+        assert header.skipped["too long"] == 2
+    assert max(longest) < 16000 * 4.1
+
+
 def test_codec_hash_sees_every_parameter_and_the_config(vae_params):
     known = codec_sha256(vae_params, VAE)
     changed = jax.tree.map(np.copy, vae_params)
@@ -317,6 +357,7 @@ def test_shards_of_debians_recordings(tmp_path, tokenizer_dir, vae_params):
 
 def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):
     config = from_dict(DataConfig, configs().get_config("tiny").to_dict())
+    (tmp_path / "out" / ".demo.killed").mkdir(parents=True)  # of a run that was killed while it spoke, or of a host that does
     header = make_shards(config, tmp_path / "out", vae_params, VAE)
     assert header.num_clips == 70 and header.sources == ("demo",) and not header.skipped
     assert pipeline.read_header(tmp_path / "out" / "heldout").num_clips == 8
@@ -348,5 +389,5 @@ def test_the_vocabulary_is_of_the_corpus_and_balanced_by_language(tmp_path):
     even, content = made(vocab_temperature=100.0)
     assert content == made(vocab_temperature=100.0)[1], "whichever host makes it"
     assert len(even.encode("günaydın")) < len(as_it_is.encode("günaydın"))
-    with pytest.raises(UserError, match=r"tokenizer of 310 pieces: .*too high"):
+    with pytest.raises(UserError, match=r"a vocabulary of 310 pieces .*: .*too high"):
         made(vocab_chars=60)

@@ -129,11 +129,11 @@ def test_half_a_surrogate_pair_is_refused(tokenizer):
 
 
 def test_vocabularies_that_cannot_be_trained(tokenizer):
-    with pytest.raises(UserError, match=r"tokenizer of 280 pieces: .*smaller than required_chars"):
+    with pytest.raises(UserError, match=r"a vocabulary of 280 pieces .*: .*smaller than required_chars"):
         train_tokenizer(TEXTS, 280)
-    with pytest.raises(UserError, match=r"tokenizer of 9000 pieces: .*too high"):
+    with pytest.raises(UserError, match=r"a vocabulary of 9000 pieces .*: .*too high"):
         train_tokenizer(TEXTS, 9000)
-    with pytest.raises(UserError, match="tokenizer of 300 pieces: no text to learn it from"):
+    with pytest.raises(UserError, match=r"a vocabulary of 300 pieces \(vocab_size\): no text to learn it from"):
         train_tokenizer(["", ""], 300)
 
 

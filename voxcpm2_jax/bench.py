@@ -49,8 +49,10 @@ def _measure(config: BackboneRun, directory, seconds: float) -> dict:
 
     num_batches = num_clips = slots = patches = all_slots = all_patches = 0
     begin, begin_cpu = time.perf_counter(), time.process_time()
-    while (wall_sec := time.perf_counter() - begin) < seconds:
+    wall_sec = 0.0
+    while wall_sec < seconds:
         batch = next(batches)
+        wall_sec = time.perf_counter() - begin
         num_batches += 1
         num_clips += int(batch.segment_BT.max(axis=1).sum())
         slots += int(np.count_nonzero(batch.segment_BT))

@@ -607,6 +607,7 @@ class StageConfig:
         for name in ("reference", "described", "prompt"):
             value = getattr(self, name)
             check(name, value is None or 0 <= value <= 1, "a share in [0, 1]")
+        check("prompt", self.prompt is None or self.prompt < 1, "a share under 1: prompt clips bear no loss")
 
 
 @dataclass(frozen=True)
@@ -763,7 +764,7 @@ class DataConfig:
 
         sources = ("demo", "debian", "manifest")
         check(self.source in sources, f"source must be one of {', '.join(sources)}, got {self.source!r}")
-        check(self.source != "manifest" or self.manifest, "source 'manifest' needs --config.manifest=FILE[,FILE]")
+        check(self.source != "manifest" or self.manifest.strip(","), "source 'manifest' needs --config.manifest=FILE[,FILE]")
         check(self.source == "manifest" or not (self.manifest or self.heldout), "manifest and heldout need source 'manifest'")
         dtypes = ("float16", "bfloat16", "float32")
         check(self.latent_dtype in dtypes, f"latent_dtype must be one of {', '.join(dtypes)}, got {self.latent_dtype!r}")

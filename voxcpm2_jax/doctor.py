@@ -25,6 +25,7 @@ import numpy as np
 from voxcpm2_jax import metrics
 from voxcpm2_jax.config import BatchConfig, UserError
 from voxcpm2_jax.data import audio, corpus, packing
+from voxcpm2_jax.data.tokenizer import normal_text
 
 SPOILS, LOOK = "spoils a run", "worth a look"
 _EXAMPLES = 5
@@ -56,8 +57,8 @@ KINDS = {  # name: (level, what it means)
     "too short": (SPOILS, "shorter than one patch; prepare leaves it out"),
     "too long": (SPOILS, "longer than max_sec; prepare leaves it out"),
     "no words": (SPOILS, "a transcript without a letter or digit"),
-    "reference missing": (SPOILS, "the reference recording is not there"),
-    "reference is itself": (SPOILS, "a clip as its own reference teaches copying"),
+    "reference of no use": (SPOILS, "the reference recording is missing, unreadable or silent; prepare leaves the clip out"),
+    "reference is itself": (SPOILS, "a clip as its own reference, or within it, teaches copying"),
     "trailing silence": (SPOILS, "too many clips end in silence: the model learns no end, unless prepare cuts it (trim)"),
     "heard in validation": (SPOILS, "the same audio is in training and validation"),
     "speaker in validation": (SPOILS, "a speaker of training is in validation"),
@@ -88,6 +89,7 @@ class Heard(NamedTuple):
     trailing_sec: float = 0.0
     clipped: float = 0.0  # share of samples at full scale
     digest: bytes = b""
+    reference_reason: str | None = None  # of audio.BadRecording
 
 
 class Findings:
@@ -176,14 +178,25 @@ def _listen(training, validation, limits: Limits, total: int):
 def _hear(recording: corpus.Recording, limits: Limits) -> Heard:
     try:
         rate, channels = audio.properties(recording.audio)
-        audio_A = audio.load(recording.audio, rate, recording.start_sec, recording.end_sec)
+        audio_A = audio.load(recording.audio, rate, recording.start_sec, recording.end_sec, max_sec=10 * limits.max_sec)
     except audio.BadRecording as error:
         return Heard(error.reason)
     start, end = audio.sound_span(audio_A, rate, threshold_db=limits.silence_db)
     return Heard(
         None, len(audio_A) / rate, rate, channels, start / rate, (len(audio_A) - end) / rate,
         float(np.mean(np.abs(audio_A) >= 0.9995)), hashlib.sha1(audio_A.tobytes()).digest(),
+        _reference_fault(recording, limits),
     )  # fmt: skip
+
+
+def _reference_fault(recording: corpus.Recording, limits: Limits) -> str | None:
+    if recording.ref_audio is None:
+        return None
+    try:
+        rate, _ = audio.properties(recording.ref_audio)
+        audio.load(recording.ref_audio, rate, min_samples=round(limits.min_sec * rate), max_sec=limits.max_sec)
+    except audio.BadRecording as error:
+        return error.reason
 
 
 def _look_at(findings, table, is_validation, recording, heard: Heard, limits: Limits, tokenizer) -> None:
@@ -196,9 +209,9 @@ def _look_at(findings, table, is_validation, recording, heard: Heard, limits: Li
     if recording.text.isupper() and sum(map(str.isalpha, recording.text)) > 3:
         findings.add("upper case", where, recording.text[:60])
     if recording.ref_audio is not None:
-        if not recording.ref_audio.is_file():
-            findings.add("reference missing", where, str(recording.ref_audio))
-        elif recording.ref_audio.resolve() == recording.audio.resolve() and recording.start_sec is None:
+        if heard.reference_reason:
+            findings.add("reference of no use", where, f"{recording.ref_audio}: {heard.reference_reason}")
+        elif recording.ref_audio.resolve() == recording.audio.resolve():  # a reference is a whole file
             findings.add("reference is itself", where)
     if heard.sec < limits.min_sec:
         findings.add("too short", where, f"{heard.sec:.3f} s")
@@ -218,9 +231,9 @@ def _look_at(findings, table, is_validation, recording, heard: Heard, limits: Li
         findings.add("wrong duration", where, f"{recording.duration} s in the manifest, {heard.sec:.2f} s in the file")
     num_tokens = max(1, round(0.3 * len(recording.full_text)))
     if tokenizer is not None:
-        ids = tokenizer.encode(recording.full_text)
-        num_tokens = len(ids)
-        unknown, spelt = tokenizer.uncovered(recording.full_text)
+        text = normal_text(recording.full_text)  # as prepare does
+        num_tokens = len(tokenizer.encode(text))
+        unknown, spelt = tokenizer.uncovered(text)
         if unknown:
             findings.add("unknown characters", where, " ".join(unknown))
         elif spelt:
@@ -278,9 +291,9 @@ def _compare(findings: Findings, table: _Table, limits: Limits) -> None:
         if table.digest[i] in sounded:
             findings.add("duplicate audio", where, f"as {sounded[table.digest[i]]}")
         sounded.setdefault(table.digest[i], where)
-        company[recording.speaker, recording.session] += 1
+        company[_voice(recording)] += 1
     for recording in table.recordings:
-        is_alone = recording.speaker is not None and company[recording.speaker, recording.session] == 1
+        is_alone = recording.speaker is not None and company[_voice(recording)] == 1
         if is_alone and recording.ref_audio is None and not recording.is_prompt:
             findings.add("no partner", str(recording.audio), f"speaker {recording.speaker}")
     for dataset, found in rates.items():
@@ -300,6 +313,11 @@ def _compare(findings: Findings, table: _Table, limits: Limits) -> None:
             findings.add("heard in validation", str(recording.audio), f"as {sounded[digest]}")
         if recording.speaker in speakers:
             findings.add("speaker in validation", str(recording.audio), f"speaker {recording.speaker}")
+
+
+def _voice(recording: corpus.Recording) -> tuple:
+    """Among the clips of one, prepare chooses references."""
+    return recording.dataset or str(recording.dataset_id), recording.speaker, recording.session
 
 
 def _level(kind: str, findings: Findings, table: _Table, limits: Limits) -> str:
@@ -364,6 +382,7 @@ def write(report: dict, directory: str | os.PathLike) -> None:
 def show(report: dict) -> None:
     """Prints the report as tables on standard error."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(stderr=True)
@@ -372,14 +391,14 @@ def show(report: dict) -> None:
         hours.add_column(column, justify="right" if column == "hours" else "left")
     columns = [list(report[name].items()) for name in ("by_language", "by_dataset", "by_speaker")]
     for cells in list(itertools.zip_longest(*columns, fillvalue=("", None)))[:12]:
-        hours.add_row(*(x for name, value in cells for x in (name, "" if value is None else f"{value:.2f}")))
+        hours.add_row(*(x for name, value in cells for x in (escape(name), "" if value is None else f"{value:.2f}")))
     console.print(hours)
     table = Table(title="findings" if report["findings"] else "nothing found")
     for column in ("", "fault", "clips", "meaning", "for example"):
         table.add_column(column, justify="right" if column == "clips" else "left", overflow="fold")
     for finding in report["findings"]:
         example = finding["examples"][0]
-        table.add_row(finding["level"], finding["kind"], str(finding["count"]), finding["meaning"], example)
+        table.add_row(finding["level"], finding["kind"], str(finding["count"]), finding["meaning"], escape(example))
     if report["findings"]:
         console.print(table)
     forecast = report["forecast"]

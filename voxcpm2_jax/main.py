@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from voxcpm2_jax import __version__
 from voxcpm2_jax.config import BackboneRun, BatchConfig, DataConfig, EvaluateConfig, UserError, VAERun, from_dict
 
-DONE, FAILED, MISTAKE, NO, PREEMPTED = 0, 1, 2, 3, 75
+DONE, FAILED, MISTAKE, NO, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 
 _LINES_AT_ONCE = 16  # texts of an --input file that are spoken as one batch
 
@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -198,6 +201,8 @@ def load_config(argument: str, overrides: Sequence[str] = ()) -> dict:
 
 
 def _get_config(argument):
+    from ml_collections import ConfigDict
+
     path, has_variant, variant = argument.partition(":")
     places = [pathlib.Path(path), pathlib.Path(__file__).parents[1] / path]
     found = [place for place in places if place.is_file()]
@@ -207,7 +212,10 @@ def _get_config(argument):
     if spec is None:
         raise UserError(f"--config={argument}: expected a Python file with get_config(variant)")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{found[0]}: not Python ({error})") from None
     variants = [variant] if has_variant else []
     try:
         inspect.signature(module.get_config).bind(*variants)
@@ -215,7 +223,10 @@ def _get_config(argument):
         raise UserError(f"{found[0]} has no get_config(variant)") from None
     except TypeError:
         raise UserError(f"--config={argument}: {'takes no' if variants else 'needs a'} variant") from None
-    return module.get_config(*variants)
+    config = module.get_config(*variants)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{found[0]}: get_config gives {type(config).__name__}; expected an ml_collections.ConfigDict")
+    return config
 
 
 def _make_settable(config) -> None:
@@ -259,6 +270,8 @@ def _doctor(args, overrides) -> int:
     from voxcpm2_jax.data.tokenizer import load_tokenizer
 
     manifests, heldout = ([name for name in names.split(",") if name] for names in (args.manifest, args.heldout))
+    if not manifests:
+        raise UserError(f"--manifest={args.manifest}: names no recordings")
     if args.output:
         _check_directory(args.output)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None

@@ -108,25 +108,29 @@ def make_shards(
         UserError: the output holds something else, a manifest is wrong, or no recording is of use.
     """
     output = pathlib.Path(output)
-    is_new = not output.exists()
-    is_ours = is_new or (output / MAKING_FILE).exists()
-    if not is_ours and (not output.is_dir() or set(os.listdir(output)) - {config.source}):
+    was_there = output.exists()
+    if was_there and not output.is_dir():
+        raise UserError(f"{output}: not a directory")
+    # Names with a dot in front are what another host makes at the moment, or what a killed one left.
+    found = {name for name in os.listdir(output) if not name.startswith(".")} if was_there else set()
+    if MAKING_FILE not in found and found - {config.source}:
         raise UserError(f"{output}: already there; choose a directory that is absent or empty")
-    if config.source == "manifest":
-        names = ([name for name in names.split(",") if name] for names in (config.manifest, config.heldout))
-        train, heldout = ([corpus.open_corpus(name) for name in several] for several in names)
-    else:
-        if not (output / config.source).exists():
-            _make_recordings(config, output / config.source)
-        train, heldout = _recordings_in(output / config.source)
-    codec_hash = torch_io.codec_sha256(vae_params, vae_config)
-    encoder = speaker.load_encoder(config.pairs.encoder) if config.pairs.encoder else None
-    models = {"vad": audio.load_vad()} if config.trim == "vad" else {}
-    models |= {"speaker": {"name": config.pairs.encoder, "sha256": encoder.sha256}} if encoder else {}
-    _claim(output, _making(config, train, heldout, codec_hash, models))
     try:
+        if config.source == "manifest":
+            train, heldout = corpus.open_corpora(config.manifest), corpus.open_corpora(config.heldout)
+        else:
+            _once(output / config.source, lambda aside: _make_recordings(config, aside / config.source))
+            train, heldout = _recordings_in(output / config.source)
+        codec_hash = torch_io.codec_sha256(vae_params, vae_config)
+        encoder = speaker.load_encoder(config.pairs.encoder) if config.pairs.encoder else None
+        models = {"vad": audio.load_vad()} if config.trim == "vad" else {}
+        models |= {"speaker": {"name": config.pairs.encoder, "sha256": encoder.sha256}} if encoder else {}
+        # Before anything is written: the vocabulary is where mistakes are made.
+        tokenizer = None if (output / "tokenizer").exists() else _tokenizer(config, train)
+        _claim(output, _making(config, train, heldout, codec_hash, models))
         _once(output / "codec", lambda aside: torch_io.save_codec(aside, vae_config, vae_params))
-        _once(output / "tokenizer", lambda aside: _tokenizer(config, train).save(aside / "tokenizer"))
+        if tokenizer:
+            _once(output / "tokenizer", lambda aside: tokenizer.save(aside / "tokenizer"))
         maker = _Maker(config, output, vae_params, vae_config, codec_hash, encoder, models)
         sets = [(output / HELDOUT, heldout)] * bool(heldout) + [(output, train)]
         for directory, manifests in sets:
@@ -135,16 +139,20 @@ def make_shards(
         headers = [maker.finish(directory, manifests) for directory, manifests in sets]
         return None if None in headers else headers[-1]
     except UserError:
-        if is_new and config.num_hosts == 1 and not list(output.glob("**/*.array_record")):
-            shutil.rmtree(output, ignore_errors=True)
+        if not found and config.num_hosts == 1 and output.exists() and not list(output.glob("**/*.array_record")):
+            for path in output.glob("[!.]*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not was_there:
+                output.rmdir()
         raise
 
 
 def _making(config: DataConfig, train, heldout, codec_hash: str, models: dict) -> dict:
-    """What the shards are made from. Who makes which of them does not matter, nor what is chosen when all are whole."""
-    later = ("host", "num_hosts", "pairs")
+    """What the shards are made from. Who makes which of them does not matter, where the manifest lies and how many go
+    through the codec at once, nor what is chosen when all are whole."""
+    indifferent = ("host", "num_hosts", "manifest", "heldout", "encode_sec", "pairs")
     return {
-        "config": {name: value for name, value in to_dict(config).items() if name not in later},
+        "config": {name: value for name, value in to_dict(config).items() if name not in indifferent},
         "models": models,
         "codec_sha256": codec_hash,
         "sources_sha256": _sources_sha256(train),
@@ -163,7 +171,10 @@ def _claim(output: pathlib.Path, making: dict) -> None:
             metrics.replace_file(file, text)
         except OSError as error:
             raise UserError(f"{output}: cannot be written ({error})") from None
-    old = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        old = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); choose another directory") from None
     fields = [(name, old["config"].get(name), making["config"].get(name)) for name in old["config"] | making["config"]]
     fields += [(name, old.get(name), making[name]) for name in making if name != "config"]
     changed = [f"{name}: {there!r}, now {now!r}" for name, there, now in fields if there != now]
@@ -181,13 +192,19 @@ def _once(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
     """Has `write(aside)` make aside/NAME and moves it to `path`, unless that is there; another host may be first."""
     if path.exists():
         return
-    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written ({error})") from None
     try:
         write(aside)
         with contextlib.suppress(OSError):
             (aside / path.name).rename(path)
         if not path.exists():
             raise UserError(f"{path}: cannot be written")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -233,7 +250,7 @@ class _Part(NamedTuple):
     groups: np.ndarray  # [groups, 2] text
     moments_4C: np.ndarray  # sum, sum of squares, least, largest of every latent channel
     num_frames: np.ndarray
-    skipped: np.ndarray  # [skipped, 3] text: audio, reason, message
+    skipped: np.ndarray  # [skipped, 4] text: audio, start_sec or "", reason, message
     origins_N: np.ndarray  # speaker.ORIGIN; none if no pairs are wanted
     num_embeddings: np.ndarray  # the file holds them as well, under _EMBEDDINGS
 
@@ -280,7 +297,7 @@ class _Maker:
         lengths: list[tuple[int, int, int, int, int, int]] = []
         groups: dict[tuple[str, str], int] = {}
         moments = pipeline.Moments(self._vae_config.latent_dim)
-        skipped: list[tuple[str, str, str]] = []
+        skipped: list[tuple[str, str, str, str]] = []
         origins: list[tuple] = []
         embeddings: list[np.ndarray] = []
 
@@ -296,13 +313,15 @@ class _Maker:
                 moments.add(clip.patches_MPC)
                 yield clip
 
+        for left in path.parent.glob(f".{path.name}.*"):  # of this host's, killed while it made this shard
+            left.unlink(missing_ok=True)
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             if pipeline.write_shard(aside, clips(), self._config.latent_dtype):
                 aside.replace(path.with_suffix(".array_record"))
             part = _Part(
                 np.array(lengths, np.int32).reshape(-1, 6), np.array(list(groups), str).reshape(-1, 2), moments.sums_4C,
-                np.array(moments.count), np.array(skipped, str).reshape(-1, 3),
+                np.array(moments.count), np.array(skipped, str).reshape(-1, 4),
                 np.array(origins, speaker.ORIGIN), np.array(len(embeddings)),
             )  # fmt: skip
             with aside.open("wb") as file:
@@ -321,7 +340,7 @@ class _Maker:
         groups: dict[tuple[str, str], int] = {}
         moments, lengths, skipped, shards, origins, num_embeddings = pipeline.Moments(vae.latent_dim), [], [], [], [], []
         for name in names:
-            with np.load(directory / f"{name}.npz") as file:
+            with pipeline.load_array(directory / f"{name}.npz") as file:
                 part = _Part(**{field: file[field] for field in _Part._fields})
             numbers = [groups.setdefault((str(dataset), str(language)), len(groups)) for dataset, language in part.groups]
             part.lengths_N6[:, packing.GROUP] = np.array(numbers, np.int32)[part.lengths_N6[:, packing.GROUP]]
@@ -334,7 +353,9 @@ class _Maker:
                 shards.append(f"{name}.array_record")
         lengths_N6 = np.concatenate(lengths)
         if not len(lengths_N6):
-            raise UserError(f"none of {len(skipped)} recordings is of use; the first: {skipped[0][2]}")
+            for name in names:  # so that the next run looks again: a disk may have been away
+                (directory / f"{name}.npz").unlink(missing_ok=True)
+            raise UserError(f"none of {len(skipped)} recordings is of use; the first: {skipped[0][-1]}")
         if config.latent_dtype == "float16" and max(-moments.min_C.min(), moments.max_C.max()) > np.finfo(np.float16).max:
             raise UserError("latents exceed the range of float16; prepare with --config.latent_dtype=bfloat16")
         _save_array(directory / pipeline.LENGTHS_FILE, lengths_N6)
@@ -350,7 +371,7 @@ class _Maker:
             _save_array(directory / pipeline.PAIRS_FILE, pairs_NK)
             pairs = to_dict(config.pairs) | {"clips": int((pairs_NK[:, 0] >= 0).sum()), "compared": sum(num_embeddings)}
         if skipped:
-            lines = [dict(zip(("audio", "reason", "message"), line)) for line in skipped]
+            lines = [dict(zip(("audio", "start_sec", "reason", "message"), line)) for line in skipped]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             metrics.replace_file(directory / "skipped.jsonl", text)
         header = pipeline.Header(
@@ -376,7 +397,7 @@ class _Maker:
             trim_keep_ms=config.trim_keep_ms,
             sources=tuple(m.name for m in manifests) if config.source == "manifest" else (config.source,),
             sources_sha256=_sources_sha256(manifests),
-            skipped=dict(Counter(reason for _, reason, _ in skipped)),
+            skipped=dict(Counter(reason for *_, reason, _ in skipped)),
             versions=_versions(),
             models=self._models,
             pairs=pairs,
@@ -400,7 +421,8 @@ class _Maker:
         for recording, loaded in corpus.in_threads(pool, self._load, recordings):
             seen += 1
             if isinstance(loaded, audio.BadRecording):
-                skipped.append((str(recording.audio), loaded.reason, str(loaded)))
+                start = "" if recording.start_sec is None else str(recording.start_sec)
+                skipped.append((str(recording.audio), start, loaded.reason, str(loaded)))
             else:
                 waiting.append(loaded)
                 samples += len(loaded.audio_A)
@@ -415,14 +437,18 @@ class _Maker:
             audio_A = self._audio(recording.audio, recording.start_sec, recording.end_sec)
             if recording.ref_audio is None or recording.is_prompt:
                 return _Loaded(recording, audio_A, None)
-            return _Loaded(recording, audio_A, self._audio(recording.ref_audio))
+            try:
+                return _Loaded(recording, audio_A, self._audio(recording.ref_audio))
+            except audio.BadRecording as error:
+                return audio.BadRecording(f"reference {error.reason}", str(error))
         except audio.BadRecording as error:
             return error
 
     def _audio(self, path: pathlib.Path | audio.Stored, start_sec=None, end_sec=None) -> np.ndarray:
         config, rate = self._config, self._vae_config.sample_rate
         shortest = max(round(config.min_sec * rate), self._patch_samples)
-        audio_A = audio.load(path, rate, start_sec, end_sec, min_samples=shortest)
+        longest = config.max_sec if config.trim == "none" else 2 * config.max_sec  # what may be left when the ends are cut
+        audio_A = audio.load(path, rate, start_sec, end_sec, min_samples=shortest, max_sec=longest)
         if config.trim == "silence":
             audio_A = audio.trim_silence(audio_A, rate, threshold_db=config.trim_db, keep_ms=config.trim_keep_ms)
         elif config.trim == "vad":
@@ -435,7 +461,7 @@ class _Maker:
                 "too short", f"{path}: {sec:.3f} s of sound is too short; expected {shortest / rate:.3f} s"
             )
         if sec > config.max_sec:
-            raise audio.BadRecording("too long", f"{path}: {sec:.1f} s is longer than max_sec, {config.max_sec} s")
+            raise audio.BadRecording("too long", f"{path}: {sec:.1f} s is too long; expected at most {config.max_sec} s")
         return audio.pad_to_patches(audio_A, self._patch_samples, "right")
 
     def _encoded(self, loaded: list[_Loaded]) -> Iterator[tuple[corpus.Recording, packing.Clip, np.ndarray | None]]:

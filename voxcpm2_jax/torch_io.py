@@ -19,6 +19,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -475,15 +476,17 @@ def fresh_directory(directory) -> Iterator[pathlib.Path]:
     directory = pathlib.Path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: already there; choose a directory that is absent or empty")
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}.incomplete")
+    aside = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.incomplete")  # hosts that share a disk share pids
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error})") from None
     try:
         yield aside
-        aside.replace(directory)
+        try:
+            aside.replace(directory)
+        except OSError as error:
+            raise UserError(f"{directory}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

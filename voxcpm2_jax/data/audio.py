@@ -55,12 +55,13 @@ def load(
     end_sec: float | None = None,
     *,
     min_samples: int = 1,
+    max_sec: float = math.inf,
 ) -> np.ndarray:
     """A recording, or a part of it, as float32 [A] mono at `sample_rate`. Only that part of a file is decoded.
 
     Args:
         recording: wav, flac, mp3, ogg or opus, any rate and channel count.   start_sec, end_sec: the part; None: its ends.
-        min_samples: shortest result that is of use, at `sample_rate`.
+        min_samples: shortest result that is of use, at `sample_rate`.   max_sec: longest; more is not decoded.
     Raises:
         BadRecording: missing, unreadable, empty, not finite, silent or too short.
     """
@@ -77,6 +78,9 @@ def load(
             raise BadRecording("bad part", f"{recording}: starts at {start_sec} s, but the recording has {have:.2f} s")
         file.seek(start)
         count = -1 if end_sec is None else int((end_sec - start_sec) * rate)
+        sec = (file.frames - start if count < 0 else min(count, file.frames - start)) / rate
+        if sec > max_sec:  # before it takes memory
+            raise BadRecording("too long", f"{recording}: {sec:.1f} s is too long; expected at most {max_sec:.1f} s")
         audio_AE = file.read(count, dtype="float32", always_2d=True)
     if not len(audio_AE):
         raise BadRecording("empty", f"{recording}: empty recording")
@@ -105,7 +109,7 @@ def _opened(recording: str | os.PathLike | Stored) -> Iterator:
             content, rate = recording.read()
             with _Array(content, rate) if rate else soundfile.SoundFile(io.BytesIO(content)) as file:
                 yield file
-        elif pathlib.Path(recording).is_file():
+        elif os.path.isfile(recording):  # False too of a name that no file can have
             with soundfile.SoundFile(recording) as file:
                 yield file
         else:

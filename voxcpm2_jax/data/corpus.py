@@ -20,6 +20,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -86,6 +87,11 @@ def open_corpus(name: str | os.PathLike) -> Corpus:
     return Manifest(name)
 
 
+def open_corpora(names: str) -> list[Corpus]:
+    """What several names with commas between stand for; raises as `open_corpus`."""
+    return [open_corpus(name) for name in names.split(",") if name]
+
+
 _KEYS = {field.name: field for field in dataclasses.fields(Recording)}
 _TYPES = {"audio": str, "text": str, "ref_audio": str, "dataset_id": int, "is_prompt": bool, "duration": float,
           "ref_duration": float, "start_sec": float, "end_sec": float}  # fmt: skip
@@ -113,7 +119,7 @@ class Manifest(Sequence):
                     at += len(line)
         except FileNotFoundError:
             raise UserError(f"{path}: no such manifest") from None
-        except IsADirectoryError as error:
+        except OSError as error:
             raise UserError(f"{path}: not a manifest ({error}); expected JSON lines in UTF-8") from None
         if not begins:
             raise UserError(f"{path}: empty manifest")
@@ -164,6 +170,10 @@ def _recording(line: bytes, root: pathlib.Path, where: str) -> Recording:
             value = bool(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise UserError(f"{where}: {key} must be {kind.__name__}, got {value!r}")
+        if kind is float and not math.isfinite(value):
+            raise UserError(f"{where}: {key} must be a finite number, got {value}")
+        if kind is str and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{where}: {key} is not valid Unicode: {value!r:.80}")
         fields[key] = root / value if key in ("audio", "ref_audio") else value
     for key in ("audio", "text"):
         if not str(entry.get(key, "")).strip():

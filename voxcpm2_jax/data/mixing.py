@@ -49,6 +49,8 @@ class Mix:
         stages = sorted(stages or [StageConfig()], key=lambda stage: stage.first_step)
         if stages[0].first_step:
             raise UserError(f"stages: expected one from step 0 on; the first begins at step {stages[0].first_step}")
+        if len({stage.first_step for stage in stages}) < len(stages):
+            raise UserError(f"stages: two begin at one step; they begin at {', '.join(str(s.first_step) for s in stages)}")
         self._stages: list[_Stage] = []
         streams: dict[tuple, _Stream] = {}
         heard: dict[tuple, int] = {}  # rows of each stream
@@ -58,7 +60,7 @@ class Mix:
                 last = self._stages[-1]
                 rows = (config.first_step - last.first_step) * last.batch.rows
                 heard |= {form: offset + n for form, offset, n in zip(last.forms, last.offsets, last.order.before(rows))}
-            shares = _shares(index, config, patch_sec)
+            shares = _shares(index, config, patch_sec, _budgets(budgets))
             forms = []
             for key, (clips, _) in shares.items():
                 # Stages that want the same of a group go on with its epochs; others begin anew.
@@ -131,7 +133,9 @@ def _budgets(batch: BatchConfig) -> tuple[int, int, int]:
 # ---- shares ----------------------------------------------------------------------------------------------------------
 
 
-def _shares(index: Index, stage: StageConfig, patch_sec: float) -> dict[int, tuple[np.ndarray, float]]:
+def _shares(
+    index: Index, stage: StageConfig, patch_sec: float, budgets: tuple[int, int, int]
+) -> dict[int, tuple[np.ndarray, float]]:
     """The groups of a stage: 2 x group, + 1 for its prompt clips -> (clips, share of the rows)."""
     sec = index.lengths[:, PATCHES] * patch_sec
     chosen = np.flatnonzero((sec >= stage.min_sec) & (sec <= (math.inf if stage.max_sec is None else stage.max_sec)))
@@ -143,14 +147,13 @@ def _shares(index: Index, stage: StageConfig, patch_sec: float) -> dict[int, tup
         raise UserError(f"weights: no {', '.join(unknown)} in this corpus; it has {', '.join(sorted(names))}")
     key_N = 2 * index.lengths[chosen, GROUP] + (index.lengths[chosen, IS_PROMPT] > 0)
     clips = {int(key): chosen[key_N == key].astype(np.int32) for key in np.unique(key_N)}
-    weight = {}
+    weight, rows_a_patch = {}, {}
     for key, members in clips.items():
         group = index.groups[key // 2]
         factor = math.prod(factor for name, factor in stage.weights if name in (*group, "/".join(group)))
-        sizes_N3 = packing.sizes(index.lengths[members])
-        patches, slots = index.lengths[members, PATCHES].sum(), sizes_N3[:, 0].sum()
-        # Weights are of hours; a row of a group with much text has fewer of them.
-        weight[key] = factor * float(patches) ** (1 / stage.temperature) * float(slots / patches)
+        patches, sizes_N3 = index.lengths[members, PATCHES].sum(), packing.sizes(index.lengths[members])
+        weight[key] = factor * float(patches) ** (1 / stage.temperature)
+        rows_a_patch[key] = float((sizes_N3.sum(axis=0) / budgets).max() / patches)
     if stage.prompt is not None:
         for is_prompt, share in ((1, stage.prompt), (0, 1 - stage.prompt)):
             keys = [key for key in weight if key % 2 == is_prompt]
@@ -158,6 +161,8 @@ def _shares(index: Index, stage: StageConfig, patch_sec: float) -> dict[int, tup
             if share and not total:
                 raise UserError(f"the stage from step {stage.first_step}: a share of {share} for what the corpus has not")
             weight |= {key: weight[key] / total * share for key in keys if total}
+    # So far of hours; those of a group with much text take more rows.
+    weight = {key: of_hours * rows_a_patch[key] for key, of_hours in weight.items()}
     total = sum(weight.values())
     if not total:
         raise UserError(f"the stage from step {stage.first_step}: all weights are 0")

@@ -10,11 +10,13 @@ A record is one line of JSON (names, types and shapes of its arrays, then everyt
 the arrays after it. Latents are stored in the type the header names and given back as float32.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +69,7 @@ class Header:
 
 
 HEADER_FILE, LENGTHS_FILE, PAIRS_FILE = "header.json", "lengths.npy", "pairs.npy"
+_LEAST_SHARD_BYTES = 1 << 16  # of an ArrayRecord file
 _ID_ARRAYS = ("text_ids", "described_ids")
 
 
@@ -165,7 +168,11 @@ def grain_source(directories: Iterable[str | os.PathLike], headers: Iterable[Hea
     import grain
 
     files = [str(pathlib.Path(path) / name) for path, header in zip(directories, headers) for name in header.shards]
-    return grain.sources.ArrayRecordDataSource(files)
+    try:
+        return grain.sources.ArrayRecordDataSource(files)
+    except RuntimeError as error:  # of array_record, which does not say which file it is
+        torn = [file for file in files if os.path.getsize(file) < _LEAST_SHARD_BYTES] or files
+        raise UserError(f"{', '.join(torn)}: not whole ({error}); delete and prepare again") from None
 
 
 class Shards:
@@ -174,14 +181,16 @@ class Shards:
     Args:
         directories: one, or several with commas between; their clips follow one another.
     Attributes:
-        header: of the directory, or what the headers of all come to.
+        header: of the directory, or what the headers of all come to.   paths: the directories.
     Raises:
         UserError: not a directory of shards, files of it missing, latents on a scale that no model can learn from, or
             directories that were made with unlike codecs, tokenizers or patches.
     """
 
     def __init__(self, directories: str | os.PathLike):
-        paths = [pathlib.Path(name) for name in str(directories).split(",") if name]
+        self.paths = paths = [pathlib.Path(name) for name in str(directories).split(",") if name]
+        if len({path.resolve() for path in paths}) < max(len(paths), 1):
+            raise UserError(f"shards {directories}: expected one or more directories, each once")
         headers = [read_header(path) for path in paths]
         _check_alike(paths, headers)
         lengths, pairs, groups, clips = [], [], {}, 0
@@ -196,6 +205,7 @@ class Shards:
         widest = max(pairs_NK.shape[1] for pairs_NK in pairs)
         pairs = [np.pad(pairs_NK, ((0, 0), (0, widest - pairs_NK.shape[1])), constant_values=-1) for pairs_NK in pairs]
         self.index = Index(np.concatenate(lengths), header.groups, np.concatenate(pairs) if widest else None)
+        self._name = str(directories)
         self._records = grain_source(paths, headers)
         if len(self._records) != clips:
             raise UserError(
@@ -210,7 +220,10 @@ class Shards:
         return len(self.index.lengths)
 
     def __getitem__(self, index: int) -> Clip:
-        return from_record(self._records[int(index)])
+        try:
+            return from_record(self._records[int(index)])
+        except RuntimeError as error:  # of array_record
+            raise UserError(f"{self._name}: clip {index} cannot be read ({error}); prepare the shards again") from None
 
 
 _ALIKE = (
@@ -251,15 +264,23 @@ def _read_index(path: pathlib.Path, header: Header) -> tuple[np.ndarray, np.ndar
     missing = [name for name in files if not (path / name).is_file()]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing; prepare the shards again")
-    lengths_N6 = np.load(path / LENGTHS_FILE)
+    lengths_N6 = load_array(path / LENGTHS_FILE)
     if len(lengths_N6) != header.num_clips:
         raise UserError(
             f"{path}: {header.num_clips} clips in {HEADER_FILE}, {len(lengths_N6)} in {LENGTHS_FILE}; prepare the shards again"
         )
-    pairs_NK = np.load(path / PAIRS_FILE) if header.pairs else np.zeros((len(lengths_N6), 0), np.int32)
+    pairs_NK = load_array(path / PAIRS_FILE) if header.pairs else np.zeros((len(lengths_N6), 0), np.int32)
     if pairs_NK.ndim != 2 or len(pairs_NK) != len(lengths_N6) or pairs_NK.max(initial=-1) >= len(lengths_N6):
         raise UserError(f"{path}: {PAIRS_FILE} is of other clips; prepare the shards again")
     return lengths_N6, pairs_NK
+
+
+def load_array(path: pathlib.Path):
+    """np.load; of a file that is torn it says so in a line."""
+    try:
+        return np.load(path)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it and prepare the shards again") from None
 
 
 def _dead(path: pathlib.Path, header: Header) -> list[int]:
@@ -281,12 +302,24 @@ def write_shard(path: pathlib.Path, clips: Iterable[Clip], latent_dtype: str) ->
 
     writer, count = None, 0
     for clip in clips:
-        writer = writer or ArrayRecordWriter(str(path), "group_size:1")
-        writer.write(to_record(clip, latent_dtype))
+        record = to_record(clip, latent_dtype)
+        with _disk_errors(path):
+            writer = writer or ArrayRecordWriter(str(path), "group_size:1")
+            writer.write(record)
         count += 1
     if writer:
-        writer.close()
+        with _disk_errors(path):
+            writer.close()
     return count
+
+
+@contextlib.contextmanager
+def _disk_errors(path: pathlib.Path):
+    """What array_record says of a full disk, as an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path}: {error}") from None
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

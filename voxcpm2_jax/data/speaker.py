@@ -54,7 +54,7 @@ def load_encoder(name: str) -> Encoder:
     module, _, attribute = name.partition(":")
     try:
         encoder = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"pairs.encoder {name}: {error}; expected MODULE:NAME with MODULE on PYTHONPATH") from None
     if not (callable(encoder) and hasattr(encoder, "hz") and hasattr(encoder, "sha256")):
         raise UserError(f"pairs.encoder {name}: makes {encoder!r}; expected an encoder (data/speaker.py, Encoder)")

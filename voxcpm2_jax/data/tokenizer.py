@@ -216,7 +216,7 @@ def train_tokenizer(
         )  # fmt: skip
     except RuntimeError as error:
         what = str(error).rsplit("] ", 1)[-1] or "no text to learn it from"
-        raise UserError(f"tokenizer of {vocab_size} pieces: {what}") from None
+        raise UserError(f"a vocabulary of {vocab_size} pieces (vocab_size): {what}") from None
     # SentencePiece lays out <unk> <s> </s>, markers, bytes, learned pieces; the markers move up to their ids. As unused
     # pieces rather than control pieces they are no added tokens either.
     proto = sentencepiece_model_pb2.ModelProto.FromString(writer.getvalue())

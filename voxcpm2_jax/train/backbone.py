@@ -11,7 +11,7 @@ import hashlib
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -108,13 +108,15 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
         UserError: shards that this model cannot read (every difference is named), or a batch that suits no mesh.
     """
     workdir = pathlib.Path(workdir)
-    source = _open(config, workdir, data)
+    source = _open(config, data)
     mix = Mix(config.seed, source.index, source.patch_sec, config.batch, config.stages)
     mesh = sharding.make_mesh(config.mesh)
     row_shards = mesh.shape["replica"] * mesh.shape["data"]
     for batch in mix.batches:
         if batch.rows % row_shards:
             raise UserError(f"batch.rows {batch.rows} cannot be split over {row_shards} devices (mesh {config.mesh})")
+    if data is not None and jax.process_index() == 0:
+        _keep_makers(workdir, source.paths, source.header)
     with jax.set_mesh(mesh):
         layout = sharding.param_shardings(jax.eval_shape(partial(init_state, config)), mesh)
         state = jax.jit(partial(init_state, config), out_shardings=layout)()
@@ -160,8 +162,8 @@ def _heard(mix: Mix, step: int, patch_sec: float) -> dict:
     }
 
 
-def _open(config: BackboneRun, workdir: pathlib.Path, data) -> packing.Source:
-    """The corpus; shards leave their codec and tokenizer in the workdir, so that its checkpoints speak by themselves."""
+def _open(config: BackboneRun, data) -> packing.Source:
+    """The corpus, found to fit the model."""
     model = config.model
     if data is None:
         return packing.synthetic_corpus(
@@ -185,8 +187,6 @@ def _open(config: BackboneRun, workdir: pathlib.Path, data) -> packing.Source:
         raise UserError(f"{data} does not fit this config: {'; '.join(wrong)}")
     if shards.dead_channels and jax.process_index() == 0:
         print(f"{data}: latent channels {shards.dead_channels} hardly vary; the codec does not use them", file=sys.stderr)
-    if jax.process_index() == 0:
-        _keep_makers(workdir, pathlib.Path(str(data).partition(",")[0]), shards.header)
     return shards
 
 
@@ -199,10 +199,15 @@ def _made_of(source: packing.Source) -> dict:
     return {"clips": len(source)} | {name: getattr(header, name) for name in names}
 
 
-def _keep_makers(workdir: pathlib.Path, shards: pathlib.Path, header) -> None:
+def _keep_makers(workdir: pathlib.Path, directories: Sequence[pathlib.Path], header) -> None:
     """Copies what made the shards into the workdir, whose checkpoints then speak by themselves; refuses another's shards."""
     from voxcpm2_jax import torch_io
 
+    shards = directories[0]
+    for part in ("codec", "tokenizer"):
+        if not (shards / part).is_dir():
+            raise UserError(f"{shards}: no {part}/ in it; expected a directory that prepare made (the held-out one is no such)")
+    workdir.mkdir(parents=True, exist_ok=True)
     for part in ("codec", "tokenizer"):
         if not (workdir / part).exists():
             aside = workdir / f".{part}.incomplete"
