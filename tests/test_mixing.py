@@ -165,6 +165,23 @@ def test_the_share_of_prompt_clips_is_of_audio():
     assert abs(sum(share for (_, is_prompt), share in found.items() if is_prompt) - 0.3) < 0.02
 
 
+@pytest.mark.parametrize("reference", [0.0, 1.0])
+def test_hours_count_whatever_the_references_take(reference):
+    """Of two groups of equal hours one has references as long as its clips: its own, or those of a table."""
+    lengths = speech_lengths(1200, max_sec=20)
+    lengths[:, packing.GROUP] = np.arange(1200) % 2
+    first = np.flatnonzero(lengths[:, packing.GROUP] == 0)
+    groups, large = (("a", "en"), ("b", "en")), BatchConfig(rows=2, slots=4096, patches=2800)
+    own = lengths.copy()
+    own[first, packing.REFERENCE] = lengths[first, packing.PATCHES]
+    pairs = np.full((1200, 1), -1, np.int32)
+    pairs[first, 0] = np.roll(first, 1)
+    hours = lengths[first, packing.PATCHES].sum() / lengths[:, packing.PATCHES].sum()
+    for index in (Index(own, groups), Index(lengths, groups, pairs)):
+        mix = Mix(0, index, PATCH_SEC, large, [StageConfig(reference=reference)])
+        assert abs(hours_by_group(lengths, draws(mix, range(200)))[0, False] - hours) < 0.02
+
+
 def test_stages_that_begin_at_one_step_are_refused():
     lengths, groups = corpus(300)
     with pytest.raises(UserError, match="two begin at one step; they begin at 0, 5, 5"):

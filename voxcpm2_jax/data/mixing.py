@@ -151,9 +151,9 @@ def _shares(
     for key, members in clips.items():
         group = index.groups[key // 2]
         factor = math.prod(factor for name, factor in stage.weights if name in (*group, "/".join(group)))
-        patches, sizes_N3 = index.lengths[members, PATCHES].sum(), packing.sizes(index.lengths[members])
+        patches = index.lengths[members, PATCHES].sum()
         weight[key] = factor * float(patches) ** (1 / stage.temperature)
-        rows_a_patch[key] = float((sizes_N3.sum(axis=0) / budgets).max() / patches)
+        rows_a_patch[key] = float((_mean_sizes(index, members, stage) * len(members) / budgets).max() / patches)
     if stage.prompt is not None:
         for is_prompt, share in ((1, stage.prompt), (0, 1 - stage.prompt)):
             keys = [key for key in weight if key % 2 == is_prompt]
@@ -161,12 +161,24 @@ def _shares(
             if share and not total:
                 raise UserError(f"the stage from step {stage.first_step}: a share of {share} for what the corpus has not")
             weight |= {key: weight[key] / total * share for key in keys if total}
-    # So far of hours; those of a group with much text take more rows.
+    # So far of hours; those of a group with much text or many references take more rows.
     weight = {key: of_hours * rows_a_patch[key] for key, of_hours in weight.items()}
     total = sum(weight.values())
     if not total:
         raise UserError(f"the stage from step {stage.first_step}: all weights are 0")
     return {key: (clips[key], weight[key] / total) for key in clips if weight[key] > 0}
+
+
+def _mean_sizes(index: Index, clips: np.ndarray, stage: StageConfig) -> np.ndarray:
+    """What a clip takes of the three budgets on average, with a stage's shares of references and descriptions."""
+    lengths = index.lengths[clips].copy()
+    if index.pairs is not None:
+        has_pair_N = (index.pairs[clips] >= 0).any(axis=1) & (lengths[:, REFERENCE] == 0)
+        lengths[has_pair_N, REFERENCE] = round(float(lengths[:, PATCHES].mean()))
+    plain_3 = packing.sizes(lengths, reference_N=0, is_described=False).mean(axis=0)
+    reference_3 = packing.sizes(lengths, is_described=False).mean(axis=0) - plain_3
+    described_3 = packing.sizes(lengths, reference_N=0).mean(axis=0) - plain_3
+    return plain_3 + stage.reference * reference_3 + stage.described * described_3
 
 
 class _Interleaving:
