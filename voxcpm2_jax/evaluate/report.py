@@ -17,6 +17,7 @@ import numpy as np
 from voxcpm2_jax.api import Speech, VoxCPM
 from voxcpm2_jax.config import EvaluateConfig, UserError, to_dict
 from voxcpm2_jax.data import audio, corpus
+from voxcpm2_jax.data.tokenizer import normal_text
 from voxcpm2_jax.evaluate import speech as judge
 
 RESULT_FILE = "result.json"
@@ -43,7 +44,7 @@ def evaluate(
         raise UserError(f"{output}: cannot be written ({error})") from None
 
     start = time.monotonic()
-    spoken = _speak(model, config, [r.full_text for r in recordings])
+    spoken = _speak(model, config, [normal_text(r.full_text) for r in recordings])  # as in training
     speaking_sec = time.monotonic() - start
     parts = [{"start_sec": r.start_sec, "end_sec": r.end_sec} for r in recordings]
     coded = [model.encode_file(r.audio, pad="right", **part) for r, part in zip(recordings, parts)]
