@@ -4,7 +4,7 @@
 
     variant     codec            rates (kHz), frames/s    hardware              wall time     result
     tiny        30 k             16 -> 24, 25             any                   seconds       loss falls; needs no --data
-    demo        0.6 M, dense     16 -> 24, 25             2 CPU cores           4.9 min       98.7 % of digits (below)
+    demo        0.6 M, dense     16 -> 24, 25             2 CPU cores           4 min         98.7 % of digits (below)
     demo_long   the same         16 -> 24, 25             2 CPU cores           18 min*       100 % of digits
     small       14 M             16 -> 48, 25             one GPU or TPU        unmeasured    unmeasured
     release     94 M             16 -> 48, 25             8 GPUs or TPUs        unmeasured    unmeasured; the released shape
