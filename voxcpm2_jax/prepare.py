@@ -177,7 +177,7 @@ def _claim(output: pathlib.Path, making: dict) -> None:
         raise UserError(f"{file}: not valid JSON ({error}); choose another directory") from None
     fields = [(name, old["config"].get(name), making["config"].get(name)) for name in old["config"] | making["config"]]
     fields += [(name, old.get(name), making[name]) for name in making if name != "config"]
-    changed = [f"{name}: {there!r}, now {now!r}" for name, there, now in fields if there != now]
+    changed = [f"{name}: {there!r:.80}, now {now!r:.80}" for name, there, now in fields if there != now]
     if changed:
         raise UserError(f"{output}: holds shards made from something else ({'; '.join(changed)}); choose another directory")
 

@@ -235,7 +235,7 @@ def _check_alike(paths: list[pathlib.Path], headers: list[Header]) -> None:
     """Shards that share a training must have been made alike."""
     for path, header in zip(paths[1:], headers[1:]):
         unlike = [
-            f"{name} {getattr(headers[0], name)!r} and {getattr(header, name)!r}"
+            f"{name} {getattr(headers[0], name)!r:.14} and {getattr(header, name)!r:.14}"  # of a hash, its beginning
             for name in _ALIKE
             if getattr(headers[0], name) != getattr(header, name)
         ]
