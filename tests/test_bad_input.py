@@ -423,6 +423,49 @@ def test_prepare_without_a_codec_or_a_place(refusal, released_dir, tmp_path):
     assert "already there" in refusal("prepare", *manifest, "--output=full", f"--vae={released_dir}")
 
 
+def test_names_that_name_nothing(refusal, released_dir):
+    assert "--manifest=,: names no recordings" in refusal("doctor", "--manifest=,")
+    argv = "--config=configs/data.py:manifest", "--config.manifest=,", f"--vae={released_dir}", "--output=shards"
+    assert "source 'manifest' needs --config.manifest=FILE[,FILE]" in refusal("prepare", *argv)
+    argv = "--config=configs/backbone.py:tiny", "--data=,", "--workdir=run"
+    assert "expected one or more directories, each once" in refusal("train", *argv)
+
+
+def test_a_name_that_no_file_can_have(refusal, released_dir, tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"audio": f"{'a' * 300}.wav", "text": "one"}) + "\n")
+    argv = "--config.manifest=m.jsonl", f"--config.tokenizer={released_dir}", f"--vae={released_dir}", "--output=shards"
+    assert "none of 1 recordings is of use; the first: " in refusal("prepare", "--config=configs/data.py:manifest", *argv)
+
+
+@pytest.mark.parametrize("encoder", ["json:loads", "no_such_module:x", "json:nothing", "builtins:dict"])
+def test_speaker_encoders_that_are_none(refusal, released_dir, tmp_path, encoder):
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "text": "one"}\n')
+    argv = "--config.manifest=m.jsonl", f"--config.pairs.encoder={encoder}", f"--vae={released_dir}", "--output=shards"
+    assert f"pairs.encoder {encoder}: " in refusal("prepare", "--config=configs/data.py:manifest", *argv)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("def get_config(variant='')\n", "not Python"),
+        ("def get_config(variant=''):\n    return {}\n", "get_config gives dict; expected an ml_collections.ConfigDict"),
+        ("x = 1\n", "has no get_config(variant)"),
+    ],
+)
+def test_config_files_that_are_none(refusal, tmp_path, content, message):
+    (tmp_path / "mine.py").write_text(content)
+    assert message in refusal("train", "--config=mine.py", "--workdir=run")
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", interrupt)
+    assert cli.main(["doctor", "--manifest=m.jsonl"]) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_evaluate_without_recordings_or_a_model(refusal, released_dir, tmp_path, monkeypatch):
     from voxcpm2_jax.evaluate import speech
 

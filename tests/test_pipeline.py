@@ -133,9 +133,30 @@ def test_torn_files_are_named(tmp_path, clips):
         pipeline.Shards(directory)
     (directory / pipeline.LENGTHS_FILE).write_bytes(whole)
     shard = directory / pipeline.read_header(directory).shards[1]
-    shard.write_bytes(shard.read_bytes()[:50])
-    with pytest.raises(UserError, match=r"a/shard-00001-of-00005\.array_record: not whole \("):
-        pipeline.Shards(directory)[8]
+    whole = shard.read_bytes()
+    for torn in (whole[:50], whole[: 2**16], whole[: len(whole) // 2]):
+        shard.write_bytes(torn)
+        with pytest.raises(UserError, match=r"shard-00001-of-00005\.array_record: not whole \("):
+            pipeline.Shards(directory)
+
+
+def test_a_full_disk_is_the_disks_fault(tmp_path, clips, monkeypatch):
+    """array_record reports it as a RuntimeError; one of the codec, on the way to the record, stays what it is."""
+    from array_record.python import array_record_module
+
+    def full(*_):
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(array_record_module.ArrayRecordWriter, "write", full, raising=True)
+    with pytest.raises(OSError, match="No space left on device"):
+        pipeline.write_shard(tmp_path / "a", clips, "float16")
+
+    def broken():
+        raise RuntimeError("the codec")
+        yield
+
+    with pytest.raises(RuntimeError, match="the codec"):
+        pipeline.write_shard(tmp_path / "a", broken(), "float16")
 
 
 def plan_of(source, num_rows=4):

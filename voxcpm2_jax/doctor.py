@@ -178,7 +178,8 @@ def _listen(training, validation, limits: Limits, total: int):
 def _hear(recording: corpus.Recording, limits: Limits) -> Heard:
     try:
         rate, channels = audio.properties(recording.audio)
-        audio_A = audio.load(recording.audio, rate, recording.start_sec, recording.end_sec, max_sec=10 * limits.max_sec)
+        longest = 10 * limits.max_sec  # of more nothing is worth knowing but that it is too long
+        audio_A = audio.load(recording.audio, rate, recording.start_sec, recording.end_sec, max_sec=longest)
     except audio.BadRecording as error:
         return Heard(error.reason)
     start, end = audio.sound_span(audio_A, rate, threshold_db=limits.silence_db)

@@ -69,7 +69,6 @@ class Header:
 
 
 HEADER_FILE, LENGTHS_FILE, PAIRS_FILE = "header.json", "lengths.npy", "pairs.npy"
-_LEAST_SHARD_BYTES = 1 << 16  # of an ArrayRecord file
 _ID_ARRAYS = ("text_ids", "described_ids")
 
 
@@ -170,9 +169,13 @@ def grain_source(directories: Iterable[str | os.PathLike], headers: Iterable[Hea
     files = [str(pathlib.Path(path) / name) for path, header in zip(directories, headers) for name in header.shards]
     try:
         return grain.sources.ArrayRecordDataSource(files)
-    except RuntimeError as error:  # of array_record, which does not say which file it is
-        torn = [file for file in files if os.path.getsize(file) < _LEAST_SHARD_BYTES] or files
-        raise UserError(f"{', '.join(torn)}: not whole ({error}); delete and prepare again") from None
+    except RuntimeError:  # of array_record, which does not say which file it is
+        for file in files:
+            try:
+                grain.sources.ArrayRecordDataSource([file])
+            except RuntimeError as error:
+                raise UserError(f"{file}: not whole ({error}); prepare the shards again") from None
+        raise
 
 
 class Shards:
