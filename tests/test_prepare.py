@@ -257,6 +257,9 @@ def test_a_mistake_leaves_a_directory_as_it_was(tmp_path, recordings, tokenizer_
     (tmp_path / "m.jsonl").rename(tmp_path / "whole.jsonl")
     away = [dataclasses.replace(r, audio=tmp_path / "away" / r.audio.name, ref_audio=None) for r in recordings]
     corpus.write_manifest(tmp_path / "m.jsonl", away)
+    with pytest.raises(UserError, match="none of 5 recordings is of use"):
+        make_shards(config_of(tmp_path, tokenizer_dir), tmp_path / "out", vae_params, VAE)
+    assert not list((tmp_path / "out").iterdir())
     shared = config_of(tmp_path, tokenizer_dir, num_hosts=2, shard_clips=9)
     with pytest.raises(UserError, match="none of 5 recordings is of use"):
         make_shards(shared, tmp_path / "out", vae_params, VAE)
