@@ -212,12 +212,14 @@ def _once(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
 def _tokenizer(config: DataConfig, train) -> Tokenizer:
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
+    from rich.console import Console
 
     def texts():
         return ((r.language or "unknown", normal_text(r.full_text, config.sentence_case)) for m in train for r in m)
 
-    chosen = balanced(texts, temperature=config.vocab_temperature, max_chars=config.vocab_chars)
-    return train_tokenizer(chosen, config.vocab_size)
+    with Console(stderr=True).status(f"learning a vocabulary of {config.vocab_size} pieces"):
+        chosen = balanced(texts, temperature=config.vocab_temperature, max_chars=config.vocab_chars)
+        return train_tokenizer(chosen, config.vocab_size)
 
 
 def _sources_sha256(manifests: Iterable[corpus.Corpus]) -> str:
