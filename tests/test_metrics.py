@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from voxcpm2_jax import metrics
-from voxcpm2_jax.config import DiTConfig, LMConfig, LocalConfig, ModelConfig
+from voxcpm2_jax.config import DiTConfig, LMConfig, LocalConfig, ModelConfig, UserError
 from voxcpm2_jax.models import voxcpm2
 
 TINY = ModelConfig(
@@ -38,6 +38,46 @@ def test_meter_divides_once_and_continues_exactly():
         second.add(metrics.fetch(step))
     assert second.means() == whole.means()
     assert whole.means() == {"loss": pytest.approx(0.35), "stop": 0.5, "none": None}
+
+
+def test_tables_become_figures_and_maxima_stay_maxima():
+    def step(i):
+        times = metrics.Table(jnp.float32([i, 2 * i]), jnp.float32([2, 0]), ("early", "late"))
+        largest = metrics.Table(jnp.float32([-i, 5 - i]), jnp.float32([1, 1]), ("tslm", "ralm"))
+        return {"loss/time/": times, "activation_max/": largest}
+
+    meter = metrics.Meter()
+    for i in (1, 2, 3):
+        meter.add(metrics.fetch(jax.jit(step)(i)))
+        meter = metrics.Meter(json.loads(json.dumps(meter.state)))
+    means = {"loss/time/early": 1.0, "loss/time/late": None, "activation_max/tslm": -1.0, "activation_max/ralm": 4.0}
+    assert meter.means() == means
+    of_both = metrics.fetch(metrics.combine(step(1), step(2)))
+    assert of_both == {
+        "loss/time/early": (3.0, 4.0), "loss/time/late": (6.0, 0.0),
+        "activation_max/tslm": (-1.0, 1.0), "activation_max/ralm": (4.0, 1.0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [3, 10])
+def test_profiler_traces_whole_updates(tmp_path, last):
+    """Also of a run that ends before the trace does."""
+    update = jax.jit(lambda x: x @ x)
+    running = None
+    with metrics.Profiler((2, 4), tmp_path / "profile") as profiler:
+        for step in range(last):
+            profiler.at(step, running)
+            assert (tmp_path / "profile").exists() == (step >= 4)  # written when the trace ends
+            running = update(jnp.ones((8, 8)))
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size > 0
+
+
+def test_steps_to_profile_are_two_numbers():
+    assert metrics.profile_steps("100:103") == (100, 103)
+    for text in ("100", "3:3", "a:b", "-1:2", ""):
+        with pytest.raises(UserError, match=f"--profile-steps={text}: expected A:B"):
+            metrics.profile_steps(text)
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 9, "lo', "\x00\x00"])
