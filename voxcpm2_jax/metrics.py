@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from voxcpm2_jax import chips
 from voxcpm2_jax.config import ModelConfig, TransformerConfig, UserError
 
 # ---- accumulation ----------------------------------------------------------------------------------------------------
@@ -127,34 +128,10 @@ def train_flops(config: ModelConfig, *, slots, patches, targets, squares) -> flo
     return 3.0 * sum(parts.values())
 
 
-# Dense bfloat16 matrix FLOP/s of one JAX device, from the makers' data sheets. First match counts. A v3 or v7x chip
-# shows as two devices.
-_PEAK_TFLOPS = (
-    (r"TPU v3", 61.5),
-    (r"TPU v4", 275.0),
-    (r"TPU v5 ?(lite|e)", 197.0),
-    (r"TPU v5", 459.0),
-    (r"TPU v6", 918.0),
-    (r"TPU ?v?7x?", 1153.5),
-    (r"GB200", 2500.0),
-    (r"B200", 2250.0),
-    (r"H100 PCIe", 756.0),
-    (r"H100 NVL", 835.0),
-    (r"(H100|H200|H800)", 989.4),
-    (r"A[18]00", 312.0),
-    (r"L40S", 362.0),
-    (r"L4\b", 121.0),
-    (r"A10\b", 125.0),
-    (r"RTX 4090", 165.2),
-)
-
-
 def peak_flops(device_kind: str) -> float | None:
     """Peak dense bfloat16 FLOP/s of a device by `jax.Device.device_kind`; None where none is known (a CPU)."""
-    for pattern, tera in _PEAK_TFLOPS:
-        if re.search(pattern, device_kind):
-            return tera * 1e12
-    return None
+    chip = chips.of_kind(device_kind)
+    return None if chip is None else chip.device_flops
 
 
 def mfu(flops: float, step_sec: float) -> float | None:
