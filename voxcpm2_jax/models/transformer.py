@@ -6,7 +6,8 @@
 Four stacks of the model are made of it. Training scans over stacked layers with remat; generation runs the layers one
 by one with q/k/v and gate/up fused (`unstack`), since a scan inside the decode loop copies its weights.
 Parameters come in any float type and are cast to the type of the activations, which is the compute type; norms, RoPE
-and softmax are float32.
+and softmax are float32. Who applies a module with the collection "figures" mutable gets each layer's maxima beside its
+result; to all others they cost nothing.
 
 Source: MiniCPM-4 report; LongRoPE (arXiv 2402.13753).
 """
@@ -106,6 +107,22 @@ def causal_mask(segment_BT: jax.Array) -> jax.Array:
     return same_BTS & jnp.tri(T, dtype=bool)[None]
 
 
+def largest(x: jax.Array) -> jax.Array:
+    """The largest magnitude, float32; for figures, without a gradient."""
+    return jnp.max(jnp.abs(jax.lax.stop_gradient(x))).astype(jnp.float32)
+
+
+def logit_bound(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    """No attention logit is larger: the longest query times the longest key of a row and head (Cauchy-Schwarz).
+
+    Kernels never show the logits themselves, and their true maximum would cost as much as attention does.
+    """
+    q_BTNH, k_BSKH = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q_BTNH, k_BSKH))
+    q_BN, k_BK = (jnp.max(jnp.sum(x * x, axis=-1), axis=1) for x in (q_BTNH, k_BSKH))
+    longest_BKG = q_BN.reshape(*k_BK.shape, -1) * k_BK[..., None]
+    return jnp.sqrt(jnp.max(longest_BKG) / q_BTNH.shape[-1])
+
+
 class KV(NamedTuple):
     """Keys and values that one layer has seen."""
 
@@ -146,6 +163,7 @@ class Block(nn.Module):
                 q, k, v = linear("q", N, H)(y_BTD), linear("k", K, H)(y_BTD), linear("v", K, H)(y_BTD)
             if rope is not None:
                 q, k = rotate(q, rope), rotate(k, rope)
+            self.sow("figures", "logit_bound_max", logit_bound(q, k))
             if cache is not None:
                 cache = cache.write(k, v, start_B)
                 k, v = cache
@@ -159,6 +177,7 @@ class Block(nn.Module):
                 gate, up = linear("gate", F)(y_BTD), linear("up", F)(y_BTD)
             h_BTF = constrain(nn.silu(gate) * up, "batch", None, "mlp")
             x_BTD += linear("down", c.width)(h_BTF) * jnp.asarray(c.residual_scale, x_BTD.dtype)
+        self.sow("figures", "activation_max", largest(x_BTD))
         return constrain(x_BTD, "batch", None, None), cache
 
 
@@ -189,7 +208,7 @@ def run_layers(
         block = Block if remat == "none" else nn.remat(Block, prevent_cse=False)
         stacked = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "figures": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=config.num_layers,

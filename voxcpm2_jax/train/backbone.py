@@ -16,6 +16,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from voxcpm2_jax import metrics, optim, sharding
 from voxcpm2_jax.config import BackboneRun, UserError, to_dict
@@ -54,30 +55,40 @@ def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2
     )
 
 
-def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws):
-    """The weighted loss of a batch -> (scalar, metrics as (sum, count))."""
-    sums = voxcpm2.loss(
-        params,
-        config.model,
-        batch,
-        time_BM=draws.time_BM,
-        noise_BMPC=draws.noise_BMPC,
-        drop_BM=draws.drop_BM,
-        start_BM=draws.start_BM,
-        target_patches=config.batch.target_patches,
-        remat=config.remat,
+def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws, labels: metrics.Labels | None = None):
+    """The weighted loss of a batch -> (scalar, metrics as pairs and Tables)."""
+    terms = voxcpm2.loss_terms(
+        params, config.model, batch, draws, target_patches=config.batch.target_patches, remat=config.remat, with_figures=True
     )
-    diff, stop = (total / jnp.maximum(count, 1.0) for total, count in (sums["diff"], sums["stop"]))
+    of_patches = voxcpm2.patch_figures(terms, batch.stop_BM)
+    figures = {name: tuple(jnp.sum(x_BM) for x_BM in pair) for name, pair in of_patches.items()}
+    diff, stop = (total / jnp.maximum(count, 1.0) for total, count in (figures["loss_diff"], figures["loss_stop"]))
     loss = config.diff_weight * diff + config.stop_weight * stop
-    return loss, {"loss_diff": sums["diff"], "loss_stop": sums["stop"]}
+    return loss, figures | _details(config, batch, draws, terms, of_patches, labels)
 
 
-def train_step(state: optim.TrainState, batch: Batch, *, config: BackboneRun) -> tuple[optim.TrainState, dict]:
-    """One update -> (state, metrics)."""
+def _details(config: BackboneRun, batch: Batch, draws: voxcpm2.Draws, terms: dict, of_patches: dict, labels) -> dict:
+    """The losses by flow time and by what the clips are, the quantiser's levels, and maxima."""
+    M = terms["target_BM"].shape[1]
+    found = {"loss_diff/time/": metrics.by_time(of_patches["loss_diff"], draws.time_BM[:, :M])}
+    if labels is not None:
+        for name in ("loss_diff", "loss_stop"):
+            found[f"{name}/"] = metrics.by_label(of_patches[name], batch.label_BM[:, :M], labels)
+    scale = config.model.scalar_quantization_scale
+    one = jnp.float32(1)
+    levels = metrics.fsq_figures(terms["level_BTQ"], terms["is_audio_BT"], scale)
+    found |= {name: (value, one) for name, value in levels.items()}
+    return found | {f"{name}/": metrics.of_parts(values) for name, values in terms["maxima"].items()}
+
+
+def train_step(
+    state: optim.TrainState, batch: Batch, *, config: BackboneRun, labels: metrics.Labels | None = None
+) -> tuple[optim.TrainState, dict]:
+    """One update -> (state, metrics); with `labels` also the losses by data set, language and mode."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     progress = state.step.astype(jnp.float32) / config.num_steps
     draws = draw(key, config, batch.patches_BMPC, progress)
-    (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, draws)
+    (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, draws, labels)
     state, figures_of_update = optim.update(config.optim, config.num_steps, state, grads)
     is_patch_BM = batch.slot_BM >= 0
     slots = jnp.sum((batch.segment_BT > 0).astype(jnp.float32))
@@ -124,7 +135,7 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
             workdir=workdir,
             config=to_dict(config) | {"data": _made_of(source)},
             state=state,
-            train_step=_by_shape(config, mix.batches, layout),
+            train_step=_by_shape(config, mix.batches, layout, _labels(source)),
             batches_from=partial(_batches, source, mix, sharding.batch_sharding(mesh)),
             num_steps=config.num_steps,
             log=config.log,
@@ -137,15 +148,23 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
     return {name: row.get(name) for name in names}
 
 
-def _by_shape(config: BackboneRun, batches, layout):
+def _labels(source: packing.Source) -> metrics.Labels:
+    """What the losses are told by, beside their totals."""
+    lengths, num_modes = source.index.lengths, len(packing.MODES)
+    patches_G = np.bincount(lengths[:, packing.GROUP], lengths[:, packing.PATCHES], minlength=len(source.index.groups))
+    return metrics.name_labels(packing.label_names(source.index), np.repeat(patches_G, num_modes).tolist())
+
+
+def _by_shape(config: BackboneRun, batches, layout, labels: metrics.Labels):
     """train_step for batches of each of these budgets, compiled when a stage first brings one."""
     programs = {}
     for batch in batches:
         shape = batch.rows, batch.slots, batch.patches
         if shape in programs and programs[shape][0] != batch:
             raise UserError(f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches as well")
-        program = partial(train_step, config=dataclasses.replace(config, batch=batch))
-        programs[shape] = batch, jax.jit(program, donate_argnums=0, out_shardings=(layout, None))
+        program = partial(train_step, config=dataclasses.replace(config, batch=batch), labels=labels)
+        # Metrics are whole on every device, for every process fetches all of them.
+        programs[shape] = batch, jax.jit(program, donate_argnums=0, out_shardings=(layout, layout.step))
 
     def run(state, batch):
         _, program = programs[(*batch.tokens_BT.shape, batch.slot_BM.shape[1])]
