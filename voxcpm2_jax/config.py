@@ -632,7 +632,8 @@ class BackboneRun:
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    mesh: tuple[int, int, int] = (1, -1, 1)  # devices along (replica, data, tensor); -1: what is left
+    # Devices along (replica, data, tensor). One may be -1: what is left; replica and data both: a replica in each TPU slice.
+    mesh: tuple[int, int, int] = (-1, -1, 1)
     patch_sec: float = 0.16  # seconds of a patch; the shards' header is checked against it
     stages: tuple[StageConfig, ...] = ()  # curriculum; none: all clips, as they are
     samples: SampleConfig = SampleConfig()

@@ -308,10 +308,16 @@ def _check_directory(path: str) -> None:
 
 
 def _run_training(train) -> int:
+    import jax
+
+    from voxcpm2_jax import sharding
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 
+    sharding.connect()
     try:
-        _print(train())
+        result = train()
+        if jax.process_index() == 0:
+            _print(result)
     except BrokenRun as broken:
         print(f"error: {broken}", file=sys.stderr)
         return FAILED

@@ -16,6 +16,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from voxcpm2_jax import metrics, optim, sharding
 from voxcpm2_jax.config import BackboneRun, UserError, to_dict
@@ -125,7 +126,7 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
             config=to_dict(config) | {"data": _made_of(source)},
             state=state,
             train_step=_by_shape(config, mix.batches, layout),
-            batches_from=partial(_batches, source, mix, sharding.batch_sharding(mesh)),
+            batches_from=partial(_batches, source, mix, mesh),
             num_steps=config.num_steps,
             log=config.log,
             checkpoint=config.checkpoint,
@@ -138,14 +139,14 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
 
 
 def _by_shape(config: BackboneRun, batches, layout):
-    """train_step for batches of each of these budgets, compiled when a stage first brings one."""
+    """train_step for batches of each of these budgets, compiled when a stage first brings one; metrics go to every process."""
     programs = {}
     for batch in batches:
         shape = batch.rows, batch.slots, batch.patches
         if shape in programs and programs[shape][0] != batch:
             raise UserError(f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches as well")
         program = partial(train_step, config=dataclasses.replace(config, batch=batch))
-        programs[shape] = batch, jax.jit(program, donate_argnums=0, out_shardings=(layout, None))
+        programs[shape] = batch, jax.jit(program, donate_argnums=0, out_shardings=(layout, layout.step))
 
     def run(state, batch):
         _, program = programs[(*batch.tokens_BT.shape, batch.slot_BM.shape[1])]
@@ -228,11 +229,13 @@ def _keep_makers(workdir: pathlib.Path, directories: Sequence[pathlib.Path], hea
         )
 
 
-def _batches(source, mix, layout, start_step: int) -> Iterator[Batch]:
+def _batches(source, mix: Mix, mesh, start_step: int) -> Iterator[Batch]:
+    """Batches over all devices; each process reads the clips of the rows that its own devices hold."""
     from voxcpm2_jax.data import pipeline
 
-    for batch in pipeline.batches(source, mix, start_step):
-        yield jax.tree.map(lambda x: jax.device_put(x, layout), batch)
+    parts = pipeline.batches(source, mix, start_step, rows_of=partial(sharding.local_rows, mesh))
+    for step, part in enumerate(parts, start_step):
+        yield sharding.global_batch(part, mesh, mix.batch_of(step).rows)
 
 
 def _flops(config: BackboneRun, row: dict) -> dict[str, float]:
@@ -241,7 +244,17 @@ def _flops(config: BackboneRun, row: dict) -> dict[str, float]:
 
 
 def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
-    """Speaks the sample texts with the weights of the moment: audio and a picture of its spectrogram."""
+    """Speaks the sample texts with the weights of the moment: audio and a picture of its spectrogram.
+
+    The first process does, on one of its devices; the others only hand it their share of the weights.
+    """
+    if jax.process_index() != 0:
+
+        def hand_over(state: optim.TrainState):
+            _whole(state.best_params)
+            return ()
+
+        return loop.Evaluator(config.samples.every_steps, hand_over)
     from voxcpm2_jax import torch_io
     from voxcpm2_jax.api import VoxCPM
     from voxcpm2_jax.data.tokenizer import load_tokenizer
@@ -250,9 +263,16 @@ def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
     tokenizer = load_tokenizer(workdir / "tokenizer")
 
     def run(state: optim.TrainState):
-        params = state.best_params
-        model = VoxCPM(config.model, params, vae_config, vae_params, tokenizer)
-        for i, speech in enumerate(model.speak([{"text": text, "seed": 0} for text in config.samples.texts])):
+        params = _whole(state.best_params)
+        with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])):
+            model = VoxCPM(config.model, params, vae_config, vae_params, tokenizer)
+            speeches = model.speak([{"text": text, "seed": 0} for text in config.samples.texts])
+        for i, speech in enumerate(speeches):
             yield f"sample_{i}", metrics.Audio(speech.audio_A, model.sample_rate)
 
     return loop.Evaluator(config.samples.every_steps, run)
+
+
+def _whole(params):
+    """All of the weights in the memory of every host."""
+    return multihost_utils.process_allgather(params, tiled=True) if jax.process_count() > 1 else jax.device_get(params)
