@@ -85,13 +85,21 @@ def param_shardings(tree, mesh: Mesh):
     """A NamedSharding for every leaf: parameters by PARAM_AXES, their optimiser moments likewise, scalars copied."""
 
     def one(path, leaf):
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
         if leaf.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
-        dims = param_dims(name, leaf.ndim)
+        dims = param_dims(_name(path), leaf.ndim)
         return NamedSharding(mesh, PartitionSpec(*(_axes(d, n, mesh) for d, n in zip(dims, leaf.shape))))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def constrain_params(tree):
+    """Pins what is shaped like the parameters, such as their gradients, to where the parameters lie."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *param_dims(_name(path), x.ndim)), tree)
+
+
+def _name(path) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def param_dims(path: str, ndim: int) -> tuple[str | None, ...]:
