@@ -62,9 +62,12 @@ def fetch(metrics: dict) -> dict[str, tuple[float, float]]:
     return pairs
 
 
-def combine(first: dict, second: dict) -> dict:
-    """Metrics of two parts of a batch, pairs and Tables alone, as those of both; traceable."""
-    return {name: jax.tree.map(jnp.maximum if is_max(name) else jnp.add, value, second[name]) for name, value in first.items()}
+def combine(parts: dict) -> dict:
+    """Sums, pairs and Tables of the parts of a batch, one behind the other on the first axis, as those of the whole."""
+    return {
+        name: jax.tree.map(lambda x, name=name: (jnp.max if is_max(name) else jnp.sum)(x, axis=0), value)
+        for name, value in parts.items()
+    }
 
 
 class Meter:
@@ -135,17 +138,19 @@ def _split(pair_BM, is_member_BMX, names) -> Table:
     return Table(*sums, names)
 
 
-def fsq_figures(level_BTQ: jax.Array, is_audio_BT: jax.Array, scale: int) -> dict[str, jax.Array]:
-    """How the quantiser uses its levels in a batch's audio slots.
-
-    Args:
-        level_BTQ: int, -scale .. scale.
-    Returns:
-        fsq_usage: share of the 2 scale + 1 levels of a dim that occur, mean of the dims.   fsq_entropy: in bits, mean of
-        the dims; log2(2 scale + 1) if all levels come equally often.
-    """
+def count_levels(level_BTQ: jax.Array, is_audio_BT: jax.Array, scale: int) -> jax.Array:
+    """[Q, 2 scale + 1]: how often each level, -scale .. scale, stands in the audio slots of a batch."""
     is_level_BTQX = level_BTQ[..., None] == jnp.arange(-scale, scale + 1)[None, None, None]
-    count_QX = jnp.sum(is_level_BTQX & is_audio_BT[:, :, None, None], axis=(0, 1), dtype=jnp.float32)
+    return jnp.sum(is_level_BTQX & is_audio_BT[:, :, None, None], axis=(0, 1), dtype=jnp.float32)
+
+
+def fsq_figures(count_QX: jax.Array) -> dict[str, jax.Array]:
+    """How the quantiser uses its levels, by their counts.
+
+    Returns:
+        fsq_usage: share of the levels of a dim that occur, mean of the dims.   fsq_entropy: in bits, mean of the dims; at
+        most log2 of their number, where all come equally often.
+    """
     share_QX = count_QX / jnp.maximum(jnp.sum(count_QX, axis=1, keepdims=True), 1.0)
     bits_Q = -jnp.sum(jax.scipy.special.xlogy(share_QX, share_QX), axis=1) / math.log(2.0)
     return {"fsq_usage": jnp.mean((count_QX > 0).astype(jnp.float32)), "fsq_entropy": jnp.mean(bits_Q)}

@@ -99,11 +99,11 @@ class Mix:
         """The budgets of a step."""
         return self._stage(step).batch
 
-    def rows(self, step: int, part: slice = slice(None)) -> list[list[Draw]]:
-        """What each of the B rows of a step holds, or each of some of them."""
+    def rows(self, step: int, some: Sequence[int] | None = None) -> list[list[Draw]]:
+        """What each of the B rows of a step holds, or each of some of them by number."""
         stage = self._stage(step)
         first = (step - stage.first_step) * stage.batch.rows
-        found = [stage.order.at(i) for i in range(first, first + stage.batch.rows)[part]]
+        found = [stage.order.at(first + row) for row in (range(stage.batch.rows) if some is None else some)]
         return [stage.streams[g].row(stage.offsets[g] + n) for g, n in found]
 
     def heard(self, step: int) -> dict[tuple[str, str, str], tuple[int, int]]:

@@ -241,7 +241,7 @@ def loss_terms(
         with_figures: whether what the inside of the model looks like is told as well.
     Returns:
         "diff_BMP" (mean over channels), "stop_BM" (cross-entropy), "stop_logits_BM2", "target_BM"; float32. With figures:
-        "level_BTQ" (int32, -scale .. scale, of every slot), "is_audio_BT", and "maxima": "activation_max" (residual
+        "quantiser": "level_BTQ" (int32, -scale .. scale), "is_audio_BT" and "scale"; "maxima": "activation_max" (residual
         stream) and "logit_bound_max" (see `logit_bound`), each by stack, padding included.
     """
     flow_config = config.dit_config.cfm_config
@@ -295,8 +295,10 @@ def loss_terms(
     }
     if with_figures:
         stacks = figures["figures"] | figures_of_velocity["figures"]
-        (terms["level_BTQ"],) = stacks.pop("fsq_layer")["level"]
-        terms |= {"is_audio_BT": patch_index(batch) >= 0, "maxima": _maxima(stacks)}
+        (level_BTQ,) = stacks.pop("fsq_layer")["level"]
+        scale = config.scalar_quantization_scale
+        terms["quantiser"] = {"level_BTQ": level_BTQ, "is_audio_BT": patch_index(batch) >= 0, "scale": scale}
+        terms["maxima"] = _maxima(stacks)
     return terms
 
 
