@@ -70,8 +70,12 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, x.shape, strict=True)))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, dims, mesh))
+
+
+def spec(shape: tuple[int, ...], dims: tuple[str | None, ...], mesh) -> PartitionSpec:
+    """The mesh axes of an array by its logical dims; a dim that the mesh does not divide stays whole."""
+    return PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, shape, strict=True)))
 
 
 def _axes(dim, size, mesh):
@@ -88,8 +92,7 @@ def param_shardings(tree, mesh: Mesh):
         name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
         if leaf.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
-        dims = param_dims(name, leaf.ndim)
-        return NamedSharding(mesh, PartitionSpec(*(_axes(d, n, mesh) for d, n in zip(dims, leaf.shape))))
+        return NamedSharding(mesh, spec(leaf.shape, param_dims(name, leaf.ndim), mesh))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

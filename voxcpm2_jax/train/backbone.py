@@ -54,7 +54,7 @@ def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2
     )
 
 
-def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws):
+def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws, platform: str = "cpu"):
     """The weighted loss of a batch -> (scalar, metrics as (sum, count))."""
     sums = voxcpm2.loss(
         params,
@@ -65,19 +65,23 @@ def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws):
         drop_BM=draws.drop_BM,
         start_BM=draws.start_BM,
         target_patches=config.batch.target_patches,
+        max_segments=config.batch.segments,
         remat=config.remat,
+        platform=platform,
     )
     diff, stop = (total / jnp.maximum(count, 1.0) for total, count in (sums["diff"], sums["stop"]))
     loss = config.diff_weight * diff + config.stop_weight * stop
     return loss, {"loss_diff": sums["diff"], "loss_stop": sums["stop"]}
 
 
-def train_step(state: optim.TrainState, batch: Batch, *, config: BackboneRun) -> tuple[optim.TrainState, dict]:
-    """One update -> (state, metrics)."""
+def train_step(
+    state: optim.TrainState, batch: Batch, *, config: BackboneRun, platform: str = "cpu"
+) -> tuple[optim.TrainState, dict]:
+    """One update -> (state, metrics); `platform` as in `voxcpm2.loss`."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     progress = state.step.astype(jnp.float32) / config.num_steps
     draws = draw(key, config, batch.patches_BMPC, progress)
-    (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, draws)
+    (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, draws, platform)
     state, figures_of_update = optim.update(config.optim, config.num_steps, state, grads)
     is_patch_BM = batch.slot_BM >= 0
     slots = jnp.sum((batch.segment_BT > 0).astype(jnp.float32))
@@ -124,7 +128,7 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
             workdir=workdir,
             config=to_dict(config) | {"data": _made_of(source)},
             state=state,
-            train_step=_by_shape(config, mix.batches, layout),
+            train_step=_by_shape(config, mix.batches, layout, mesh.devices.flat[0].platform),
             batches_from=partial(_batches, source, mix, sharding.batch_sharding(mesh)),
             num_steps=config.num_steps,
             log=config.log,
@@ -137,14 +141,16 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
     return {name: row.get(name) for name in names}
 
 
-def _by_shape(config: BackboneRun, batches, layout):
+def _by_shape(config: BackboneRun, batches, layout, platform: str):
     """train_step for batches of each of these budgets, compiled when a stage first brings one."""
     programs = {}
     for batch in batches:
         shape = batch.rows, batch.slots, batch.patches
         if shape in programs and programs[shape][0] != batch:
-            raise UserError(f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches as well")
-        program = partial(train_step, config=dataclasses.replace(config, batch=batch))
+            raise UserError(
+                f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches and segments as well"
+            )
+        program = partial(train_step, config=dataclasses.replace(config, batch=batch), platform=platform)
         programs[shape] = batch, jax.jit(program, donate_argnums=0, out_shardings=(layout, None))
 
     def run(state, batch):
