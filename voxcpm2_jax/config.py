@@ -574,10 +574,13 @@ class BatchConfig:
     slots: int = 4096  # T, text tokens and patches of a row
     patches: int = 3072  # M, audio patches of a row
     target_patches: int | None = None  # of a row that may bear loss; None: all M
+    segments: int | None = None  # clips of a row at most; None: as many as fit. NVIDIA: attention's cost grows with it
 
     def __post_init__(self):
         if min(self.rows, self.slots, self.patches) < 1 or not 1 <= (self.target_patches or self.patches) <= self.patches:
             raise UserError(f"batch: rows, slots and patches must be at least 1, target_patches at most patches; got {self}")
+        if self.segments is not None and self.segments < 1:
+            raise UserError(f"batch: segments must be at least 1, or None for as many as fit; got {self.segments}")
 
 
 @dataclass(frozen=True)
