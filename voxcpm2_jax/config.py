@@ -639,10 +639,12 @@ class BackboneRun:
     diff_weight: float = 1.0  # x flow-matching loss
     stop_weight: float = 1.0  # x stop loss
     batch: BatchConfig = BatchConfig()
+    accumulate: int = 1  # micro-batches that an update adds up: less memory, the same result
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    mesh: tuple[int, int, int] = (1, -1, 1)  # devices along (replica, data, tensor); -1: what is left
+    # Devices along (replica, data, tensor). One may be -1: what is left; replica and data both: a replica in each TPU slice.
+    mesh: tuple[int, int, int] = (-1, -1, 1)
     patch_sec: float = 0.16  # seconds of a patch; the shards' header is checked against it
     stages: tuple[StageConfig, ...] = ()  # curriculum; none: all clips, as they are
     samples: SampleConfig = SampleConfig()
@@ -650,6 +652,8 @@ class BackboneRun:
     def __post_init__(self):
         if self.num_steps < 1:
             raise UserError(f"num_steps must be at least 1, got {self.num_steps}")
+        if self.accumulate < 1:
+            raise UserError(f"accumulate must be at least 1, got {self.accumulate}")
         if self.remat not in ("full", "none"):
             raise UserError(f"remat must be full or none, got {self.remat!r}")
         for batch in (self.batch, *(stage.batch for stage in self.stages if stage.batch)):

@@ -161,8 +161,8 @@ def train(config: VAERun, workdir, data=None, *, resume_from=None, accept_change
             workdir=workdir,
             config=to_dict(config),
             state=state,
-            train_step=jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=(copied, None)),
-            batches_from=partial(_batches, crops, config.seed, sharding.batch_sharding(mesh)),
+            train_step=jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=copied),
+            batches_from=partial(_batches, crops, config, mesh),
             num_steps=config.num_steps,
             log=config.log,
             checkpoint=config.checkpoint,
@@ -180,9 +180,12 @@ def _recordings(data) -> tuple[corpus.Corpus, corpus.Corpus]:
     return recordings, corpus.open_corpus(heldout) if path.is_file() and heldout.is_file() else recordings
 
 
-def _batches(crops: Crops, seed: int, layout, step: int) -> Iterator[dict]:
+def _batches(crops: Crops, config: VAERun, mesh, step: int) -> Iterator[dict]:
+    """Batches over all devices; every process makes the whole batch, which costs no more than copying it."""
+    rows = sharding.local_rows(mesh, config.rows)
     while True:
-        yield jax.device_put(crops.batch(seed, step), layout)
+        batch = crops.batch(config.seed, step)
+        yield sharding.global_batch({name: x_BA[rows] for name, x_BA in batch.items()}, mesh, config.rows)
         step += 1
 
 
