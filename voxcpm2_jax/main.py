@@ -99,6 +99,7 @@ def _parse(argv):
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
     sub.add_argument("--data", metavar="SHARDS[,SHARDS]", help="directories made by prepare; :tiny has data of its own")
     sub.add_argument("--dry-run", action="store_true", help="check the arguments, print the whole config, train nothing")
+    _add_start(sub)
 
     sub = command(
         "train-vae", _train_vae, "train the codec; goes on by itself if the workdir holds a checkpoint",
@@ -106,6 +107,7 @@ def _parse(argv):
     )  # fmt: skip
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
     sub.add_argument("--data", metavar="DATA", help=f"a directory that prepare left, or {_RECORDINGS}; :tiny has its own")
+    _add_start(sub)
 
     sub = command("generate", _generate, "speak a text, or every line of a file")
     sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
@@ -159,6 +161,14 @@ def _parse(argv):
     if strange:
         raise UserError(f"unrecognized arguments: {' '.join(strange)} (see voxcpm2-jax --help)")
     return args, rest
+
+
+def _add_start(sub) -> None:
+    sub.add_argument("--resume-from", metavar="CKPT", help="another run's workdir or step: a new run starts with its state")
+    sub.add_argument(
+        "--accept-config-changes", action="store_true",
+        help="go on although fields of the config differ from the checkpoint's that change what its state means",
+    )  # fmt: skip
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
@@ -293,7 +303,7 @@ def _train(args, overrides) -> int:
     _check_directory(args.workdir)
     from voxcpm2_jax.train import backbone
 
-    return _run_training(lambda: backbone.train(config, args.workdir, args.data))
+    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **_start(args)))
 
 
 def _train_vae(args, overrides) -> int:
@@ -301,7 +311,11 @@ def _train_vae(args, overrides) -> int:
     _check_directory(args.workdir)
     from voxcpm2_jax.train import vae
 
-    return _run_training(lambda: vae.train(config, args.workdir, args.data))
+    return _run_training(lambda: vae.train(config, args.workdir, args.data, **_start(args)))
+
+
+def _start(args) -> dict:
+    return {"resume_from": args.resume_from, "accept_changes": args.accept_config_changes}
 
 
 def _check_directory(path: str) -> None:
@@ -315,6 +329,7 @@ def _run_training(train) -> int:
     import jax
 
     from voxcpm2_jax import sharding
+    from voxcpm2_jax.checkpoint import SaveFailed
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 
     sharding.connect()
@@ -322,7 +337,7 @@ def _run_training(train) -> int:
         result = train()
         if jax.process_index() == 0:
             _print(result)
-    except BrokenRun as broken:
+    except (BrokenRun, SaveFailed) as broken:
         print(f"error: {broken}", file=sys.stderr)
         return FAILED
     except Preempted as preempted:

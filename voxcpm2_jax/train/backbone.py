@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from voxcpm2_jax import metrics, optim, sharding
-from voxcpm2_jax.config import BackboneRun, UserError, to_dict
+from voxcpm2_jax.checkpoint import Start
+from voxcpm2_jax.config import CHANGES, BackboneRun, UserError, to_dict
 from voxcpm2_jax.data import packing
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.models import flow, voxcpm2
@@ -182,13 +183,16 @@ def train_step(
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: BackboneRun, workdir, data=None) -> dict:
+def train(config: BackboneRun, workdir, data=None, *, resume_from=None, accept_changes: bool = False) -> dict:
     """Trains in `workdir`, from where it stopped if it holds a checkpoint -> the last row of metrics.jsonl.
 
     Args:
         data: directory of shards, or several with commas between; None: a seeded corpus in memory, of the model's own shape.
+        resume_from: another run's workdir or one step of it, whose whole state a new run starts with.
+        accept_changes: fields of the config may differ from the checkpoint's that must not (`config.CHANGES`).
     Raises:
-        UserError: shards that this model cannot read (every difference is named), or a batch that suits no mesh.
+        UserError: shards that this model cannot read (every difference is named), a batch that suits no mesh, or what
+            `checkpoint.begin` refuses.
     """
     workdir = pathlib.Path(workdir)
     source = _open(config, data)
@@ -216,6 +220,7 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
             evaluators=[] if data is None or not config.samples.every_steps else [_speaker(config, workdir)],
             flops_of=partial(_flops, config),
             counters_at=lambda step: _heard(mix, step, config.patch_sec),
+            origin=Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes),
         )
     names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
     return {name: row.get(name) for name in names}
