@@ -629,6 +629,7 @@ class BackboneRun:
     diff_weight: float = 1.0  # x flow-matching loss
     stop_weight: float = 1.0  # x stop loss
     batch: BatchConfig = BatchConfig()
+    accumulate: int = 1  # micro-batches that an update adds up: less memory, the same result
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -641,6 +642,8 @@ class BackboneRun:
     def __post_init__(self):
         if self.num_steps < 1:
             raise UserError(f"num_steps must be at least 1, got {self.num_steps}")
+        if self.accumulate < 1:
+            raise UserError(f"accumulate must be at least 1, got {self.accumulate}")
         if self.remat not in ("full", "none"):
             raise UserError(f"remat must be full or none, got {self.remat!r}")
         for batch in (self.batch, *(stage.batch for stage in self.stages if stage.batch)):

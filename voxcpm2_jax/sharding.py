@@ -180,9 +180,9 @@ def param_shardings(tree, mesh: Mesh):
     """
 
     def one(path, leaf):
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
         if leaf.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
+        name = _name(path)
         dims = param_dims(name, leaf.ndim)
         for dim, size in zip(dims, leaf.shape):
             if _axes(dim, size, mesh) != RULES[dim]:
@@ -193,6 +193,15 @@ def param_shardings(tree, mesh: Mesh):
         return NamedSharding(mesh, PartitionSpec(*(RULES[dim] for dim in dims)))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def constrain_params(tree):
+    """Pins what is shaped like the parameters, such as their gradients, to where the parameters lie."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *param_dims(_name(path), x.ndim)), tree)
+
+
+def _name(path) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def param_dims(path: str, ndim: int) -> tuple[str | None, ...]:

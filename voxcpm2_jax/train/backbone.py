@@ -3,7 +3,7 @@
     loss = diff_weight * diff + stop_weight * stop,   each a global sum over its global count
 
 Update i reads `batch(seed, i)` and draws its noise from `fold_in(key(seed), i)` at global shape, so that a result does
-not depend on the mesh.
+not depend on the mesh, nor on `accumulate`: the number of micro-batches that an update adds up.
 """
 
 import dataclasses
@@ -55,8 +55,13 @@ def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2
     )
 
 
-def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws):
-    """The weighted loss of a batch -> (scalar, metrics as (sum, count))."""
+def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws, counts=None):
+    """The weighted loss of a batch -> (scalar, metrics as (sum, count)).
+
+    Args:
+        counts: "diff" and "stop": what the two sums are divided by; None: the batch's own. A micro-batch takes those of the
+            whole batch: its losses and gradients are then parts that add up to the whole's.
+    """
     sums = voxcpm2.loss(
         params,
         config.model,
@@ -68,9 +73,49 @@ def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws):
         target_patches=config.batch.target_patches,
         remat=config.remat,
     )
-    diff, stop = (total / jnp.maximum(count, 1.0) for total, count in (sums["diff"], sums["stop"]))
+    counts = {name: count for name, (_, count) in sums.items()} if counts is None else counts
+    diff, stop = (sums[name][0] / jnp.maximum(counts[name], 1.0) for name in ("diff", "stop"))
     loss = config.diff_weight * diff + config.stop_weight * stop
     return loss, {"loss_diff": sums["diff"], "loss_stop": sums["stop"]}
+
+
+def loss_and_grads(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws):
+    """Loss, metrics as (sum, count), and gradients of a batch, in `config.accumulate` parts one after the other.
+
+    The parts are weighted by what they hold, so the result is that of the whole batch at once, to float32 rounding; no
+    more than one part's activations are in memory.
+    """
+    grad = jax.value_and_grad(objective, has_aux=True)
+    if config.accumulate == 1:
+        (loss, figures), grads = grad(params, config, batch, draws)
+        return loss, figures, grads
+    counts = _counts(config, batch)
+
+    def add(total, part):
+        figures, grads = grad(params, config, *part, counts)
+        total = jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, grads)
+        return sharding.constrain_params(total), figures
+
+    zeros = sharding.constrain_params(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
+    parts = jax.tree.map(partial(_split, parts=config.accumulate), (batch, draws))
+    grads, figures = jax.lax.scan(add, zeros, parts)
+    loss, figures = jax.tree.map(partial(jnp.sum, axis=0), figures)
+    return loss, figures, grads
+
+
+def _split(x_B, parts: int):
+    """[B, ..] -> [parts, B / parts, ..]: each part takes rows of every device, so none has to move."""
+    B, *rest = x_B.shape
+    x_BA = x_B.reshape(B // parts, parts, *rest)
+    return sharding.constrain(jnp.swapaxes(x_BA, 0, 1), None, "batch", *[None] * len(rest))
+
+
+def _counts(config: BackboneRun, batch: Batch) -> dict:
+    """Target frames and patches: what the losses of a whole batch are divided by; they do not depend on the model."""
+    M = config.batch.target_patches
+    is_target_BM = batch.target_BM[:, :M].astype(bool) & (batch.slot_BM[:, :M] >= 0)
+    patches = jnp.sum(is_target_BM.astype(jnp.float32))
+    return {"diff": patches * config.model.patch_size, "stop": patches}
 
 
 def train_step(state: optim.TrainState, batch: Batch, *, config: BackboneRun) -> tuple[optim.TrainState, dict]:
@@ -78,7 +123,7 @@ def train_step(state: optim.TrainState, batch: Batch, *, config: BackboneRun) ->
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     progress = state.step.astype(jnp.float32) / config.num_steps
     draws = draw(key, config, batch.patches_BMPC, progress)
-    (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, draws)
+    loss, figures, grads = loss_and_grads(state.params, config, batch, draws)
     state, figures_of_update = optim.update(config.optim, config.num_steps, state, grads)
     is_patch_BM = batch.slot_BM >= 0
     slots = jnp.sum((batch.segment_BT > 0).astype(jnp.float32))
@@ -114,8 +159,9 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
     mesh = sharding.make_mesh(config.mesh)
     row_shards = mesh.shape["replica"] * mesh.shape["data"]
     for batch in mix.batches:
-        if batch.rows % row_shards:
-            raise UserError(f"batch.rows {batch.rows} cannot be split over {row_shards} devices (mesh {config.mesh})")
+        if batch.rows % (row_shards * config.accumulate):
+            parts = f" x {config.accumulate} micro-batches" if config.accumulate > 1 else ""
+            raise UserError(f"batch.rows {batch.rows} cannot be split over {row_shards} devices{parts} (mesh {config.mesh})")
     if data is not None and jax.process_index() == 0:
         _keep_makers(workdir, source.paths, source.header)
     with jax.set_mesh(mesh):
