@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from voxcpm2_jax import roofline
 from voxcpm2_jax.chips import CHIPS
 from voxcpm2_jax.config import BackboneRun, BatchConfig, UserError, from_dict, to_dict
@@ -506,11 +508,11 @@ def _details(entry: dict):
 def _explanation(assumed: dict) -> list[str]:
     a = assumed
     return [
-        f"Useful FLOPs: rows {a['slots_used']:.1%} full, their patches {a['patches_used']:.1%} (measured on log-normal speech in "
-        "15 languages); padding, recomputation and attention between clips are not useful.",
-        "bound: every pass at the chip's peak, memory and links at theirs, all at once; nobody reaches it. calibrated: products "
-        f"at {a['products_reach_of_peak']:.0%} of the peak, what surrounds them at the share of the memory's bandwidth that one "
-        f"H100 reached with this model, links at {a['links_reach_of_peak']:.0%}; no TPU was measured.",
+        f"Useful FLOPs: rows {a['slots_used']:.1%} full, their patches {a['patches_used']:.1%} (measured on log-normal speech "
+        "in 15 languages); padding, recomputation and attention between clips are not useful.",
+        "bound: every pass at the chip's peak, memory and links at theirs, all at once; nobody reaches it. calibrated: "
+        f"products at {a['products_reach_of_peak']:.0%} of the peak, what surrounds them at the share of the memory's bandwidth "
+        f"that one H100 reached with this model, links at {a['links_reach_of_peak']:.0%}; no TPU was measured.",
         "exposed: transfers that take longer than the work of the layers they could hide behind.",
     ]
 
@@ -672,7 +674,7 @@ def parse_exhausted(message: str) -> dict | None:
     return sizes | {"message": message.splitlines()[0]}
 
 
-_COLLECTIVES = "all-gather|reduce-scatter|all-reduce|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
+_COLLECTIVES = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([^\s,}]+)")
@@ -719,8 +721,9 @@ def read_collectives(text: str, mesh) -> tuple[list[Collective], int]:
                 visit(re.search(r"body=%?([^\s,}]+)", one.rest)[1], times * (length or 1), inner)
             elif re.fullmatch(_COLLECTIVES, base):
                 start = instructions[re.match(r"\s*%?([^\s,)]+)", one.rest)[1]] if one.op.endswith("-done") else one
-                where = path or one.path or start.path
-                found[_placed(base, _result_bytes(one.result), start, where, mesh)] += times
+                # A fusion of this name keeps its own share of what its all-reduce adds up: a reduce-scatter on TPU.
+                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else base
+                found[_placed(kind, base, _result_bytes(one.result), start, path or one.path or start.path, mesh)] += times
             elif one.op == "send" and "_xla_megascale_transfer_type" in one.rest:
                 kind = re.search(r'transfer_type="(\w+)"', one.rest)[1].lower().replace("_", "-")
                 payload = _result_bytes(one.result) - 4  # beside it a counter of four bytes
@@ -766,11 +769,10 @@ def _part(path: str) -> str:
     return next((part for module, part in _PART_OF.items() if f"/{module}/" in f"/{path}/"), "rest")
 
 
-def _placed(kind: str, num_bytes: int, start: _Instruction, path: str, mesh) -> Collective:
-    groups = _groups(start.rest, mesh)
-    group = max(groups, key=len)
-    if kind == "reduce-scatter":
-        num_bytes *= len(group)  # the result is a share of what is reduced
+def _placed(kind: str, op: str, num_bytes: int, start: _Instruction, path: str, mesh) -> Collective:
+    group = max(_groups(start.rest, mesh), key=len)
+    if op == "reduce-scatter":
+        num_bytes *= len(group)  # its result is one share of what is reduced
     devices = mesh.devices.reshape(-1)
     places_in_mesh = [_coordinates(i, mesh.devices.shape) for i in group]
     axes = tuple(name for k, name in enumerate(mesh.axis_names) if len({c[k] for c in places_in_mesh}) > 1)
@@ -796,28 +798,34 @@ def _between_slices(kind: str, payload: int, path: str, mesh) -> Collective:
 def _groups(rest: str, mesh) -> list[list[int]]:
     """Groups of device numbers of a collective, in each way that HLO writes them."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
-        return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)", pairs[1])]
+        return [_numbers(pair) for pair in re.findall(r"\{([\d,]+)", pairs[1])]
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+        return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        (num, size), dims = (tuple(int(n) for n in iota[i].split(",")) for i in (1, 2))
-        order = tuple(int(n) for n in iota[3].split(",")) if iota[3] else tuple(range(len(dims)))
-        return _iota(num, size, dims, order)
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(([^)]*)\))? \{([^}]*)\}", rest):
+        return np.reshape(_iota(iota[2], iota[3]), _numbers(iota[1])).tolist()
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))? \{([^}]*)\}", rest
+    )
+    if named:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        inside = re.findall(r"'(\w+)'", named[3])
-        outer = [name for name in sizes if name not in inside]
+        inside = re.findall(r"'(\w+)'", named[5])
         names = list(sizes)
-        order = tuple(names.index(name) for name in (*outer, *inside))
-        size = math.prod(sizes[name] for name in inside)
-        return _iota(math.prod(sizes.values()) // size, size, tuple(sizes.values()), order)
+        ids = _numbers(named[4]) if named[4] else _iota(named[2] or str(math.prod(sizes.values())), named[3])
+        order = [names.index(name) for name in names if name not in inside] + [names.index(name) for name in inside]
+        placed = np.reshape(ids, tuple(sizes.values())).transpose(order)
+        return placed.reshape(-1, math.prod(sizes[name] for name in inside)).tolist()
+    assert "replica_groups={}" in rest, f"replica groups in a form that is not known: {rest[:200]}"
     return [list(range(mesh.devices.size))]
 
 
-def _iota(num: int, size: int, dims: Sequence[int], order: Sequence[int]) -> list[list[int]]:
-    import numpy as np
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
 
-    return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(num, size).tolist()
+
+def _iota(dims: str, order: str | None):
+    """The numbers 0, 1, .. as HLO's [dims]T(order) writes them in another order."""
+    numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return numbers.transpose(_numbers(order) if order else None).reshape(-1)
 
 
 if __name__ == "__main__":
