@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from voxcpm2_jax import __version__
-from voxcpm2_jax.config import BackboneRun, BatchConfig, DataConfig, EvaluateConfig, UserError, VAERun, from_dict
+from voxcpm2_jax.config import BackboneRun, BatchConfig, DataConfig, EvaluateConfig, UserError, VAERun, from_dict, to_dict
 
 DONE, FAILED, MISTAKE, NO, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 
@@ -103,6 +103,7 @@ def _parse(argv):
     )  # fmt: skip
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
     sub.add_argument("--data", metavar="SHARDS[,SHARDS]", help="directories made by prepare; :tiny has data of its own")
+    sub.add_argument("--dry-run", action="store_true", help="check the arguments, print the whole config, train nothing")
 
     sub = command(
         "train-vae", _train_vae, "train the codec; goes on by itself if the workdir holds a checkpoint",
@@ -301,6 +302,9 @@ def _doctor(args, overrides) -> int:
 
 def _train(args, overrides) -> int:
     config = from_dict(BackboneRun, load_config(args.config, overrides))
+    if args.dry_run:  # the launchers ask for it where they start from, which need not have the paths
+        _print({"workdir": args.workdir, "data": args.data, "config": to_dict(config)})
+        return DONE
     _check_directory(args.workdir)
     from voxcpm2_jax.train import backbone
 

@@ -4,43 +4,81 @@
     WORKDIR/tensorboard/       the same scalars, and evaluators' images and audio, if tensorboardX is installed
     standard error             one live line on a terminal, else one plain line per logged step
 
-A train step's metrics are scalars (their mean over the steps is reported) or pairs (sum, count) (divided once). A
-scalar whose name ends in `_sec` counts seconds of data and is also reported per second of wall time.
+    WORKDIR/profile/           what `--profile-steps` traced, for XProf
+
+A train step's metrics are scalars (their mean over the steps is reported), pairs (sum, count) (divided once) or Tables
+of such pairs. Names that begin with a word ending in `_max` are maxima: the largest of the steps is reported. A scalar
+whose name ends in `_sec` counts seconds of data and is also reported per second of wall time.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
 import os
 import pathlib
+import re
 import sys
 import uuid
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from voxcpm2_jax import chips
-from voxcpm2_jax.config import ModelConfig, TransformerConfig
+from voxcpm2_jax.config import ModelConfig, TransformerConfig, UserError
 
 # ---- accumulation ----------------------------------------------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Pairs (sum, count) under names of their own, X of them in two arrays: one transfer for many figures.
+
+    Stands in a step's metrics under the beginning of its names: "loss_diff/time/" has "loss_diff/time/0.0-0.1" and so on.
+    """
+
+    sum_X: Any
+    count_X: Any
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+
+def is_max(name: str) -> bool:
+    """Whether the figure of that name is a maximum: "activation_max/tslm"."""
+    return name.split("/")[0].endswith("_max")
+
+
 def fetch(metrics: dict) -> dict[str, tuple[float, float]]:
     """Metrics of one step on the host as (sum, count); waits for the step."""
-    values = jax.device_get(metrics)
-    return {k: (float(v[0]), float(v[1])) if isinstance(v, tuple) else (float(v), 1.0) for k, v in values.items()}
+    pairs = {}
+    for name, value in jax.device_get(metrics).items():
+        if isinstance(value, Table):
+            columns = (value.names, value.sum_X, value.count_X)
+            pairs |= {name + last: (float(total), float(count)) for last, total, count in zip(*columns, strict=True)}
+        else:
+            pairs[name] = (float(value[0]), float(value[1])) if isinstance(value, tuple) else (float(value), 1.0)
+    return pairs
+
+
+def combine(first: dict, second: dict) -> dict:
+    """Metrics of two parts of a batch, pairs and Tables alone, as those of both; traceable."""
+    return {name: jax.tree.map(jnp.maximum if is_max(name) else jnp.add, value, second[name]) for name, value in first.items()}
 
 
 class Meter:
-    """Sums of (sum, count) pairs, in float64; `state` is plain data that continues it exactly."""
+    """Sums of (sum, count) pairs, in float64, and maxima; `state` is plain data that continues them exactly."""
 
     def __init__(self, state: dict[str, list[float]] | None = None):
         self.state = {} if state is None else state
 
     def add(self, values: dict[str, tuple[float, float]]) -> None:
         for name, (total, count) in values.items():
-            old = self.state.get(name, [0.0, 0.0])
-            self.state[name] = [old[0] + total, old[1] + count]
+            if name not in self.state:
+                self.state[name] = [total, count]
+                continue
+            old = self.state[name]
+            self.state[name] = [max(old[0], total), count] if is_max(name) else [old[0] + total, old[1] + count]
 
     def means(self) -> dict[str, float | None]:
         """None where nothing was counted."""
@@ -100,6 +138,61 @@ def mfu(flops: float, step_sec: float) -> float | None:
     """Model FLOP utilisation of all devices, 0 to 1, for `flops` useful ones in each step; None on unknown devices."""
     peak = peak_flops(jax.devices()[0].device_kind)
     return None if peak is None else flops / (step_sec * peak * jax.device_count())
+
+
+# ---- tracing ---------------------------------------------------------------------------------------------------------
+
+
+class Profiler:
+    """Traces some updates for XProf (`xprof WORKDIR/profile`, or TensorBoard's profile plugin); a context manager.
+
+    Args:
+        steps: (a, b): updates a, a + 1 .. b - 1; None: none.   directory: where the trace goes.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, directory):
+        self._steps, self._directory = steps, str(directory)
+        self._is_on = False
+
+    def at(self, step: int, running: Any = None) -> None:
+        """Called before update number `step` is dispatched; the trace begins or ends here if it is time.
+
+        Args:
+            running: results of the update before, still on the devices; waited for where the trace begins and ends, so
+                that it holds whole updates.
+        """
+        is_wanted = self._steps is not None and self._steps[0] <= step < self._steps[1]
+        if is_wanted == self._is_on:
+            return
+        jax.block_until_ready(running)
+        if is_wanted:
+            jax.profiler.start_trace(self._directory)
+            self._is_on = True
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._is_on = False
+        jax.profiler.stop_trace()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._is_on:
+            self._stop()
+
+
+def profile_steps(text: str) -> tuple[int, int]:
+    """ "100:103" -> (100, 103).
+
+    Raises:
+        UserError: not two step numbers, the first below the second.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(f"--profile-steps={text}: expected A:B, two step numbers with A < B; updates A .. B - 1 are traced")
+    return int(match[1]), int(match[2])
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -284,9 +284,9 @@ def _batches(source, mix: Mix, mesh, start_step: int) -> Iterator[Batch]:
         yield sharding.global_batch(part, mesh, mix.batch_of(step).rows)
 
 
-def _flops(config: BackboneRun, row: dict) -> float:
+def _flops(config: BackboneRun, row: dict) -> dict[str, float]:
     used = {name: row[name] for name in ("slots", "patches", "targets", "squares")}
-    return metrics.train_flops(config.model, **used)
+    return {part: 3.0 * flops for part, flops in metrics.forward_flops(config.model, **used).items()}
 
 
 def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:

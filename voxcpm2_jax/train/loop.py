@@ -51,7 +51,7 @@ def run(
     log: LogConfig,
     checkpoint: CheckpointConfig,
     evaluators: Sequence[Evaluator] = (),
-    flops_of: Callable[[dict], float] | None = None,
+    flops_of: Callable[[dict], dict[str, float]] | None = None,
     counters_at: Callable[[int], dict] | None = None,
 ) -> tuple[Any, dict]:
     """Trains until `num_steps` updates are finished, counting those of an earlier start.
@@ -63,7 +63,7 @@ def run(
         train_step: jitted, donates the state. Its metrics are scalars or (sum, count); with the gradient norm among them
             no state can break unseen.
         batches_from: update number -> iterator of the batches from there on, on the devices.
-        flops_of: means of a row -> useful FLOPs of a step, over all devices; None: no MFU.
+        flops_of: means of a row -> useful FLOPs of a step by part, over all devices; None: no MFU.
         counters_at: update number -> what the data had given by then; kept in the checkpoint.
     Returns:
         state: after the last update.   row: the last row of metrics.jsonl.
@@ -164,11 +164,13 @@ def _log(step, meter, clock, writer, log, flops_of, figures, *, is_forced):
     is_turn = step % log.every_steps == 0
     if not (is_turn or is_forced):
         return meter
-    row = dict(sorted(meter.means().items(), key=lambda item: (not item[0].startswith("loss"), item[0])))
+    row = dict(sorted(meter.means().items(), key=lambda item: ("/" in item[0], not item[0].startswith("loss"), item[0])))
     for name in [name for name in row if name.endswith("_sec")]:
         row[f"{name}_per_sec"] = row[name] / clock.step_sec
     row |= {"step_sec": clock.step_sec, "data_wait_sec": clock.wait_sec}
-    row["mfu"] = metrics.mfu(flops_of(row), clock.step_sec) if flops_of else None
+    parts = flops_of(row) if flops_of else {}
+    row["mfu"] = metrics.mfu(sum(parts.values()), clock.step_sec) if parts else None
+    row |= {f"tflop/{part}": flops / 1e12 for part, flops in parts.items()}
     writer.write(step, row | figures)
     if not is_turn:
         return meter
