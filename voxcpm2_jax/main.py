@@ -60,6 +60,11 @@ _EXIT_CODES = """The last line of standard output is a JSON object: step, losses
 peak is unknown). Exit codes: 0 done, 1 it diverged or failed, 2 a mistake in the arguments, 75 stopped by a signal after
 saving: start the same command again."""
 
+_PLAN = """TPU topologies are compiled with the run's own train step (needs the extra "tpu", no TPU); GPUs are predicted.
+[SLICESx]KIND:AxB[xC] names TPU slices, COUNTxKIND names GPUs. Fields after commas change the run for one topology:
+--topology=v5p:8x8x8,rows=512,mesh=1x512x1,remat=full,accumulate=2 (mesh is REPLICAxDATAxTENSOR). The last line of standard
+output is a JSON object. Exit codes: 0 all fit, 3 one does not, 2 a mistake in the arguments."""
+
 
 def _parse(argv):
     """-> (arguments, config overrides as they were written)."""
@@ -135,6 +140,16 @@ def _parse(argv):
     sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
     sub.add_argument("--data", required=True, metavar="F", help=f"held-out recordings: {_RECORDINGS}")
     sub.add_argument("--output", required=True, metavar="DIR", help="result.json, audio, spectrograms")
+
+    sub = command(
+        "plan", _plan, "what a training needs and gives on TPUs and GPUs that are not here: memory, traffic, speed",
+        config="configs/backbone.py:2b", epilog=_PLAN,
+    )  # fmt: skip
+    sub.add_argument(
+        "--topology", required=True, action="append", metavar="T", help="such as v5e:16x16, 4xv6e:8x8 or 64xh100; repeatable"
+    )
+    sub.add_argument("--search", action="store_true", help="try rows x remat x mesh x accumulation; print the Pareto table")
+    sub.add_argument("--output", metavar="F.json", help="where the whole report goes")
 
     help = "measure what this machine gives"
     bench = commands.add_parser("bench", help=help, description=help)
@@ -461,6 +476,20 @@ def _evaluate(args, overrides) -> int:
     report.show(result)
     _print({name: value for name, value in result.items() if name not in ("rows", "config")})
     return DONE
+
+
+def _plan(args, overrides) -> int:
+    config = from_dict(BackboneRun, load_config(args.config, overrides))
+    if args.output:
+        _check_directory(pathlib.Path(args.output).absolute().parent)
+    from voxcpm2_jax import metrics, plan
+
+    report = plan.plan(config, args.topology, search=args.search)
+    plan.show(report)
+    if args.output:
+        metrics.replace_file(args.output, json.dumps(report, indent=1) + "\n")
+    _print(plan.brief(report))
+    return DONE if report["ok"] else NO
 
 
 def _bench_data(args, overrides) -> int:
