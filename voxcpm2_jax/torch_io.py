@@ -461,6 +461,7 @@ def write_safetensors(path, header: Mapping[str, tuple[np.dtype, tuple[int, ...]
             file.seek(8 + len(encoded) + content[name]["data_offsets"][0])
             file.write(np.ascontiguousarray(tensor).view(np.uint8).data if tensor.size else b"")
             missing.remove(name)
+            del tensor  # before the next one is read: it may be a view of all layers
         file.flush()
         os.fsync(file.fileno())
     assert not missing, missing
