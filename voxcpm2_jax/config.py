@@ -621,6 +621,16 @@ class SampleConfig:
     texts: tuple[str, ...] = ("one two three",)
 
 
+# What the backward pass finds ready besides each layer's input, by name; all else in a layer it computes again. "attention"
+# is the kernel's own state and exists on TPU alone. The figures of each policy stand in the README.
+REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
+    "full": (),
+    "narrow": ("q", "k", "v", "attention", "o"),  # gate and up again: the widest arrays, most of the products' work
+    "products": ("q", "k", "v", "attention", "o", "gate", "up"),  # only norms, activations and softmax again
+    "none": None,  # all that XLA wants to keep
+}
+
+
 @dataclass(frozen=True)
 class BackboneRun:
     """One training run of the backbone; configs/backbone.py has the variants."""
@@ -628,7 +638,8 @@ class BackboneRun:
     model: ModelConfig
     seed: int = 0  # of parameters, order and noise
     num_steps: int = 1000  # updates
-    remat: str = "full"  # what the backward pass recomputes: "full" (every layer) or "none"
+    remat: str = "full"  # what the backward pass recomputes: one of REMAT_POLICIES
+    remat_local: str | None = None  # the same for LocEnc and LocDiT, whose products are worth less for their bytes; None: remat
     diff_weight: float = 1.0  # x flow-matching loss
     stop_weight: float = 1.0  # x stop loss
     batch: BatchConfig = BatchConfig()
@@ -643,8 +654,10 @@ class BackboneRun:
     def __post_init__(self):
         if self.num_steps < 1:
             raise UserError(f"num_steps must be at least 1, got {self.num_steps}")
-        if self.remat not in ("full", "none"):
-            raise UserError(f"remat must be full or none, got {self.remat!r}")
+        for name in ("remat", "remat_local"):
+            policy = getattr(self, name)
+            if policy not in REMAT_POLICIES and not (name == "remat_local" and policy is None):
+                raise UserError(f"{name} must be one of {', '.join(REMAT_POLICIES)}; got {policy!r}")
         for batch in (self.batch, *(stage.batch for stage in self.stages if stage.batch)):
             if batch.slots > self.model.max_length:
                 raise UserError(f"batch.slots {batch.slots} exceed model.max_length {self.model.max_length}")

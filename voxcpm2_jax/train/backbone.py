@@ -67,6 +67,7 @@ def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws, p
         target_patches=config.batch.target_patches,
         max_segments=config.batch.segments,
         remat=config.remat,
+        remat_local=config.remat_local,
         platform=platform,
     )
     diff, stop = (total / jnp.maximum(count, 1.0) for total, count in (sums["diff"], sums["stop"]))
