@@ -6,7 +6,8 @@
 Four stacks of the model are made of it. Training scans over stacked layers with remat; generation runs the layers one
 by one with q/k/v and gate/up fused (`unstack`), since a scan inside the decode loop copies its weights.
 Parameters come in any float type and are cast to the type of the activations, which is the compute type; norms, RoPE
-and softmax are float32.
+and softmax are float32. Who applies a module with the collection "figures" mutable gets each layer's maxima beside its
+result; to all others they cost nothing.
 
 Source: MiniCPM-4 report; LongRoPE (arXiv 2402.13753).
 """
@@ -80,6 +81,22 @@ def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
+def largest(x: jax.Array) -> jax.Array:
+    """The largest magnitude, float32; for figures, without a gradient."""
+    return jnp.max(jnp.abs(jax.lax.stop_gradient(x))).astype(jnp.float32)
+
+
+def logit_bound(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    """No attention logit is larger: the longest query times the longest key of a row and head (Cauchy-Schwarz).
+
+    Kernels never show the logits themselves, and their true maximum would cost as much as attention does.
+    """
+    q_BTNH, k_BSKH = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q_BTNH, k_BSKH))
+    q_BN, k_BK = (jnp.max(jnp.sum(x * x, axis=-1), axis=1) for x in (q_BTNH, k_BSKH))
+    longest_BKG = q_BN.reshape(*k_BK.shape, -1) * k_BK[..., None]
+    return jnp.sqrt(jnp.max(longest_BKG) / q_BTNH.shape[-1])
+
+
 class KV(NamedTuple):
     """Keys and values that one layer has seen."""
 
@@ -121,6 +138,7 @@ class Block(nn.Module):
                 q, k, v = linear("q", N, H)(y_BTD), linear("k", K, H)(y_BTD), linear("v", K, H)(y_BTD)
             if rope is not None:
                 q, k = rotate(q, rope), rotate(k, rope)
+            self.sow("figures", "logit_bound_max", logit_bound(q, k))
             if cache is not None:
                 cache = cache.write(k, v, start_B)
                 k, v = cache
@@ -137,6 +155,7 @@ class Block(nn.Module):
             gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
             h_BTF = constrain(nn.silu(gate) * up, "batch", None, "mlp")
             x_BTD += linear("down", c.width)(h_BTF) * jnp.asarray(c.residual_scale, x_BTD.dtype)
+        self.sow("figures", "activation_max", largest(x_BTD))
         return constrain(x_BTD, "batch", None, None), cache
 
 
@@ -179,7 +198,7 @@ def run_layers(
             block = nn.remat(Block, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*kept))
         stacked = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "figures": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=config.num_layers,

@@ -77,7 +77,9 @@ class FSQ(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         z_BTQ = jnp.tanh(Linear((self.latent_dim,), name="in_proj")(x_BTD).astype(jnp.float32))
-        levels_BTQ = jnp.round(z_BTQ * self.scale) / self.scale
+        number_BTQ = jnp.round(z_BTQ * self.scale)
+        self.sow("figures", "level", jax.lax.stop_gradient(number_BTQ).astype(jnp.int32))
+        levels_BTQ = number_BTQ / self.scale
         levels_BTQ = z_BTQ + jax.lax.stop_gradient(levels_BTQ - z_BTQ)
         return Linear((self.width,), name="out_proj")(levels_BTQ.astype(x_BTD.dtype))
 
@@ -250,11 +252,16 @@ def loss_terms(
     remat: str = "full",
     remat_local: str | None = None,
     platform: str = "cpu",
+    with_figures: bool = False,
 ) -> dict:
     """Both losses of every patch that may bear loss, before any sum; arguments as in `loss`.
 
+    Args:
+        with_figures: whether what the inside of the model looks like is told as well.
     Returns:
-        "diff_BMP" (mean over channels), "stop_BM" (cross-entropy), "stop_logits_BM2", "target_BM"; float32.
+        "diff_BMP" (mean over channels), "stop_BM" (cross-entropy), "stop_logits_BM2", "target_BM"; float32. With figures:
+        "quantiser": "level_BTQ" (int32, -scale .. scale), "is_audio_BT" and "scale"; "maxima": "activation_max" (residual
+        stream) and "logit_bound_max" (see `logit_bound`), each by stack, padding included.
     """
     flow_config = config.dit_config.cfm_config
     if flow_config.noise_cond_scale and max(flow_config.noise_cond_prob_range):
@@ -264,7 +271,8 @@ def loss_terms(
     M = batch.slot_BM.shape[1] if target_patches is None else target_patches
     P, C = config.patch_size, config.feat_dim
 
-    hidden = model.apply({"params": params}, batch, method="read_batch")
+    told = ["figures"] * with_figures
+    hidden, figures = model.apply({"params": params}, batch, method="read_batch", mutable=told)
 
     # Every target looks at the slot before its own; a segment's first slot has none before it.
     slot_BM = batch.slot_BM[:, :M]
@@ -281,26 +289,69 @@ def loss_terms(
     prefix_R2D = jnp.where(is_dropped_R11, jnp.zeros_like(prefix_R2D), prefix_R2D)
 
     def velocity(x_RPC, t_R, dt_R):
-        return model.apply({"params": params}, x_RPC, prefix_R2D, cond_RPC, t_R, dt_R, method="velocity")
+        inputs = (x_RPC, prefix_R2D, cond_RPC, t_R, dt_R)
+        return model.apply({"params": params}, *inputs, method="velocity", mutable=told)
 
     def rows(x_BM):
         return x_BM[:, :M].reshape(B * M, *x_BM.shape[2:]).astype(jnp.float32)
 
-    diff_RP = flow.loss(
+    diff_RP, figures_of_velocity = flow.loss(
         velocity,
         rows(batch.patches_BMPC),
         rows(draws.noise_BMPC),
         rows(draws.time_BM),
         None if draws.start_BM is None else rows(draws.start_BM),
+        has_aux=True,
     )
     logits_R2 = model.apply({"params": params}, semantic_RD, method="stop_logits")
     label_R2 = jax.nn.one_hot(batch.stop_BM[:, :M].reshape(-1), 2)
     stop_R = -jnp.sum(jax.nn.log_softmax(logits_R2) * label_R2, axis=-1)
-    return {
+    terms = {
         "diff_BMP": diff_RP.reshape(B, M, P),
         "stop_BM": stop_R.reshape(B, M),
         "stop_logits_BM2": logits_R2.reshape(B, M, 2),
         "target_BM": batch.target_BM[:, :M].astype(bool) & (slot_BM >= 0),
+    }
+    if with_figures:
+        stacks = figures["figures"] | figures_of_velocity["figures"]
+        (level_BTQ,) = stacks.pop("fsq_layer")["level"]
+        scale = config.scalar_quantization_scale
+        terms["quantiser"] = {"level_BTQ": level_BTQ, "is_audio_BT": patch_index(batch) >= 0, "scale": scale}
+        terms["maxima"] = _maxima(stacks)
+    return terms
+
+
+def _maxima(stacks: dict) -> dict[str, dict[str, jax.Array]]:
+    """The largest over all layers: figure -> stack -> scalar."""
+    found: dict = {}
+    for stack, figures in stacks.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(figures):
+            of_stacks = found.setdefault(path[-2].key, {})  # behind the name stands the place in what was sown
+            of_stacks[stack] = jnp.maximum(of_stacks.get(stack, 0.0), jnp.max(leaf))
+    return found
+
+
+def patch_figures(terms: dict, stop_BM) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """What `loss_terms` comes to for every patch, as pairs (sum_BM, count_BM) that any set of patches adds up.
+
+    Args:
+        stop_BM: labels of the patches, of the batch.
+    Returns:
+        "loss_diff", counted in frames; "loss_stop", in patches; "stop_precision" and "stop_recall": ends found of ends
+        told, and of ends there are.
+    """
+    M, P = terms["diff_BMP"].shape[1:]
+    is_target_BM = terms["target_BM"]
+    is_told_BM = is_target_BM & (jnp.argmax(terms["stop_logits_BM2"], axis=-1) == 1)
+    is_end_BM = is_target_BM & (jnp.asarray(stop_BM)[:, :M] == 1)
+    weight_BM, told_BM, end_BM, hit_BM = (
+        x_BM.astype(jnp.float32) for x_BM in (is_target_BM, is_told_BM, is_end_BM, is_told_BM & is_end_BM)
+    )
+    return {
+        "loss_diff": (jnp.sum(terms["diff_BMP"], axis=-1) * weight_BM, weight_BM * P),
+        "loss_stop": (terms["stop_BM"] * weight_BM, weight_BM),
+        "stop_precision": (hit_BM, told_BM),
+        "stop_recall": (hit_BM, end_BM),
     }
 
 
@@ -335,12 +386,8 @@ def loss(
     draws = Draws(time_BM, noise_BMPC, drop_BM, start_BM)
     form = {"target_patches": target_patches, "max_segments": max_segments, "platform": platform}
     terms = loss_terms(params, config, batch, draws, remat=remat, remat_local=remat_local, **form)
-    weight_BM = terms["target_BM"].astype(jnp.float32)
-    num_patches = jnp.sum(weight_BM)
-    return {
-        "diff": (jnp.sum(terms["diff_BMP"] * weight_BM[..., None]), num_patches * config.patch_size),
-        "stop": (jnp.sum(terms["stop_BM"] * weight_BM), num_patches),
-    }
+    of_patches = patch_figures(terms, batch.stop_BM)
+    return {name: tuple(jnp.sum(x_BM) for x_BM in of_patches[f"loss_{name}"]) for name in ("diff", "stop")}
 
 
 # ---- generation ----------------------------------------------------------------------------------------------------
