@@ -15,10 +15,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from voxcpm2_jax import checkpoint, optim
-from voxcpm2_jax.config import CheckpointConfig, LogConfig, OptimConfig, UserError
-from voxcpm2_jax.train import loop
+from voxcpm2_jax.config import CheckpointConfig, GuardConfig, LogConfig, OptimConfig, UserError, WatchdogConfig
+from voxcpm2_jax.train import guard, loop
 
 OPTIM = OptimConfig(learning_rate=0.1, warmup_steps=2, schedule_steps=20, ema_decay=0.9)
+GUARD = GuardConfig(window=4, spike=12.0, max_in_a_row=3, max_rollbacks=2)
 
 
 @jax.tree_util.register_dataclass
@@ -28,30 +29,32 @@ class State:
     params: Any
     opt_state: Any
     ema: Any
+    guard: Any
 
 
 class Toy:
-    """Fits a matrix to noise; row 0 of the batch is a fault that turns the loss into NaN."""
+    """Fits a matrix to noise. `faults` tells what the first row of a batch is, instead of noise of size 1."""
 
-    def __init__(self, num_devices):
+    def __init__(self, num_devices, guard_config=GUARD):
+        self.guard = guard_config
         mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",), axis_types=(AxisType.Auto,))
         self.split, self.copied = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
         self.tx = optim.make(OPTIM, num_steps=20)
-        self.fault_at = None
+        self.faults = {}
         self.seen = []
 
     def state(self):
         params = {"kernel": jax.random.normal(jax.random.key(1), (16, 8)), "bias": jnp.zeros(8)}
-        state = State(jnp.int32(0), params, self.tx.init(params), jax.tree.map(jnp.copy, params))
-        return jax.device_put(state, jax.tree.map(lambda x: self.split if x.ndim == 2 else self.copied, state))
+        state = State(jnp.int32(0), params, self.tx.init(params), jax.tree.map(jnp.copy, params), guard.init(self.guard))
+        return jax.device_put(state, jax.tree.map(lambda x: self.split if x.shape == (16, 8) else self.copied, state))
 
     def batches_from(self, start):
         step = start
         while True:
             self.seen.append(step)
             x_BD = np.random.default_rng(step).normal(size=(8, 16)).astype(np.float32)
-            if step == self.fault_at:
-                x_BD[0] = np.nan
+            if step in self.faults:
+                x_BD[0] = self.faults[step]
             yield jax.device_put(x_BD, self.split)
             step += 1
 
@@ -71,7 +74,8 @@ class Toy:
             ema = optim.ema_update(state.ema, params, OPTIM.ema_decay)
             values = {"loss": loss, "loss_diff": (error, jnp.float32(64)), "loss_stop": (jnp.float32(0), jnp.float32(0))}
             values |= {"grad_norm": optax.global_norm(grads), "audio_sec": jnp.float32(3)}
-            return State(state.step + 1, params, opt_state, ema), values
+            new = State(state.step + 1, params, opt_state, ema, None)
+            return guard.judge(self.guard, state, new, values)
 
         return train_step
 
@@ -83,6 +87,8 @@ class Toy:
             "batches_from": self.batches_from,
             "log": LogConfig(every_steps=3),
             "checkpoint": CheckpointConfig(every_steps=4, keep=2),
+            "guard": self.guard,
+            "watchdog": WatchdogConfig(),
         }
         return loop.run(workdir=workdir, num_steps=num_steps, **(arguments | changes))
 
@@ -94,7 +100,7 @@ def toy_1():
 
 @pytest.fixture
 def toy(toy_1):
-    toy_1.fault_at, toy_1.seen = None, []
+    toy_1.faults, toy_1.seen = {}, []
     return toy_1
 
 
@@ -156,9 +162,10 @@ def test_finished_run_does_nothing(tmp_path, toy):
     assert again == first and int(state.step) == 4 and toy.seen == []
 
 
-def test_broken_step_is_named_and_never_saved(tmp_path, toy):
-    """The fault sits in the very step that would be saved; the last row and checkpoint are from before it."""
-    toy.fault_at = 7
+def test_broken_step_is_named_and_never_saved(tmp_path):
+    """Without a guard. The fault sits in the very step that would be saved; the last row and checkpoint are from before."""
+    toy = Toy(1, GuardConfig(on=False))
+    toy.faults = {7: np.nan}
     with pytest.raises(loop.BrokenRun, match="step 8: not finite: grad_norm, loss, loss_diff"):
         toy.run(tmp_path, 12)
     assert checkpoint.Checkpoints(tmp_path, 2, 4).latest_step() == 4
