@@ -5,6 +5,9 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import jax
@@ -188,6 +191,56 @@ def test_signal_saves_and_the_next_start_goes_on(tmp_path, toy):
     state, _ = toy.run(tmp_path / "parts", 10, batches_from=batches_from)
     assert int(state.step) == 10
     assert learned(tmp_path / "parts") == learned(tmp_path / "whole")
+
+
+_DEEP_IN_C = """
+import ctypes
+from voxcpm2_jax.train.loop import _signals
+with _signals():
+    lock = ctypes.create_string_buffer(64)
+    ctypes.CDLL(None).pthread_mutex_lock(lock)
+    print("ready", flush=True)
+    ctypes.CDLL(None).pthread_mutex_lock(lock)
+"""
+
+
+@pytest.mark.parametrize("first, second, code", [("SIGTERM", "SIGINT", 130), ("SIGINT", "SIGTERM", 143)])
+def test_a_second_signal_ends_the_process_at_once(first, second, code):
+    """Even where the loop waits in a call that never comes back, as for a process that is gone."""
+    command, pipes = [sys.executable, "-c", _DEEP_IN_C], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as child:
+        try:
+            assert child.stdout.readline() == "ready\n"
+            child.send_signal(signal.Signals[first])
+            assert child.stderr.readline().startswith(f"{first}: saving after this step, then stopping")
+            assert child.poll() is None
+            child.send_signal(signal.Signals[second])
+            assert child.wait(timeout=10) == code
+        finally:
+            child.kill()
+
+
+def test_goodput_counts_steps_that_last_against_all_time_since_the_first_start(tmp_path, toy):
+    """A second start goes on counting from the checkpoint: what was beyond it, and the time in between, are lost."""
+    toy.run(tmp_path, 1)  # compiled by now, here and for all that follows
+
+    def slow(state, batch):
+        time.sleep(0.02)
+        return toy.train_step(state, batch)
+
+    (tmp_path / "run").mkdir()
+    toy.run(tmp_path / "run", 8, train_step=slow)
+    first = rows(tmp_path / "run")[-1]
+    counted = checkpoint.read_meta(tmp_path / "run" / "checkpoints" / "8")["clock"]["counted_sec"]
+    assert 7 * 0.02 <= counted < 7 * 0.02 + 1 and 0 < first["goodput"] < 1  # the first step of a start compiles
+    # Saved at 4, and again after the last row.
+    assert [row["checkpoint_sec"] > 0 for row in rows(tmp_path / "run")] == [False, True, False]
+    time.sleep(0.5)
+    toy.run(tmp_path / "run", 12, train_step=slow)
+    clock = checkpoint.read_meta(tmp_path / "run" / "checkpoints" / "12")["clock"]
+    assert counted + 3 * 0.02 <= clock["counted_sec"] < counted + 3 * 0.02 + 1
+    last = rows(tmp_path / "run")[-1]
+    assert last["goodput"] * (time.time() - clock["first_start"]) == pytest.approx(clock["counted_sec"], rel=0.5)
 
 
 def test_evaluation_comes_before_the_save_and_joins_the_row(tmp_path, toy):
