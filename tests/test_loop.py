@@ -243,6 +243,11 @@ def test_goodput_counts_steps_that_last_against_all_time_since_the_first_start(t
     assert last["goodput"] * (time.time() - clock["first_start"]) == pytest.approx(clock["counted_sec"], rel=0.5)
 
 
+def test_profile_steps_leave_a_trace(tmp_path, toy):
+    toy.run(tmp_path, 5, profile_steps=(2, 4))
+    assert list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
+
+
 def test_evaluation_comes_before_the_save_and_joins_the_row(tmp_path, toy):
     calls = []
 

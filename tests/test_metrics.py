@@ -55,11 +55,41 @@ def test_tables_become_figures_and_maxima_stay_maxima():
         meter = metrics.Meter(json.loads(json.dumps(meter.state)))
     means = {"loss/time/early": 1.0, "loss/time/late": None, "activation_max/tslm": -1.0, "activation_max/ralm": 4.0}
     assert meter.means() == means
-    of_both = metrics.fetch(metrics.combine(step(1), step(2)))
+    of_both = metrics.fetch(metrics.combine(jax.tree.map(lambda *x: jnp.stack(x), step(1), step(2))))
     assert of_both == {
         "loss/time/early": (3.0, 4.0), "loss/time/late": (6.0, 0.0),
         "activation_max/tslm": (-1.0, 1.0), "activation_max/ralm": (4.0, 1.0),
     }  # fmt: skip
+
+
+def test_patches_count_for_their_own_groups_alone():
+    time_BM = jnp.float32([[0.05, 0.999, 1.0, 0.05]])
+    label_BM = jnp.int32([[0, 1, 1, -1]])
+    pair_BM = (jnp.float32([[1, 2, 4, 0]]), jnp.float32([[1, 1, 1, 0]]))
+    labels = metrics.name_labels([("books", "en", "zero-shot"), ("films", "en", "described reference")], [2.0, 1.0])
+    found = metrics.fetch({
+        "loss/time/": metrics.by_time(pair_BM, time_BM), "loss/": metrics.by_label(pair_BM, label_BM, labels)
+    })  # fmt: skip
+    assert {name: pair for name, pair in found.items() if pair[1]} == {
+        "loss/time/0.0-0.1": (1, 1), "loss/time/0.9-1.0": (6, 2),
+        "loss/dataset/books": (1, 1), "loss/dataset/films": (6, 2), "loss/language/en": (7, 3),
+        "loss/mode/zero-shot": (1, 1), "loss/mode/described-reference": (6, 2),
+    }  # fmt: skip
+
+
+def test_only_the_largest_groups_have_names():
+    labels = [(f"d{i}", "en", "prompt") for i in range(40)]
+    named = metrics.name_labels(labels, weights=list(range(40)))
+    datasets = {name for name in named.names if name.startswith("dataset/")}
+    assert datasets == {f"dataset/d{i}" for i in range(8, 40)} | {"dataset/other"}
+    assert [named.names[member[0]] for member in named.members[6:9]] == ["dataset/other"] * 2 + ["dataset/d8"]
+
+
+def test_usage_and_entropy_of_levels():
+    """Of two dims one uses two of three levels evenly, one a single level; what is no audio does not count."""
+    level_BTQ = jnp.int32([[[-1, 0], [1, 0], [0, 1]]])
+    found = metrics.fsq_figures(metrics.count_levels(level_BTQ, jnp.array([[True, True, False]]), 1))
+    assert float(found["fsq_usage"]) == pytest.approx((2 + 1) / 6) and float(found["fsq_entropy"]) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("last", [3, 10])

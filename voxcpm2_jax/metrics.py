@@ -20,6 +20,7 @@ import pathlib
 import re
 import sys
 import uuid
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,9 +62,12 @@ def fetch(metrics: dict) -> dict[str, tuple[float, float]]:
     return pairs
 
 
-def combine(first: dict, second: dict) -> dict:
-    """Metrics of two parts of a batch, pairs and Tables alone, as those of both; traceable."""
-    return {name: jax.tree.map(jnp.maximum if is_max(name) else jnp.add, value, second[name]) for name, value in first.items()}
+def combine(parts: dict) -> dict:
+    """Sums, pairs and Tables of the parts of a batch, one behind the other on the first axis, as those of the whole."""
+    return {
+        name: jax.tree.map(lambda x, name=name: (jnp.max if is_max(name) else jnp.sum)(x, axis=0), value)
+        for name, value in parts.items()
+    }
 
 
 class Meter:
@@ -83,6 +87,87 @@ class Meter:
     def means(self) -> dict[str, float | None]:
         """None where nothing was counted."""
         return {name: total / count if count else None for name, (total, count) in self.state.items()}
+
+
+# ---- figures of a batch ----------------------------------------------------------------------------------------------
+
+TIME_BINS = tuple(f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10))  # of flow time, 0 (clean) .. 1 (noise)
+MOST_NAMES = 32  # of data sets, and of languages; those with less audio than the largest are "other"
+
+
+class Labels(NamedTuple):
+    """The groups that clips are told by: X names such as "language/en", and the three that each label is a member of."""
+
+    names: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]  # by label
+
+
+def name_labels(labels: Sequence[tuple[str, str, str]], weights: Sequence[float]) -> Labels:
+    """The groups of labels.
+
+    Args:
+        labels: (data set, language, mode) of every label.   weights: audio of every label, to keep the largest by.
+    """
+    names: dict[str, int] = {}
+    columns = []
+    for kind, column in zip(("dataset", "language", "mode"), zip(*labels)):
+        audio: dict[str, float] = dict.fromkeys(column, 0.0)
+        for name, weight in zip(column, weights, strict=True):
+            audio[name] += weight
+        kept = sorted(audio, key=lambda name: -audio[name])[:MOST_NAMES]
+        shown = [f"{kind}/{name if name in kept else 'other'}".replace(" ", "-") for name in column]
+        columns.append([names.setdefault(name, len(names)) for name in shown])
+    return Labels(tuple(names), tuple(zip(*columns)))
+
+
+def by_time(pair_BM: tuple[jax.Array, jax.Array], time_BM: jax.Array) -> Table:
+    """Sums and counts of patches by flow time."""
+    bin_BM = jnp.clip((time_BM * len(TIME_BINS)).astype(jnp.int32), 0, len(TIME_BINS) - 1)
+    return _split(pair_BM, bin_BM[..., None] == jnp.arange(len(TIME_BINS))[None, None], TIME_BINS)
+
+
+def by_label(pair_BM: tuple[jax.Array, jax.Array], label_BM: jax.Array, labels: Labels) -> Table:
+    """Sums and counts of patches by data set, language and mode."""
+    member_BM3 = jnp.asarray(labels.members)[jnp.maximum(label_BM, 0)]
+    is_member_BMX = jnp.any(member_BM3[..., None] == jnp.arange(len(labels.names))[None, None, None], axis=2)
+    return _split(pair_BM, is_member_BMX, labels.names)
+
+
+def _split(pair_BM, is_member_BMX, names) -> Table:
+    sums = (jnp.sum(jnp.where(is_member_BMX, x_BM[..., None], 0.0), axis=(0, 1)) for x_BM in pair_BM)
+    return Table(*sums, names)
+
+
+def count_levels(level_BTQ: jax.Array, is_audio_BT: jax.Array, scale: int) -> jax.Array:
+    """[Q, 2 scale + 1]: how often each level, -scale .. scale, stands in the audio slots of a batch."""
+    is_level_BTQX = level_BTQ[..., None] == jnp.arange(-scale, scale + 1)[None, None, None]
+    return jnp.sum(is_level_BTQX & is_audio_BT[:, :, None, None], axis=(0, 1), dtype=jnp.float32)
+
+
+def fsq_figures(count_QX: jax.Array) -> dict[str, jax.Array]:
+    """How the quantiser uses its levels, by their counts.
+
+    Returns:
+        fsq_usage: share of the levels of a dim that occur, mean of the dims.   fsq_entropy: in bits, mean of the dims; at
+        most log2 of their number, where all come equally often.
+    """
+    share_QX = count_QX / jnp.maximum(jnp.sum(count_QX, axis=1, keepdims=True), 1.0)
+    bits_Q = -jnp.sum(jax.scipy.special.xlogy(share_QX, share_QX), axis=1) / math.log(2.0)
+    return {"fsq_usage": jnp.mean((count_QX > 0).astype(jnp.float32)), "fsq_entropy": jnp.mean(bits_Q)}
+
+
+def of_parts(values: dict[str, jax.Array]) -> Table:
+    """A number of each part of the model."""
+    value_X = jnp.stack(list(values.values()))
+    return Table(value_X, jnp.ones_like(value_X), tuple(values))
+
+
+def norms(tree: dict) -> dict[str, jax.Array]:
+    """The norm of each top-level branch of a tree laid out like the parameters, float32."""
+    return {
+        name: jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(branch)))
+        for name, branch in tree.items()
+    }
 
 
 # ---- useful work -----------------------------------------------------------------------------------------------------

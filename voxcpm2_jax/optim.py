@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from voxcpm2_jax import metrics
 from voxcpm2_jax.config import OptimConfig
 
 # Names of the parameters that weight decay shrinks. Norm scales, biases, gains and learned single tokens go by other
@@ -109,9 +110,11 @@ def init_state(config: OptimConfig, num_steps: int, params) -> TrainState:
 
 
 def update(config: OptimConfig, num_steps: int, state: TrainState, grads) -> tuple[TrainState, dict]:
-    """One update -> (state, gradient norm and learning rate)."""
+    """One update -> (state, norms of gradient and update, whole and by part, and learning rate)."""
     updates, opt_state = make(config, num_steps).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else ema_update(state.ema, params, config.ema_decay)
-    figures = {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(config, num_steps)(state.step)}
+    figures = {"learning_rate": schedule(config, num_steps)(state.step)}
+    for name, tree in (("grad_norm", grads), ("update_norm", updates)):
+        figures |= {name: optax.global_norm(tree), f"{name}/": metrics.of_parts(metrics.norms(tree))}
     return TrainState(state.step + 1, params, opt_state, ema), figures

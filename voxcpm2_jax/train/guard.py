@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -102,7 +102,7 @@ class Ledger:
     """The batches that no update came of.
 
     Those that were skipped are kept in the checkpoint alone, for a run that goes on from it skips them again. Those that are
-    passed over stand in WORKDIR/stepped_over.jsonl as well, one line a batch, before the run goes back.
+    passed over stand in WORKDIR/stepped_over.jsonl as well, one line a batch, before the run goes on.
 
     Args:
         saved: `state` of the checkpoint that the run goes on from; None: there is none.
@@ -145,6 +145,11 @@ class Ledger:
         return (self.in_a_row or 0) >= self._config.max_in_a_row
 
     @property
+    def bad(self) -> list[int]:
+        """The batches that it has to go back for."""
+        return self.skipped[-self.in_a_row :] if self.is_stuck else []
+
+    @property
     def state(self) -> dict:
         """Plain data for a checkpoint."""
         return {"skipped": self.skipped, "stepped_over": [self._over[batch] for batch in sorted(self._over)]}
@@ -157,18 +162,16 @@ class Ledger:
         """Batches before `step` that were skipped or passed over."""
         return frozenset(batch for batch in (*self.skipped, *self._over) if batch < step)
 
-    def step_over(self, back_to: int | None, clips_at: Callable[[int], list[str]] | None) -> str:
-        """Settles what is passed over once a stuck run is back at step `back_to`, its last checkpoint -> what to say of it.
+    def step_over(self, bad: Sequence[int], back_to: int, clips_at: Callable[[int], list[str]] | None) -> str:
+        """Settles what is passed over, when a run is back at its last checkpoint -> what to say of it.
 
         Args:
+            bad: batches that it went back for.   back_to: step of the checkpoint.
             clips_at: batch -> names of what is in it.
         Raises:
-            BrokenRun: there is no checkpoint, or the run has been back there too often.
+            BrokenRun: the run has been there too often.
         """
-        bad = self.skipped[-self.in_a_row :]
         what = f"step {bad[-1] + 1}: {len(bad)} bad updates in a row"
-        if back_to is None:
-            raise BrokenRun(f"{what}, and no checkpoint yet to go back to")
         most = self._config.max_rollbacks
         time = 1 + max((line["rollback"] for line in self._over.values() if line["back_to"] == back_to), default=0)
         if time > most:

@@ -29,7 +29,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from voxcpm2_jax import metrics
-from voxcpm2_jax.checkpoint import Checkpoints
+from voxcpm2_jax.checkpoint import Checkpoints, Start, begin
 from voxcpm2_jax.config import CheckpointConfig, GuardConfig, LogConfig, WatchdogConfig
 from voxcpm2_jax.train.guard import VERDICT, BrokenRun, Ledger, complaint, not_finite
 from voxcpm2_jax.train.watchdog import Watchdog
@@ -60,6 +60,8 @@ def run(
     flops_of: Callable[[dict], dict[str, float]] | None = None,
     counters_at: Callable[[int, frozenset[int]], dict] | None = None,
     clips_at: Callable[[int], list[str]] | None = None,
+    origin: Start | None = None,
+    profile_steps: tuple[int, int] | None = None,
 ) -> tuple[Any, dict]:
     """Trains until `num_steps` updates are finished, counting those of an earlier start.
 
@@ -74,6 +76,9 @@ def run(
         counters_at: step, batches before it that no update came of -> what the data had given by then; kept in the
             checkpoint.
         clips_at: batch number -> names of what is in it, for messages and records.
+        origin: where to start if the workdir holds no checkpoint, and which fields of the config may differ from one's.
+            None: afresh, and any.
+        profile_steps: (a, b): updates a .. b - 1 are traced, into WORKDIR/profile.
     Returns:
         state: after the last update.   row: the last row of metrics.jsonl.
     Raises:
@@ -85,26 +90,30 @@ def run(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_signals())
         dog = stack.enter_context(Watchdog(watchdog))
-        checkpoints = Checkpoints(workdir, checkpoint.keep, checkpoint.every_steps)
+        checkpoints = Checkpoints(workdir, **dataclasses.asdict(checkpoint))
         stack.callback(checkpoints.close)
-        is_first = True
-        while True:  # once, and once more after every way back to a checkpoint
+        bad: list[int] = []  # batches that the run goes back for
+        while True:  # once, and once more for every way back
             dog.slow("reading a checkpoint")
-            state, meta = _resume(checkpoints, state)
+            is_own = checkpoints.latest_step() is not None
+            if bad and not is_own:
+                raise BrokenRun(f"step {bad[-1] + 1}: {len(bad)} bad updates in a row, and no checkpoint yet to go back to")
+            state, meta = begin(checkpoints, state, config, origin or Start())
             start = step = int(state.step)
-            if is_first and jax.process_index() == 0:
-                _write_config(workdir, config, meta, start)
-            is_first = False
+            if jax.process_index() == 0:
+                metrics.replace_file(workdir / "config.json", json.dumps(config, indent=2) + "\n")
             ledger = Ledger(workdir, guard, meta.get("ledger"))
+            if bad:
+                _say(ledger.step_over(bad, start, clips_at))
             meter = metrics.Meter(meta.get("meter"))
-            clock = _Clock(meta.get("clock"))
-            with contextlib.ExitStack() as leg:
-                writer = leg.enter_context(metrics.Writer(workdir, start_step=start, num_steps=num_steps))
-                batches = batches_from(start) if start < num_steps else iter(())
-                leg.callback(getattr(batches, "close", lambda: None))
+            clock = _Clock(meta.get("clock") if is_own else None)
+            with (
+                metrics.Writer(workdir, start_step=start, num_steps=num_steps) as writer,
+                metrics.Profiler(profile_steps, workdir / "profile") as profiler,
+                contextlib.closing(_Feed(batches_from, start, num_steps)) as feed,
+            ):
                 settle = partial(_settle, clock=clock, ledger=ledger, stop=stop, clips_at=clips_at)
                 write = partial(_log, clock=clock, ledger=ledger, writer=writer, log=log, flops_of=flops_of)
-                shapes = set()  # of batches that the step is compiled for
                 pending = None  # the newest step, still on the devices
                 is_owed = False  # a save is due; it waits for an update that is kept
 
@@ -113,6 +122,7 @@ def run(
                     is_last = step >= num_steps or stop.number != 0
                     due = [e for e in evaluators if is_new and step % e.every_steps == 0]
                     is_owed = is_new and (is_owed or is_last or checkpoints.is_due(step))
+                    figures = {}
                     if due or is_owed:
                         if pending is not None:
                             with clock.busy():
@@ -128,7 +138,7 @@ def run(
                         with clock.saving():
                             counters = counters_at(step, ledger.without_update(step)) if counters_at else {}
                             kept = {"meter": meter.state, "ledger": ledger.state, "clock": clock.state}
-                            checkpoints.save(step, state, {"config": config, "data": counters} | kept)
+                            checkpoints.save(step, state, {"config": config, "data": counters} | kept, figures)
                         is_owed = False
                     if is_last:
                         checkpoints.wait()
@@ -136,15 +146,14 @@ def run(
                     checkpoints.check()
                     dog.waiting(step)
                     with clock.waiting():
-                        batch = next(batches)
-                    shape = tuple(x.shape for x in jax.tree.leaves(batch))
-                    dog.stepping(step + 1, is_compiling=shape not in shapes)
-                    with clock.busy() if shape in shapes else clock.compiling():
+                        batch, is_strange = feed.next()
+                    dog.stepping(step + 1, is_compiling=is_strange)
+                    profiler.at(step, pending and pending.figures)
+                    with clock.compiling() if is_strange else clock.busy():
                         if ledger.is_over(step):
                             state, new = dataclasses.replace(state, step=_next(state.step)), {}
                         else:
                             state, new = train_step(state, batch)
-                            shapes.add(shape)
                         asked = stop.ask()
                     if pending is not None:
                         with clock.busy():
@@ -157,11 +166,11 @@ def run(
                     step += 1
                     writer.advance(step)
 
-            if not ledger.is_stuck:
+            bad = ledger.bad
+            if not bad:
                 break
-            dog.slow("going back to a checkpoint")
+            dog.slow("waiting for a save, to go back to it")
             checkpoints.wait()
-            _say(ledger.step_over(checkpoints.latest_step(), clips_at))
 
         if step < num_steps:
             name = signal.Signals(stop.number).name
@@ -179,29 +188,23 @@ class _Pending(NamedTuple):
 _next = jax.jit(lambda step: step + 1)
 
 
-def _resume(checkpoints: Checkpoints, state):
-    """The newest saved state in the place of `state`, whose memory it takes, and its meta; else `state` and {}."""
-    if checkpoints.latest_step() is None:
-        return state, {}
-    layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    jax.tree.map(lambda x: x.delete(), state)
-    return checkpoints.restore(layout)
+class _Feed:
+    """The batches from `start` on."""
 
+    def __init__(self, batches_from, start: int, num_steps: int):
+        self._batches = batches_from(start) if start < num_steps else iter(())
+        self._shapes: set[tuple] = set()
 
-def _write_config(workdir, config, meta, start):
-    if meta:
-        print(f"resuming {workdir} at step {start}", file=sys.stderr)
-        for change in sorted(_changes(meta["config"], config)):
-            print(f"config differs from the checkpoint's: {change}", file=sys.stderr)
-    metrics.replace_file(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+    def next(self) -> tuple[Any, bool]:
+        """The next batch, and whether it is the first of its shape: the step will have to be compiled for it."""
+        batch = next(self._batches)
+        shape = tuple(x.shape for x in jax.tree.leaves(batch))
+        is_strange = shape not in self._shapes
+        self._shapes.add(shape)
+        return batch, is_strange
 
-
-def _changes(old, new, where="") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in old.keys() | new.keys():
-            yield from _changes(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-    elif old != new:
-        yield f"{where}: {old!r} -> {new!r}"
+    def close(self) -> None:
+        getattr(self._batches, "close", lambda: None)()
 
 
 def _settle(step, pending, meter, *, clock, ledger, stop, clips_at) -> None:
