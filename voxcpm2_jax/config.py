@@ -573,6 +573,47 @@ class LogConfig:
             raise UserError(f"log.every_steps must be at least 1, got {self.every_steps}")
 
 
+@dataclass(frozen=True)
+class GuardConfig:
+    """Which updates are skipped, and what happens when they do not end; see train/guard.py."""
+
+    on: bool = True  # False: a figure that is not finite ends the run
+    window: int = 128  # kept updates that a spike is told by; none is before there are as many
+    spike: float | None = 12.0  # median absolute deviations of log loss or log gradient norm over their median; None: any
+    max_in_a_row: int = 8  # skipped updates after which the run goes back to its last checkpoint
+    max_rollbacks: int = 3  # to the same checkpoint; then the run ends
+
+    def __post_init__(self):
+        def check(name, ok, expected):
+            if not ok:
+                raise UserError(f"guard.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        check("window", self.window >= 2, "at least 2 updates")
+        check("spike", self.spike is None or self.spike > 0, "None or a number over 0")
+        check("max_in_a_row", self.max_in_a_row >= 1, "at least 1 update")
+        check("max_rollbacks", self.max_rollbacks >= 0, "0 or more")
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """When a run counts as stuck; see train/watchdog.py."""
+
+    factor: float = 20.0  # x the median step; a step or a wait for data that lasts longer is a stall
+    min_sec: float = 300.0  # shorter ones are none
+    slow_sec: float = 3600.0  # limit of what is no step: compiling, reading and writing checkpoints, evaluating
+    action: str = "report"  # "report": where every thread stands, once a stall; "exit": then also leave with code 75
+
+    def __post_init__(self):
+        def check(name, ok, expected):
+            if not ok:
+                raise UserError(f"watchdog.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        check("factor", self.factor > 1, "a number over 1")
+        check("min_sec", self.min_sec > 0, "seconds over 0")
+        check("slow_sec", self.slow_sec > 0, "seconds over 0")
+        check("action", self.action in ("report", "exit"), "report or exit")
+
+
 # ---- backbone run ----------------------------------------------------------------------------------------------------
 
 
@@ -661,6 +702,8 @@ class BackboneRun:
     mesh: tuple[int, int, int] = (-1, -1, 1)
     patch_sec: float = 0.16  # seconds of a patch; the shards' header is checked against it
     stages: tuple[StageConfig, ...] = ()  # curriculum; none: all clips, as they are
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     samples: SampleConfig = SampleConfig()
 
     def __post_init__(self):
@@ -858,6 +901,8 @@ class VAERun:
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     sample_every_steps: int = 1000  # updates between two reconstructions of held-out clips
     num_samples: int = 4  # held-out clips that are reconstructed
 

@@ -104,6 +104,7 @@ def _parse(argv):
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
     sub.add_argument("--data", metavar="SHARDS[,SHARDS]", help="directories made by prepare; :tiny has data of its own")
     sub.add_argument("--dry-run", action="store_true", help="check the arguments, print the whole config, train nothing")
+    sub.add_argument("--profile-steps", metavar="A:B", help="trace updates A .. B - 1 into WORKDIR/profile, for XProf")
     _add_start(sub)
 
     sub = command(
@@ -316,9 +317,11 @@ def _train(args, overrides) -> int:
         _print({"workdir": args.workdir, "data": args.data, "config": to_dict(config)})
         return DONE
     _check_directory(args.workdir)
+    from voxcpm2_jax import metrics
     from voxcpm2_jax.train import backbone
 
-    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **_start(args)))
+    options = _start(args) | {"profile_steps": args.profile_steps and metrics.profile_steps(args.profile_steps)}
+    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **options))
 
 
 def _train_vae(args, overrides) -> int:

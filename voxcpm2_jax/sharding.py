@@ -177,16 +177,16 @@ def _axes(dim, size, mesh):
 
 
 def param_shardings(tree, mesh: Mesh):
-    """A NamedSharding for every leaf: parameters by PARAM_AXES, their optimiser moments likewise, scalars copied.
+    """A NamedSharding for every leaf: parameters by PARAM_AXES, their optimiser moments likewise; scalars and the guard copied.
 
     Raises:
         UserError: an axis of the mesh does not divide what it has to split; nothing is copied in silence instead.
     """
 
     def one(path, leaf):
-        if leaf.ndim == 0:
-            return NamedSharding(mesh, PartitionSpec())
         name = _name(path)
+        if leaf.ndim == 0 or name.startswith("guard/"):
+            return NamedSharding(mesh, PartitionSpec())
         dims = param_dims(name, leaf.ndim)
         for dim, size in zip(dims, leaf.shape):
             if _axes(dim, size, mesh) != RULES[dim]:

@@ -11,7 +11,7 @@ import hashlib
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -26,14 +26,15 @@ from voxcpm2_jax.data import packing
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.models import flow, voxcpm2
 from voxcpm2_jax.sequence import Batch
-from voxcpm2_jax.train import loop
+from voxcpm2_jax.train import guard, loop
 
 
 def init_state(config: BackboneRun, params=None) -> optim.TrainState:
     """A fresh state, from `params` if given, else from scratch by the run's seed."""
     if params is None:
         params = voxcpm2.init(jax.random.key(config.seed), config.model)
-    return optim.init_state(config.optim, config.num_steps, params)
+    state = optim.init_state(config.optim, config.num_steps, params)
+    return dataclasses.replace(state, guard=guard.init(config.guard))
 
 
 def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2.Draws:
@@ -153,11 +154,12 @@ def train_step(
     platform: str = "cpu",
     labels: metrics.Labels | None = None,
 ) -> tuple[optim.TrainState, dict]:
-    """One update -> (state, metrics).
+    """One update, which train/guard.py may skip -> (state, metrics).
 
     Args:
         platform: as in `voxcpm2.loss`.   labels: the losses are also told by dataset, language and mode.
     """
+    before = state
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     progress = state.step.astype(jnp.float32) / config.num_steps
     draws = draw(key, config, batch.patches_BMPC, progress)
@@ -178,19 +180,22 @@ def train_step(
         "slots_used": slots / batch.segment_BT.size,
         "patches_used": patches / is_patch_BM.size,
     }
-    return state, figures | figures_of_update
+    return guard.judge(config.guard, before, state, figures | figures_of_update)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: BackboneRun, workdir, data=None, *, resume_from=None, accept_changes: bool = False) -> dict:
+def train(
+    config: BackboneRun, workdir, data=None, *, resume_from=None, accept_changes: bool = False, profile_steps=None
+) -> dict:
     """Trains in `workdir`, from where it stopped if it holds a checkpoint -> the last row of metrics.jsonl.
 
     Args:
         data: directory of shards, or several with commas between; None: a seeded corpus in memory, of the model's own shape.
         resume_from: another run's workdir or one step of it, whose whole state a new run starts with.
         accept_changes: fields of the config may differ from the checkpoint's that must not (`config.CHANGES`).
+        profile_steps: (a, b): updates a .. b - 1 are traced for XProf.
     Raises:
         UserError: shards that this model cannot read (every difference is named), a batch that suits no mesh, or what
             `checkpoint.begin` refuses.
@@ -218,10 +223,14 @@ def train(config: BackboneRun, workdir, data=None, *, resume_from=None, accept_c
             num_steps=config.num_steps,
             log=config.log,
             checkpoint=config.checkpoint,
+            guard=config.guard,
+            watchdog=config.watchdog,
             evaluators=[] if data is None or not config.samples.every_steps else [_speaker(config, workdir)],
             flops_of=partial(_flops, config),
-            counters_at=lambda step: _heard(mix, step, config.patch_sec),
+            counters_at=lambda step, without: _heard(mix, step, config.patch_sec, without),
+            clips_at=partial(_clips, mix, source.index),
             origin=Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes),
+            profile_steps=profile_steps,
         )
     names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
     return {name: row.get(name) for name in names}
@@ -253,12 +262,28 @@ def _by_shape(config: BackboneRun, batches, layout, platform: str, labels: metri
     return run
 
 
-def _heard(mix: Mix, step: int, patch_sec: float) -> dict:
-    """What the run has heard before a step: clips and hours by "dataset/language/mode"."""
+def _heard(mix: Mix, step: int, patch_sec: float, without: Iterable[int] = ()) -> dict:
+    """What the run has heard before a step: clips and hours by "dataset/language/mode".
+
+    Args:
+        without: batches before it that no update came of.
+    """
+    heard = {name: np.array(counts) for name, counts in mix.heard(step).items()}
+    for batch in without:
+        for sign, end in ((-1, batch + 1), (1, batch)):
+            for name, counts in mix.heard(end).items():
+                heard[name] = heard[name] + sign * np.array(counts)
     return {
-        "/".join(name): {"clips": clips, "hours": round(patches * patch_sec / 3600, 6)}
-        for name, (clips, patches) in mix.heard(step).items()
+        "/".join(name): {"clips": int(clips), "hours": round(int(patches) * patch_sec / 3600, 6)}
+        for name, (clips, patches) in heard.items()
+        if clips
     }
+
+
+def _clips(mix: Mix, index: packing.Index, batch: int) -> list[str]:
+    """The clips of a batch as "dataset/language:number", numbers as in the shards, one directory after the other."""
+    clips = sorted({draw.clip for row in mix.rows(batch) for draw in row})
+    return ["/".join(index.groups[index.lengths[clip, packing.GROUP]]) + f":{clip}" for clip in clips]
 
 
 def _open(config: BackboneRun, data) -> packing.Source:
