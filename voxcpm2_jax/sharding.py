@@ -161,8 +161,12 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, x.shape, strict=True)))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, dims, mesh))
+
+
+def spec(shape: tuple[int, ...], dims: tuple[str | None, ...], mesh) -> PartitionSpec:
+    """The mesh axes of an array by its logical dims; a dim that the mesh does not divide stays whole."""
+    return PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, shape, strict=True)))
 
 
 def _axes(dim, size, mesh):

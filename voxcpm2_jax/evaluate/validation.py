@@ -91,7 +91,12 @@ class Validation:
             self._pack([rows[start + row] for row in mine], budgets, source.patch_shape)
             for start in range(0, len(rows), self._num_rows)
         ]
-        program = partial(_of_patches, config=model, target_patches=budgets.target_patches)
+        form = {
+            "target_patches": budgets.target_patches,
+            "max_segments": max(map(len, rows)),
+            "platform": mesh.devices.flat[0].platform,
+        }
+        program = partial(_of_patches, config=model, form=form)
         whole = jax.NamedSharding(mesh, jax.P())  # on every device, for every process adds up all of it
         self._program = jax.jit(program, out_shardings=whole)
 
@@ -147,10 +152,10 @@ class Validation:
         )
 
 
-def _of_patches(params, rows: Rows, *, config: ModelConfig, target_patches: int | None):
-    """Sums and counts of every patch, with its item and flow time."""
+def _of_patches(params, rows: Rows, *, config: ModelConfig, form: dict):
+    """Sums and counts of every patch, with its item and flow time; `form`: options of `voxcpm2.loss_terms`."""
     draws = voxcpm2.Draws(rows.time_BM, rows.noise_BMPC, jnp.zeros(rows.time_BM.shape, bool))
-    terms = voxcpm2.loss_terms(params, config, rows.batch, draws, target_patches=target_patches, remat="none")
+    terms = voxcpm2.loss_terms(params, config, rows.batch, draws, **form, remat="none")
     M = terms["target_BM"].shape[1]
     return voxcpm2.patch_figures(terms, rows.batch.stop_BM), rows.batch.label_BM[:, :M], rows.time_BM[:, :M]
 

@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from voxcpm2_jax import metrics, optim, sharding
-from voxcpm2_jax.config import BackboneRun, UserError, to_dict
+from voxcpm2_jax.checkpoint import Start
+from voxcpm2_jax.config import CHANGES, BackboneRun, UserError, to_dict
 from voxcpm2_jax.data import packing
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.evaluate.validation import Validation
@@ -58,17 +59,32 @@ def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2
 
 
 def objective(
-    params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws, counts=None, labels: metrics.Labels | None = None
+    params,
+    config: BackboneRun,
+    batch: Batch,
+    draws: voxcpm2.Draws,
+    counts=None,
+    labels: metrics.Labels | None = None,
+    platform: str = "cpu",
 ):
     """The weighted loss of a batch -> (scalar, metrics that parts of a batch have as the whole has, see `metrics.combine`).
 
     Args:
         counts: "diff" and "stop": what the two sums are divided by; None: the batch's own. A micro-batch takes those of the
             whole batch: its losses and gradients are then parts that add up to the whole's.
-        labels: the losses are told by them as well.
+        labels: the losses are told by them as well.   platform: as in `voxcpm2.loss`.
     """
-    form = {"target_patches": config.batch.target_patches, "remat": config.remat}
-    terms = voxcpm2.loss_terms(params, config.model, batch, draws, **form, with_figures=True)
+    terms = voxcpm2.loss_terms(
+        params,
+        config.model,
+        batch,
+        draws,
+        target_patches=config.batch.target_patches,
+        max_segments=config.batch.segments,
+        remat=config.remat,
+        platform=platform,
+        with_figures=True,
+    )
     of_patches = voxcpm2.patch_figures(terms, batch.stop_BM)
     figures = {name: tuple(jnp.sum(x_BM) for x_BM in pair) for name, pair in of_patches.items()}
     counts = {name: figures[f"loss_{name}"][1] for name in ("diff", "stop")} if counts is None else counts
@@ -84,7 +100,14 @@ def objective(
     return loss, figures | {f"{name}/": metrics.of_parts(values) for name, values in terms["maxima"].items()}
 
 
-def loss_and_grads(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws, labels: metrics.Labels | None = None):
+def loss_and_grads(
+    params,
+    config: BackboneRun,
+    batch: Batch,
+    draws: voxcpm2.Draws,
+    labels: metrics.Labels | None = None,
+    platform: str = "cpu",
+):
     """Loss, metrics and gradients of a batch, in `config.accumulate` parts one after the other.
 
     The parts are weighted by what they hold, so the result is that of the whole batch at once, to float32 rounding; no
@@ -92,12 +115,12 @@ def loss_and_grads(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Dra
     """
     grad = jax.value_and_grad(objective, has_aux=True)
     if config.accumulate == 1:
-        (loss, figures), grads = grad(params, config, batch, draws, None, labels)
+        (loss, figures), grads = grad(params, config, batch, draws, None, labels, platform)
         return loss, figures, grads
     counts = _counts(config, batch)
 
     def add(total, part):
-        figures, grads = grad(params, config, *part, counts, labels)
+        figures, grads = grad(params, config, *part, counts, labels, platform)
         total = jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, grads)
         return sharding.constrain_params(total), figures
 
@@ -123,13 +146,22 @@ def _counts(config: BackboneRun, batch: Batch) -> dict:
 
 
 def train_step(
-    state: optim.TrainState, batch: Batch, *, config: BackboneRun, labels: metrics.Labels | None = None
+    state: optim.TrainState,
+    batch: Batch,
+    *,
+    config: BackboneRun,
+    platform: str = "cpu",
+    labels: metrics.Labels | None = None,
 ) -> tuple[optim.TrainState, dict]:
-    """One update -> (state, metrics); with `labels` also the losses by dataset, language and mode."""
+    """One update -> (state, metrics).
+
+    Args:
+        platform: as in `voxcpm2.loss`.   labels: the losses are also told by dataset, language and mode.
+    """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     progress = state.step.astype(jnp.float32) / config.num_steps
     draws = draw(key, config, batch.patches_BMPC, progress)
-    loss, figures, grads = loss_and_grads(state.params, config, batch, draws, labels)
+    loss, figures, grads = loss_and_grads(state.params, config, batch, draws, labels, platform)
     figures |= metrics.fsq_figures(figures.pop("fsq_levels"))
     state, figures_of_update = optim.update(config.optim, config.num_steps, state, grads)
     is_patch_BM = batch.slot_BM >= 0
@@ -152,14 +184,17 @@ def train_step(
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: BackboneRun, workdir, data=None, heldout=None) -> dict:
+def train(config: BackboneRun, workdir, data=None, *, heldout=None, resume_from=None, accept_changes: bool = False) -> dict:
     """Trains in `workdir`, from where it stopped if it holds a checkpoint -> the last row of metrics.jsonl.
 
     Args:
         data: directory of shards, or several with commas between; None: a seeded corpus in memory, of the model's own shape.
         heldout: the same, for the held-out loss; None: what `prepare` held out of `data`.
+        resume_from: another run's workdir or one step of it, whose whole state a new run starts with.
+        accept_changes: fields of the config may differ from the checkpoint's that must not (`config.CHANGES`).
     Raises:
-        UserError: shards that this model cannot read (every difference is named), or a batch that suits no mesh.
+        UserError: shards that this model cannot read (every difference is named), a batch that suits no mesh, or what
+            `checkpoint.begin` refuses.
     """
     workdir = pathlib.Path(workdir)
     source = _open(config, data)
@@ -180,7 +215,7 @@ def train(config: BackboneRun, workdir, data=None, heldout=None) -> dict:
             workdir=workdir,
             config=to_dict(config) | {"data": _made_of(source)},
             state=state,
-            train_step=_by_shape(config, mix.batches, layout, _labels(source)),
+            train_step=_by_shape(config, mix.batches, layout, mesh.devices.flat[0].platform, _labels(source)),
             batches_from=partial(_batches, source, mix, mesh),
             num_steps=config.num_steps,
             log=config.log,
@@ -188,6 +223,7 @@ def train(config: BackboneRun, workdir, data=None, heldout=None) -> dict:
             evaluators=_evaluators(config, workdir, data, unheard, mesh),
             flops_of=partial(_flops, config),
             counters_at=lambda step: _heard(mix, step, config.patch_sec),
+            origin=Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes),
         )
     names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
     return {name: row.get(name) for name in names}
@@ -200,14 +236,16 @@ def _labels(source: packing.Source) -> metrics.Labels:
     return metrics.name_labels(packing.label_names(source.index), np.repeat(patches_G, num_modes).tolist())
 
 
-def _by_shape(config: BackboneRun, batches, layout, labels: metrics.Labels):
+def _by_shape(config: BackboneRun, batches, layout, platform: str, labels: metrics.Labels):
     """train_step for batches of each of these budgets, compiled when a stage first brings one; metrics go to every process."""
     programs = {}
     for batch in batches:
         shape = batch.rows, batch.slots, batch.patches
         if shape in programs and programs[shape][0] != batch:
-            raise UserError(f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches as well")
-        program = partial(train_step, config=dataclasses.replace(config, batch=batch), labels=labels)
+            raise UserError(
+                f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches and segments as well"
+            )
+        program = partial(train_step, config=dataclasses.replace(config, batch=batch), platform=platform, labels=labels)
         programs[shape] = batch, jax.jit(program, donate_argnums=0, out_shardings=(layout, layout.step))
 
     def run(state, batch):
@@ -323,7 +361,8 @@ def _evaluators(config: BackboneRun, workdir: pathlib.Path, data, unheard, mesh)
 
 def _validator(config: BackboneRun, unheard: packing.Source, mesh) -> loop.Evaluator:
     """The held-out loss of the weights to listen to: the averaged ones where there are any, as checkpoints are read."""
-    validation = Validation(config.model, unheard, config.batch, config.validation, mesh)
+    budgets = dataclasses.replace(config.batch, rows=config.batch.rows // config.accumulate)
+    validation = Validation(config.model, unheard, budgets, config.validation, mesh)
 
     def run(state: optim.TrainState):
         for name, value in validation.figures(state.best_params).items():

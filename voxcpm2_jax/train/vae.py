@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from voxcpm2_jax import metrics, optim, sharding
-from voxcpm2_jax.config import UserError, VAERun, to_dict
+from voxcpm2_jax.checkpoint import Start
+from voxcpm2_jax.config import CHANGES, UserError, VAERun, to_dict
 from voxcpm2_jax.data import audio, corpus
 from voxcpm2_jax.train import loop
 from voxcpm2_jax.vae import autoencoder, losses
@@ -132,14 +133,15 @@ def load_clips(recordings: Sequence[corpus.Recording], config: VAERun) -> tuple[
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: VAERun, workdir, data=None) -> dict:
+def train(config: VAERun, workdir, data=None, *, resume_from=None, accept_changes: bool = False) -> dict:
     """Trains in `workdir`, from where it stopped if it holds a checkpoint -> figures of the last logged step.
 
     Args:
         data: what data/corpus.py opens, or a directory with train.jsonl; a heldout.jsonl beside it is listened to. None:
             seeded glides.
+        resume_from, accept_changes: as in train/backbone.py.
     Raises:
-        UserError: recordings that cannot be used, or rows that suit no mesh.
+        UserError: recordings that cannot be used, rows that suit no mesh, or what `checkpoint.begin` refuses.
     """
     if data is None:
         clips = tiny_clips(config)
@@ -165,6 +167,7 @@ def train(config: VAERun, workdir, data=None) -> dict:
             log=config.log,
             checkpoint=config.checkpoint,
             evaluators=[_listener(config, samples)] if samples else [],
+            origin=Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes),
         )
     return {name: row.get(name) for name in ("step", "loss", "loss_mel", "loss_kl", "audio_sec_per_sec", "mfu")}
 
