@@ -71,8 +71,10 @@ class Validation:
         sizes_N3 = np.array([(s.num_slots, s.num_patches, s.num_targets) for _, s, _, _ in items]).reshape(-1, 3)
         fits_N = (sizes_N3 <= limits).all(axis=1)
         if not fits_N.any():
+            slots, patches, targets = limits
             raise UserError(
-                f"held-out clips: none of {len(items)} bears loss and fits a row of {tuple(limits)} (slots, patches, targets)"
+                f"held-out clips: none of {len(items)} bears loss and fits a row of {slots} slots, {patches} patches and "
+                f"{targets} target patches"
             )
         if not fits_N.all() and jax.process_index() == 0:
             print(f"validation: {(~fits_N).sum()} of {len(items)} clips fit no row and are left out", file=sys.stderr)
@@ -176,6 +178,14 @@ def evaluate(
     loaded = torch_io.load_model(checkpoint)
     source = pipeline.Shards(shards)
     pipeline.check_fit(source, loaded.config, where=str(shards))
+    tokenizer = (loaded.tokenizer_dir / "tokenizer.json").read_bytes()
+    made_with = {
+        "codec": (source.header.codec_sha256, torch_io.codec_sha256(loaded.vae_params, loaded.vae_config)),
+        "tokenizer": (source.header.tokenizer_sha256, hashlib.sha256(tokenizer).hexdigest()),
+    }
+    wrong = [f"{part}: {ours:.12}, shards {theirs:.12}" for part, (theirs, ours) in made_with.items() if theirs != ours]
+    if wrong:
+        raise UserError(f"{shards} was not made with the codec and tokenizer of {checkpoint} ({'; '.join(wrong)}, SHA-256)")
     output = pathlib.Path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
