@@ -683,6 +683,19 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """The loss of held-out clips; evaluate/validation.py."""
+
+    every_steps: int = 1000  # updates between two times; 0: never
+    max_clips: int = 512  # that are heard, spread evenly over all held-out ones
+    seed: int = 0  # of noise, flow times and layouts, which a clip keeps for good; runs to be compared share it
+
+    def __post_init__(self):
+        if self.every_steps < 0 or self.max_clips < 1:
+            raise UserError(f"validation: every_steps must be 0 or more, max_clips at least 1; got {self}")
+
+
+@dataclass(frozen=True)
 class BackboneRun:
     """One training run of the backbone; configs/backbone.py has the variants."""
 
@@ -705,6 +718,7 @@ class BackboneRun:
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     samples: SampleConfig = SampleConfig()
+    validation: ValidationConfig = ValidationConfig()  # of held-out shards, if there are any
 
     def __post_init__(self):
         if self.num_steps < 1:
@@ -922,17 +936,21 @@ class VAERun:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How `evaluate` speaks and judges; configs/evaluate.py has the variants."""
+    """What `evaluate` measures, and how; configs/evaluate.py has the variants."""
 
-    measure: str = "words"  # what the judge's transcripts are scored by: "words" (1 - WER) or "digits"
+    # "words" (1 - WER) or "digits": what a judge's transcripts of the model's speech are scored by. "loss": of held-out
+    # shards; the fields from `validation` on are for it, the others for speech.
+    measure: str = "words"
     seed: int = 0  # of the first text's noise; text i takes seed + i
     cfg_value: float = 2.0  # guidance
     inference_timesteps: int = 10  # Euler steps a patch
     batch_texts: int = 16  # spoken together
     num_pictures: int = 4  # spectrograms of recording and speech side by side
+    validation: ValidationConfig = ValidationConfig(max_clips=4096)
+    batch: BatchConfig = BatchConfig(rows=4, slots=1024, patches=768)  # clips are heard in such batches
 
     def __post_init__(self):
-        if self.measure not in ("words", "digits"):
-            raise UserError(f"measure must be words or digits, got {self.measure!r}")
+        if self.measure not in ("words", "digits", "loss"):
+            raise UserError(f"measure must be words, digits or loss, got {self.measure!r}")
         if self.batch_texts < 1 or self.num_pictures < 0:
             raise UserError(f"batch_texts must be at least 1 and num_pictures 0 or more; got {self}")

@@ -103,6 +103,9 @@ def _parse(argv):
     )  # fmt: skip
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
     sub.add_argument("--data", metavar="SHARDS[,SHARDS]", help="directories made by prepare; :tiny has data of its own")
+    sub.add_argument(
+        "--heldout", metavar="SHARDS[,SHARDS]", help="for the held-out loss; without it SHARDS/heldout, where prepare left one"
+    )
     sub.add_argument("--dry-run", action="store_true", help="check the arguments, print the whole config, train nothing")
     sub.add_argument("--profile-steps", metavar="A:B", help="trace updates A .. B - 1 into WORKDIR/profile, for XProf")
     _add_start(sub)
@@ -135,11 +138,13 @@ def _parse(argv):
     sub.add_argument("--stream", action="store_true", help="write the audio patch by patch as it is drawn")
 
     sub = command(
-        "evaluate", _evaluate, "speak held-out texts and have them judged beside the recordings",
+        "evaluate", _evaluate, "speak held-out texts and have them judged beside the recordings, or compute a held-out loss",
         config="configs/evaluate.py:words",
     )  # fmt: skip
     sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
-    sub.add_argument("--data", required=True, metavar="F", help=f"held-out recordings: {_RECORDINGS}")
+    sub.add_argument(
+        "--data", required=True, metavar="F", help=f"held-out recordings: {_RECORDINGS}; for :loss a directory of shards"
+    )
     sub.add_argument("--output", required=True, metavar="DIR", help="result.json, audio, spectrograms")
 
     sub = command(
@@ -321,7 +326,7 @@ def _train(args, overrides) -> int:
     from voxcpm2_jax.train import backbone
 
     options = _start(args) | {"profile_steps": args.profile_steps and metrics.profile_steps(args.profile_steps)}
-    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **options))
+    return _run_training(lambda: backbone.train(config, args.workdir, args.data, heldout=args.heldout, **options))
 
 
 def _train_vae(args, overrides) -> int:
@@ -473,6 +478,12 @@ def _stream(model, path, text, settings) -> None:
 
 def _evaluate(args, overrides) -> int:
     config = from_dict(EvaluateConfig, load_config(args.config, overrides))
+    if config.measure == "loss":
+        from voxcpm2_jax.evaluate import validation
+
+        result = validation.evaluate(config, args.checkpoint, args.data, args.output)
+        _print({name: value for name, value in result.items() if name != "config"})
+        return DONE
     from voxcpm2_jax.evaluate import report
 
     result = report.evaluate(config, args.checkpoint, args.data, args.output)

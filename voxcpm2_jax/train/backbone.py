@@ -24,6 +24,7 @@ from voxcpm2_jax.checkpoint import Start
 from voxcpm2_jax.config import CHANGES, BackboneRun, UserError, to_dict
 from voxcpm2_jax.data import packing
 from voxcpm2_jax.data.mixing import Mix
+from voxcpm2_jax.evaluate.validation import Validation
 from voxcpm2_jax.models import flow, voxcpm2
 from voxcpm2_jax.sequence import Batch
 from voxcpm2_jax.train import guard, loop
@@ -187,12 +188,20 @@ def train_step(
 
 
 def train(
-    config: BackboneRun, workdir, data=None, *, resume_from=None, accept_changes: bool = False, profile_steps=None
+    config: BackboneRun,
+    workdir,
+    data=None,
+    *,
+    heldout=None,
+    resume_from=None,
+    accept_changes: bool = False,
+    profile_steps=None,
 ) -> dict:
     """Trains in `workdir`, from where it stopped if it holds a checkpoint -> the last row of metrics.jsonl.
 
     Args:
         data: directory of shards, or several with commas between; None: a seeded corpus in memory, of the model's own shape.
+        heldout: the same, for the held-out loss; None: what `prepare` held out of `data`.
         resume_from: another run's workdir or one step of it, whose whole state a new run starts with.
         accept_changes: fields of the config may differ from the checkpoint's that must not (`config.CHANGES`).
         profile_steps: (a, b): updates a .. b - 1 are traced for XProf.
@@ -209,6 +218,7 @@ def train(
         if batch.rows % (row_shards * config.accumulate):
             parts = f" x {config.accumulate} micro-batches" if config.accumulate > 1 else ""
             raise UserError(f"batch.rows {batch.rows} cannot be split over {row_shards} devices{parts} (mesh {config.mesh})")
+    unheard = _open_heldout(config, source, data, heldout)
     if data is not None and jax.process_index() == 0:
         _keep_makers(workdir, source.paths, source.header)
     with jax.set_mesh(mesh):
@@ -225,7 +235,7 @@ def train(
             checkpoint=config.checkpoint,
             guard=config.guard,
             watchdog=config.watchdog,
-            evaluators=[] if data is None or not config.samples.every_steps else [_speaker(config, workdir)],
+            evaluators=_evaluators(config, workdir, data, unheard, mesh),
             flops_of=partial(_flops, config),
             counters_at=lambda step, without: _heard(mix, step, config.patch_sec, without),
             clips_at=partial(_clips, mix, source.index),
@@ -300,17 +310,24 @@ def _open(config: BackboneRun, data) -> packing.Source:
     from voxcpm2_jax.data import pipeline
 
     shards = pipeline.Shards(data)
-    pairs = {
-        "patch size (model.patch_size)": (shards.header.patch_size, model.patch_size),
-        "latent channels (model.feat_dim)": (shards.header.latent_dim, model.feat_dim),
-        "vocabulary (model.lm_config.vocab_size)": (shards.header.vocab_size, model.lm_config.vocab_size),
-        "seconds of a patch (patch_sec)": (shards.header.patch_sec, config.patch_sec),
-    }
-    wrong = [f"{name}: shards {theirs}, config {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
-    if wrong:
-        raise UserError(f"{data} does not fit this config: {'; '.join(wrong)}")
+    pipeline.check_fit(shards, model, config.patch_sec, where=str(data))
     if shards.dead_channels and jax.process_index() == 0:
         print(f"{data}: latent channels {shards.dead_channels} hardly vary; the codec does not use them", file=sys.stderr)
+    return shards
+
+
+def _open_heldout(config: BackboneRun, source: packing.Source, data, heldout) -> packing.Source | None:
+    """The clips of the held-out loss, found to be made like those that are trained on."""
+    if data is None and heldout is not None:
+        raise UserError("--heldout goes with --data: held-out clips must be made like those that are trained on")
+    if heldout is None and data is not None:
+        heldout = ",".join(str(path / "heldout") for path in source.paths if (path / "heldout").is_dir())
+    if not heldout or not config.validation.every_steps:
+        return None
+    from voxcpm2_jax.data import pipeline
+
+    shards = pipeline.Shards(heldout)
+    pipeline.check_alike([*source.paths[:1], shards.paths[0]], [source.header, shards.header])
     return shards
 
 
@@ -364,6 +381,27 @@ def _batches(source, mix: Mix, mesh, start_step: int) -> Iterator[Batch]:
 def _flops(config: BackboneRun, row: dict) -> dict[str, float]:
     used = {name: row[name] for name in ("slots", "patches", "targets", "squares")}
     return {part: 3.0 * flops for part, flops in metrics.forward_flops(config.model, **used).items()}
+
+
+def _evaluators(config: BackboneRun, workdir: pathlib.Path, data, unheard, mesh) -> list[loop.Evaluator]:
+    evaluators = []
+    if unheard is not None:
+        evaluators.append(_validator(config, unheard, mesh))
+    if data is not None and config.samples.every_steps:
+        evaluators.append(_speaker(config, workdir))
+    return evaluators
+
+
+def _validator(config: BackboneRun, unheard: packing.Source, mesh) -> loop.Evaluator:
+    """The held-out loss of the weights to listen to: the averaged ones where there are any, as checkpoints are read."""
+    budgets = dataclasses.replace(config.batch, rows=config.batch.rows // config.accumulate)
+    validation = Validation(config.model, unheard, budgets, config.validation, mesh)
+
+    def run(state: optim.TrainState):
+        for name, value in validation.figures(state.best_params).items():
+            yield f"val_{name}", value
+
+    return loop.Evaluator(config.validation.every_steps, run)
 
 
 def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
