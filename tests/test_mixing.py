@@ -281,7 +281,7 @@ def test_rows_and_heard_of_any_corpus_and_curriculum(data, seed, few_rows):
             assert mix.heard(step) == {name: tuple(heard.tolist()) for name, heard in counts.items()}, step
             stage = [stage for stage in stages if stage.first_step <= step][-1]
             rows = mix.rows(step)
-            assert len(rows) == stage.batch.rows and rows[1:] == mix.rows(step, slice(1, None))
+            assert len(rows) == stage.batch.rows and rows[1:] == mix.rows(step, range(1, len(rows)))
             for row in rows:
                 budgets = stage.batch.slots, stage.batch.patches, stage.batch.target_patches or stage.batch.patches
                 assert row and (sizes_of(lengths, row).sum(axis=0) <= budgets).all()

@@ -34,7 +34,7 @@ def flat(tree):
     ("shape", "expected"),
     [
         ((1, -1, 1), (1, 8, 1)), ((-1, 1, 2), (4, 1, 2)), ((2, 2, -1), (2, 2, 2)), ((8, -1, 1), (8, 1, 1)),
-        ((1, 4, 2), (1, 4, 2)),
+        ((1, 4, 2), (1, 4, 2)), ((-1, -1, 1), (1, 8, 1)), ((-1, -1, 2), (1, 4, 2)),
     ],
 )  # fmt: skip
 def test_make_mesh(shape, expected):
@@ -48,12 +48,71 @@ def test_a_mesh_over_some_devices():
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 3, 1), (1, 4, 1), (2, 8, 1), (1, -1, 3), (-1, -1, 1), (0, -1, 1), (1, 8, 0), (1, -2, -4)]
+    "shape", [(1, 3, 1), (1, 4, 1), (2, 8, 1), (1, -1, 3), (-1, -1, -1), (0, -1, 1), (1, 8, 0), (1, -2, -4)]
 )
 def test_a_mesh_that_does_not_fit(shape):
     with pytest.raises(UserError) as error:
         sharding.make_mesh(shape)
     assert f"mesh {shape} (replica, data, tensor) does not fit 8 devices" in str(error.value)
+
+
+class Chip:
+    """What a mesh asks of a device."""
+
+    def __init__(self, id, platform, slice_index=0, coords=None):
+        self.id, self.platform, self.slice_index, self.coords = id, platform, slice_index, coords
+        self.process_index, self.core_on_chip, self.device_kind = (
+            id // 4,
+            0,
+            {"tpu": "TPU v6 lite", "gpu": "NVIDIA H100"}[platform],
+        )
+
+    def __repr__(self):
+        return f"{self.platform}:{self.id}"
+
+
+def tpu(num_slices, x, y):
+    """Slices of x times y chips."""
+    places = [(s, i, j) for s in range(num_slices) for j in range(y) for i in range(x)]
+    return [Chip(n, "tpu", s, [i, j, 0]) for n, (s, i, j) in enumerate(places)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((-1, -1, 1), (2, 16, 1)), ((4, -1, 1), (4, 8, 1)), ((2, 8, 2), (2, 8, 2)), ((-1, 8, 1), (4, 8, 1))]
+)
+def test_nothing_but_replica_crosses_slices(shape, expected):
+    devices = tpu(2, 4, 4)
+    mesh = sharding.make_mesh(shape, devices[::-1])
+    assert tuple(mesh.shape.values()) == expected and set(mesh.devices.flat) == set(devices)
+    for replica in mesh.devices:
+        assert len({device.slice_index for device in replica.flat}) == 1
+    assert {device.slice_index for device in mesh.devices[:, 0, 0]} == {0, 1}
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 1), (1, -1, 2), (3, 32, 1)])
+def test_a_mesh_that_would_cross_slices_is_refused(shape):
+    with pytest.raises(UserError, match=r"3 slices need a multiple of 3 replicas|does not fit 48 devices"):
+        sharding.make_mesh(shape, tpu(3, 4, 4))
+
+
+def test_a_tpu_mesh_may_split_an_axis_of_the_torus():
+    """`jax.make_mesh` refuses this one on every TPU but v5e."""
+    mesh = sharding.make_mesh((1, 8, 2), tpu(1, 4, 4))
+    for pair in mesh.devices[0]:  # of tensor's two, each is the other's neighbour
+        distance = np.abs(np.subtract(pair[0].coords, pair[1].coords))
+        assert sorted(distance) in ([0, 0, 1], [0, 0, 3])
+
+
+def test_tensor_and_data_stay_inside_hosts():
+    """Two hosts of eight GPUs, which JAX calls slices."""
+    devices = [Chip(n, "gpu", slice_index=n // 8) for n in range(16)]
+    mesh = sharding.make_mesh((2, 4, 2), devices[1::2] + devices[::2])
+    for replica in mesh.devices:
+        assert len({device.slice_index for device in replica.flat}) == 1
+    mesh = sharding.make_mesh((-1, -1, 2), devices)
+    assert mesh.devices.shape == (1, 8, 2) and [d.id for d in mesh.devices.flat] == list(range(16))
+    with pytest.raises(UserError, match=r"tensor 16 does not divide the 8 devices of a host"):
+        sharding.make_mesh((1, 1, 16), devices)
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -77,8 +136,15 @@ def test_no_rule_is_idle():
     ("path", "ndim"), [("feat_encoder/strange/kernel", 2), ("base_lm/embed/embedding", 3), ("my_base_lm/embed/embedding", 2)]
 )
 def test_a_parameter_without_a_rule_is_a_fault(path, ndim):
-    with pytest.raises(AssertionError, match="matches 0 rules of PARAM_AXES"):
+    with pytest.raises(AssertionError, match="in PARAM_AXES, expected one rule, of rank"):
         sharding.param_dims(path, ndim)
+
+
+def test_two_rules_for_one_parameter_are_a_fault(monkeypatch):
+    again = (r".*/embedding", ("vocab", "embed"))
+    monkeypatch.setattr(sharding, "PARAM_AXES", (*sharding.PARAM_AXES, again))
+    with pytest.raises(AssertionError, match="expected one rule"):
+        sharding.param_dims("base_lm/embed/embedding", 2)
 
 
 def test_matrices_are_split_over_data_and_tensor():
@@ -93,11 +159,20 @@ def test_matrices_are_split_over_data_and_tensor():
     assert specs["enc_to_lm_proj/kernel"] == PartitionSpec("data", None)
 
 
-def test_a_dim_that_the_mesh_does_not_divide_stays_whole():
-    mesh = jax.sharding.AbstractMesh((1, 1, 4), sharding.MESH_AXES)
-    specs = {path: s.spec for path, s in flat(sharding.param_shardings(shapes_of(TINY), mesh)).items()}
-    assert specs["base_lm/layers/k/kernel"] == PartitionSpec(None, "data", None, None)  # 2 key/value heads
-    assert specs["base_lm/layers/q/kernel"] == PartitionSpec(None, "data", "tensor", None)
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            (1, 1, 4),
+            r"mesh \(1, 1, 4\) \(replica, data, tensor\): tensor 4 does not divide .*/layers/k/kernel, whose kv_heads are 2",
+        ),
+        ((1, 6144, 1), r"data 6144 does not divide base_lm/embed/embedding, whose embed are 2048"),
+    ],
+)
+def test_a_parameter_that_the_mesh_does_not_divide_is_refused(shape, message):
+    mesh = jax.sharding.AbstractMesh(shape, sharding.MESH_AXES)
+    with pytest.raises(UserError, match=message):
+        sharding.param_shardings(shapes_of(MODELS["2b"]), mesh)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

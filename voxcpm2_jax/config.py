@@ -562,10 +562,20 @@ class OptimConfig:
 class CheckpointConfig:
     every_steps: int = 1000  # updates between two checkpoints; the last update is always saved
     keep: int = 3  # newest checkpoints that stay
+    keep_every_steps: int | None = None  # checkpoints of the steps that it divides stay for ever; None: none do
+    best_metric: str | None = None  # figure of an evaluation at the saved step, such as "val_loss_diff": the best stays too
+    best_mode: str = "min"  # which figure is best: "min" or "max"
 
     def __post_init__(self):
         if min(self.every_steps, self.keep) < 1:
             raise UserError(f"checkpoint: every_steps and keep must be at least 1, got {self.every_steps} and {self.keep}")
+        if self.keep_every_steps is not None and (self.keep_every_steps < 1 or self.keep_every_steps % self.every_steps):
+            raise UserError(
+                f"checkpoint.keep_every_steps must be None or a multiple of every_steps ({self.every_steps}), "
+                f"got {self.keep_every_steps}"
+            )
+        if self.best_mode not in ("min", "max"):
+            raise UserError(f"checkpoint.best_mode must be min or max, got {self.best_mode!r}")
 
 
 @dataclass(frozen=True)
@@ -588,10 +598,13 @@ class BatchConfig:
     slots: int = 4096  # T, text tokens and patches of a row
     patches: int = 3072  # M, audio patches of a row
     target_patches: int | None = None  # of a row that may bear loss; None: all M
+    segments: int | None = None  # clips of a row at most; None: as many as fit. NVIDIA: attention's cost grows with it
 
     def __post_init__(self):
         if min(self.rows, self.slots, self.patches) < 1 or not 1 <= (self.target_patches or self.patches) <= self.patches:
             raise UserError(f"batch: rows, slots and patches must be at least 1, target_patches at most patches; got {self}")
+        if self.segments is not None and self.segments < 1:
+            raise UserError(f"batch: segments must be at least 1, or None for as many as fit; got {self.segments}")
 
 
 @dataclass(frozen=True)
@@ -647,7 +660,8 @@ class BackboneRun:
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    mesh: tuple[int, int, int] = (1, -1, 1)  # devices along (replica, data, tensor); -1: what is left
+    # Devices along (replica, data, tensor). One may be -1: what is left; replica and data both: a replica in each TPU slice.
+    mesh: tuple[int, int, int] = (-1, -1, 1)
     patch_sec: float = 0.16  # seconds of a patch; the shards' header is checked against it
     stages: tuple[StageConfig, ...] = ()  # curriculum; none: all clips, as they are
     samples: SampleConfig = SampleConfig()
@@ -662,6 +676,27 @@ class BackboneRun:
         for batch in (self.batch, *(stage.batch for stage in self.stages if stage.batch)):
             if batch.slots > self.model.max_length:
                 raise UserError(f"batch.slots {batch.slots} exceed model.max_length {self.model.max_length}")
+
+
+# Whether a field of a run may differ from what its checkpoint was made with. FREE: yes. SCHEDULE: where a run branches off
+# another (--resume-from). FIXED: the state would mean something else; only when told to. The first pattern that a field's
+# path begins with counts; every field of a run has one.
+FREE, SCHEDULE, FIXED = "free", "schedule", "fixed"
+CHANGES: tuple[tuple[str, str, str], ...] = (
+    # How long, on what machine, and what is told of it. A schedule without schedule_steps is as long as the run: it stretches.
+    (r"(num_steps|remat|accumulate|mesh)\b", FREE, ""),
+    (r"(checkpoint|log|samples|sample_every_steps|num_samples|validation|guard|watchdog|profile)\b", FREE, ""),
+    # What another learning rate would be a surprise for in a run that goes on, and is the purpose of a branch.
+    (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_fraction|end_ratio|weight_decay|clip_norm)\b",
+     SCHEDULE, "how far an update goes"),
+    (r"optim\b", FIXED, "what the optimiser's moments and the averages are of"),
+    (r"(model|vae)\b", FIXED, "what the weights are of"),
+    (r"seed\b", FIXED, "order of the data, noise of every update"),
+    (r"(batch|stages|rows|crop_frames)\b", FIXED, "which clips an update reads, which have been heard"),
+    (r"(diff_weight|stop_weight|loss)\b", FIXED, "what is minimised"),
+    (r"patch_sec\b", FIXED, "length of speech"),
+    (r"data\b", FIXED, "what is heard, and what its latents and ids mean"),
+)  # fmt: skip
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from voxcpm2_jax import __version__
-from voxcpm2_jax.config import BackboneRun, BatchConfig, DataConfig, EvaluateConfig, UserError, VAERun, from_dict
+from voxcpm2_jax.config import BackboneRun, BatchConfig, DataConfig, EvaluateConfig, UserError, VAERun, from_dict, to_dict
 
 DONE, FAILED, MISTAKE, NO, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 
@@ -60,6 +60,11 @@ _EXIT_CODES = """The last line of standard output is a JSON object: step, losses
 peak is unknown). Exit codes: 0 done, 1 it diverged or failed, 2 a mistake in the arguments, 75 stopped by a signal after
 saving: start the same command again."""
 
+_PLAN = """TPU topologies are compiled with the run's own train step (needs the extra "tpu", no TPU); GPUs are predicted.
+[SLICESx]KIND:AxB[xC] names TPU slices, COUNTxKIND names GPUs. Fields after commas change the run for one topology:
+--topology=v5p:8x8x8,rows=512,mesh=1x512x1,remat=full,accumulate=2 (mesh is REPLICAxDATAxTENSOR). The last line of standard
+output is a JSON object. Exit codes: 0 all fit, 3 one does not, 2 a mistake in the arguments."""
+
 
 def _parse(argv):
     """-> (arguments, config overrides as they were written)."""
@@ -98,6 +103,8 @@ def _parse(argv):
     )  # fmt: skip
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
     sub.add_argument("--data", metavar="SHARDS[,SHARDS]", help="directories made by prepare; :tiny has data of its own")
+    sub.add_argument("--dry-run", action="store_true", help="check the arguments, print the whole config, train nothing")
+    _add_start(sub)
 
     sub = command(
         "train-vae", _train_vae, "train the codec; goes on by itself if the workdir holds a checkpoint",
@@ -105,6 +112,7 @@ def _parse(argv):
     )  # fmt: skip
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
     sub.add_argument("--data", metavar="DATA", help=f"a directory that prepare left, or {_RECORDINGS}; :tiny has its own")
+    _add_start(sub)
 
     sub = command("generate", _generate, "speak a text, or every line of a file")
     sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
@@ -133,6 +141,16 @@ def _parse(argv):
     sub.add_argument("--data", required=True, metavar="F", help=f"held-out recordings: {_RECORDINGS}")
     sub.add_argument("--output", required=True, metavar="DIR", help="result.json, audio, spectrograms")
 
+    sub = command(
+        "plan", _plan, "what a training needs and gives on TPUs and GPUs that are not here: memory, traffic, speed",
+        config="configs/backbone.py:2b", epilog=_PLAN,
+    )  # fmt: skip
+    sub.add_argument(
+        "--topology", required=True, action="append", metavar="T", help="such as v5e:16x16, 4xv6e:8x8 or 64xh100; repeatable"
+    )
+    sub.add_argument("--search", action="store_true", help="try rows x remat x mesh x accumulation; print the Pareto table")
+    sub.add_argument("--output", metavar="F.json", help="where the whole report goes")
+
     help = "measure what this machine gives"
     bench = commands.add_parser("bench", help=help, description=help)
     parts = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
@@ -158,6 +176,14 @@ def _parse(argv):
     if strange:
         raise UserError(f"unrecognized arguments: {' '.join(strange)} (see voxcpm2-jax --help)")
     return args, rest
+
+
+def _add_start(sub) -> None:
+    sub.add_argument("--resume-from", metavar="CKPT", help="another run's workdir or step: a new run starts with its state")
+    sub.add_argument(
+        "--accept-config-changes", action="store_true",
+        help="go on although fields of the config differ from the checkpoint's that change what its state means",
+    )  # fmt: skip
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
@@ -286,10 +312,13 @@ def _doctor(args, overrides) -> int:
 
 def _train(args, overrides) -> int:
     config = from_dict(BackboneRun, load_config(args.config, overrides))
+    if args.dry_run:  # the launchers ask for it where they start from, which need not have the paths
+        _print({"workdir": args.workdir, "data": args.data, "config": to_dict(config)})
+        return DONE
     _check_directory(args.workdir)
     from voxcpm2_jax.train import backbone
 
-    return _run_training(lambda: backbone.train(config, args.workdir, args.data))
+    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **_start(args)))
 
 
 def _train_vae(args, overrides) -> int:
@@ -297,7 +326,11 @@ def _train_vae(args, overrides) -> int:
     _check_directory(args.workdir)
     from voxcpm2_jax.train import vae
 
-    return _run_training(lambda: vae.train(config, args.workdir, args.data))
+    return _run_training(lambda: vae.train(config, args.workdir, args.data, **_start(args)))
+
+
+def _start(args) -> dict:
+    return {"resume_from": args.resume_from, "accept_changes": args.accept_config_changes}
 
 
 def _check_directory(path: str) -> None:
@@ -308,11 +341,18 @@ def _check_directory(path: str) -> None:
 
 
 def _run_training(train) -> int:
+    import jax
+
+    from voxcpm2_jax import sharding
+    from voxcpm2_jax.checkpoint import SaveFailed
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 
+    sharding.connect()
     try:
-        _print(train())
-    except BrokenRun as broken:
+        result = train()
+        if jax.process_index() == 0:
+            _print(result)
+    except (BrokenRun, SaveFailed) as broken:
         print(f"error: {broken}", file=sys.stderr)
         return FAILED
     except Preempted as preempted:
@@ -436,6 +476,20 @@ def _evaluate(args, overrides) -> int:
     report.show(result)
     _print({name: value for name, value in result.items() if name not in ("rows", "config")})
     return DONE
+
+
+def _plan(args, overrides) -> int:
+    config = from_dict(BackboneRun, load_config(args.config, overrides))
+    if args.output:
+        _check_directory(pathlib.Path(args.output).absolute().parent)
+    from voxcpm2_jax import metrics, plan
+
+    report = plan.plan(config, args.topology, search=args.search)
+    plan.show(report)
+    if args.output:
+        metrics.replace_file(args.output, json.dumps(report, indent=1) + "\n")
+    _print(plan.brief(report))
+    return DONE if report["ok"] else NO
 
 
 def _bench_data(args, overrides) -> int:

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from voxcpm2_jax import metrics
 from voxcpm2_jax.config import OptimConfig
 
 # Names of the parameters that weight decay shrinks. Norm scales, biases, gains and learned single tokens go by other
@@ -196,10 +197,12 @@ def init_state(config: OptimConfig, num_steps: int, params) -> TrainState:
 
 
 def update(config: OptimConfig, num_steps: int, state: TrainState, grads) -> tuple[TrainState, dict]:
-    """One update -> (state, gradient norm and learning rate)."""
+    """One update -> (state, norms of gradient and update, whole and by part, and learning rate)."""
     tx = make(config, num_steps)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else ema_update(state.ema, params, config.ema_decay)
-    figures = {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(config, num_steps)(state.step)}
+    figures = {"learning_rate": schedule(config, num_steps)(state.step)}
+    for name, tree in (("grad_norm", grads), ("update_norm", updates)):
+        figures |= {name: optax.global_norm(tree), f"{name}/": metrics.of_parts(metrics.norms(tree))}
     return TrainState(state.step + 1, params, opt_state, ema), figures

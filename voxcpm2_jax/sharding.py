@@ -4,11 +4,16 @@ Mesh axes are ("replica", "data", "tensor"): parameters are copied over replica,
 a batch is split over replica and data. Model code names logical dims only, through `constrain`.
 """
 
+import math
+import os
 import re
+from collections import Counter
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src.clusters import ClusterEnv  # no public function tells whether JAX finds a cluster
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from voxcpm2_jax.config import UserError
@@ -48,21 +53,107 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )  # fmt: skip
 
 
-def make_mesh(shape: tuple[int, int, int] = (1, -1, 1), devices=None) -> Mesh:
-    """A mesh over `devices` (all by default); one entry of `shape` may be -1 and takes what is left.
+# ---- the processes of a run ------------------------------------------------------------------------------------------
+
+
+def connect() -> None:
+    """Joins this process to the others of its run; to be called before anything asks JAX for a device.
+
+    Cloud TPU (GKE too), Slurm and Open MPI tell JAX all it needs. Elsewhere each process gets JAX_COORDINATOR_ADDRESS
+    (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; JAX_NUM_PROCESSES=1 keeps a process by itself whatever
+    surrounds it. A process that nothing is told stays by itself.
 
     Raises:
-        UserError: the shape does not use the devices exactly.
+        UserError: the variables are incomplete or no numbers, or the others do not come within JAX's five minutes.
     """
-    devices = jax.devices() if devices is None else devices
-    known = int(np.prod([n for n in shape if n != -1]))
-    is_sound = all(n == -1 or n >= 1 for n in shape) and list(shape).count(-1) <= 1
-    if not is_sound or len(devices) % known or (-1 not in shape and known != len(devices)):
+    address, *numbers = (os.environ.get(name, "") for name in _PROCESS_VARIABLES)
+    if numbers[0] == "1" or jax.distributed.is_initialized():
+        return
+    told = {}
+    if any(numbers):
+        if not address or not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
+            raise UserError(
+                f"{', '.join(_PROCESS_VARIABLES)}: expected HOST:PORT, the number of processes and which of them this is, "
+                f"counted from 0; got {', '.join(repr(value) for value in (address, *numbers))}"
+            )
+        told = {"coordinator_address": address, "num_processes": int(numbers[0]), "process_id": int(numbers[1])}
+    elif not any(cluster.is_env_present() for cluster in ClusterEnv._cluster_types if not cluster.opt_in_only_method):
+        return
+    try:
+        jax.distributed.initialize(**told)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"the processes of this run do not come together: {error}") from None
+
+
+_PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")  # JAX itself reads the first only
+
+
+# ---- the mesh --------------------------------------------------------------------------------------------------------
+
+
+def make_mesh(shape: tuple[int, int, int] = (-1, -1, 1), devices=None) -> Mesh:
+    """A mesh over `devices` (all by default, or those of a topology that is only compiled for).
+
+    On TPU the axes follow the torus, and only replica crosses slices: its all-reduce of gradients, once a step, is the
+    one collective that the network between slices has to carry. Elsewhere devices stand in the order of their hosts,
+    tensor innermost, then data, and tensor never leaves a host.
+
+    Args:
+        shape: devices along (replica, data, tensor). One may be -1 and takes what is left; if replica and data both are,
+            replica is the number of TPU slices.
+    Raises:
+        UserError: the shape does not use the devices exactly, or would have another axis cross slices or hosts.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    is_tpu = devices[0].platform == "tpu"
+    # Without TPU, JAX counts hosts as slices. One slice may have no number.
+    slices = Counter(getattr(device, "slice_index", None) or 0 for device in devices)
+    wanted, shape = shape, _fill(shape, len(devices), len(slices) if is_tpu else 1)
+    if shape is None:
         raise UserError(
-            f"mesh {tuple(shape)} (replica, data, tensor) does not fit {len(devices)} devices; -1 may stand once for the rest"
+            f"mesh {tuple(wanted)} (replica, data, tensor) does not fit {len(devices)} devices; -1 may stand once for the "
+            "rest, and twice for replica and data"
         )
-    shape = tuple(len(devices) // known if n == -1 else n for n in shape)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    replica, data, tensor = shape
+    if is_tpu:
+        if replica % len(slices):
+            raise UserError(
+                f"mesh {shape} (replica, data, tensor): {len(slices)} slices need a multiple of {len(slices)} replicas, for "
+                f"nothing but the sum of gradients may cross slices; --config.mesh=-1,-1,{tensor} has one replica in each"
+            )
+        inner = (replica // len(slices), data, tensor)
+        try:
+            if len(slices) > 1:
+                placed = mesh_utils.create_hybrid_device_mesh(
+                    inner, (len(slices), 1, 1), devices, allow_split_physical_axes=True
+                )
+            else:
+                placed = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"mesh {shape} (replica, data, tensor) cannot be laid over this TPU: {error}") from None
+    else:
+        if any(size % tensor for size in slices.values()):
+            raise UserError(
+                f"mesh {shape} (replica, data, tensor): tensor {tensor} does not divide the {min(slices.values())} devices of "
+                "a host; its collectives, several in every layer, must not leave one"
+            )
+        order = sorted(devices, key=lambda device: (getattr(device, "slice_index", None) or 0, device.id))
+        placed = np.array(order, dtype=object).reshape(shape)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _fill(shape, num_devices: int, num_slices: int) -> tuple[int, int, int] | None:
+    """The shape with each -1 replaced; None if it does not use the devices exactly."""
+    if tuple(shape[:2]) == (-1, -1):
+        shape = (num_slices, *shape[1:])
+    known = math.prod(n for n in shape if n != -1)
+    if any(n != -1 and n < 1 for n in shape) or list(shape).count(-1) > 1 or num_devices % known:
+        return None
+    shape = tuple(num_devices // known if n == -1 else n for n in shape)
+    return shape if math.prod(shape) == num_devices else None
+
+
+# ---- activations and parameters --------------------------------------------------------------------------------------
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
@@ -70,25 +161,40 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, x.shape, strict=True)))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, dims, mesh))
+
+
+def spec(shape: tuple[int, ...], dims: tuple[str | None, ...], mesh) -> PartitionSpec:
+    """The mesh axes of an array by its logical dims; a dim that the mesh does not divide stays whole."""
+    return PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, shape, strict=True)))
 
 
 def _axes(dim, size, mesh):
     """The mesh axes of a dim, or None where they do not divide its size."""
     axes = RULES[dim]
     names = (axes,) if isinstance(axes, str) else axes or ()
-    return axes if names and size % int(np.prod([mesh.shape[n] for n in names])) == 0 else None
+    return axes if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None
 
 
 def param_shardings(tree, mesh: Mesh):
-    """A NamedSharding for every leaf: parameters by PARAM_AXES, their optimiser moments likewise, scalars copied."""
+    """A NamedSharding for every leaf: parameters by PARAM_AXES, their optimiser moments likewise, scalars copied.
+
+    Raises:
+        UserError: an axis of the mesh does not divide what it has to split; nothing is copied in silence instead.
+    """
 
     def one(path, leaf):
         if leaf.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
-        dims = param_dims(_name(path), leaf.ndim)
-        return NamedSharding(mesh, PartitionSpec(*(_axes(d, n, mesh) for d, n in zip(dims, leaf.shape))))
+        name = _name(path)
+        dims = param_dims(name, leaf.ndim)
+        for dim, size in zip(dims, leaf.shape):
+            if _axes(dim, size, mesh) != RULES[dim]:
+                raise UserError(
+                    f"mesh {tuple(mesh.shape.values())} (replica, data, tensor): {RULES[dim]} {mesh.shape[RULES[dim]]} does "
+                    f"not divide {name.rpartition('params/')[2]}, whose {dim} are {size}; make it smaller and replica larger"
+                )
+        return NamedSharding(mesh, PartitionSpec(*(RULES[dim] for dim in dims)))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -104,11 +210,34 @@ def _name(path) -> str:
 
 def param_dims(path: str, ndim: int) -> tuple[str | None, ...]:
     """The logical dims of the parameter at `path`, which may stand under a prefix such as an optimiser's moments."""
-    found = {dims for pattern, dims in PARAM_AXES if re.search(rf"(^|/){pattern}$", path) and len(dims) == ndim}
-    assert len(found) == 1, f"{path} of rank {ndim} matches {len(found)} rules of PARAM_AXES, expected one"
-    return found.pop()
+    found = [dims for pattern, dims in PARAM_AXES if re.search(rf"(^|/){pattern}$", path)]
+    assert [len(dims) for dims in found] == [ndim], f"{path} matches {found} in PARAM_AXES, expected one rule, of rank {ndim}"
+    return found[0]
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over replica and data."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> list[int]:
+    """The rows of a batch that devices of this process hold, in rising order.
+
+    They need not follow one another, for a mesh may take devices in another order than processes; nor be this process's
+    alone, where the tensor axis crosses processes.
+    """
+    spans = batch_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
+    return sorted({row for (span,) in spans for row in range(num_rows)[span]})
+
+
+def global_batch(tree, mesh: Mesh, num_rows: int):
+    """One batch over all devices, from the arrays that each process has made of its `local_rows`."""
+    layout = batch_sharding(mesh)
+
+    def one(x):
+        return jax.make_array_from_process_local_data(layout, np.asarray(x), (num_rows, *x.shape[1:]))
+
+    return jax.tree.map(one, tree)

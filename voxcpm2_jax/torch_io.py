@@ -600,6 +600,7 @@ def load_codec(path: str | os.PathLike) -> tuple[AudioVAEConfig, dict]:
         config, tensors = read_released(path).vae, _open(path, VAE_FILE, "audiovae.pth")
         _refuse(path, _differences(tensors, vae_table(config)))
         return _read_codec(_with_boundaries(config, tensors), tensors)
+    checkpoint.verify(path, "meta")
     config = checkpoint.read_meta(checkpoint.step_directory(path))["config"]
     if "vae" not in config:
         return _read_codec(*_open_codec(_root(path) / "codec"))
@@ -650,6 +651,7 @@ class _Workdir:
         for directory in (self.codec_dir, self.tokenizer_dir):
             if not directory.is_dir():
                 raise UserError(f"{directory}: no such directory; a workdir keeps its codec and tokenizer beside checkpoints/")
+        checkpoint.verify(path, "meta")
         config = checkpoint.read_meta(checkpoint.step_directory(path))["config"]
         self.config = from_dict(ModelConfig, config.get("model", {}), where=f"{path}: config.model")
         self.raw = config.get("released")

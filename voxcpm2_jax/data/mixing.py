@@ -25,9 +25,19 @@ import numpy as np
 
 from voxcpm2_jax.config import BatchConfig, StageConfig, UserError
 from voxcpm2_jax.data import packing
-from voxcpm2_jax.data.packing import DESCRIBED, GROUP, IS_PROMPT, NO_REFERENCE, OWN_REFERENCE, PATCHES, REFERENCE, Draw, Index
+from voxcpm2_jax.data.packing import (
+    DESCRIBED,
+    GROUP,
+    IS_PROMPT,
+    MODES,
+    NO_REFERENCE,
+    OWN_REFERENCE,
+    PATCHES,
+    REFERENCE,
+    Draw,
+    Index,
+)
 
-MODES = ("zero-shot", "described", "reference", "described reference", "prompt")
 _DRAWS_OF_ALL_WAYS = 1 << 23  # of all groups: bounds time and memory; 2 to 16 ways of packing a large group
 _FEW_ROWS = 64  # of an epoch: a group with fewer is small
 _BLOCK_ROWS = 1024  # hold every group by its share, to one row
@@ -89,11 +99,11 @@ class Mix:
         """The budgets of a step."""
         return self._stage(step).batch
 
-    def rows(self, step: int, part: slice = slice(None)) -> list[list[Draw]]:
-        """What each of the B rows of a step holds, or each of some of them."""
+    def rows(self, step: int, some: Sequence[int] | None = None) -> list[list[Draw]]:
+        """What each of the B rows of a step holds, or each of some of them by number."""
         stage = self._stage(step)
         first = (step - stage.first_step) * stage.batch.rows
-        found = [stage.order.at(i) for i in range(first, first + stage.batch.rows)[part]]
+        found = [stage.order.at(first + row) for row in (range(stage.batch.rows) if some is None else some)]
         return [stage.streams[g].row(stage.offsets[g] + n) for g, n in found]
 
     def heard(self, step: int) -> dict[tuple[str, str, str], tuple[int, int]]:

@@ -17,7 +17,7 @@ import math
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -329,30 +329,31 @@ def _disk_errors(path: pathlib.Path):
 
 
 def batches(
-    source: Source, mix: Mix, start_step: int = 0, *, prefetch: int = 2, part: tuple[int, int] = (0, 1)
+    source: Source,
+    mix: Mix,
+    start_step: int = 0,
+    *,
+    prefetch: int = 2,
+    rows_of: Callable[[int], Sequence[int]] = range,
 ) -> Iterator[Batch]:
     """The batches of steps start_step, start_step + 1, .. without end, assembled ahead of time by threads.
 
     Args:
         prefetch: batches that are made ahead.
-        part: (i, n): this host's share, the i-th of n equal runs of rows; all hosts together have the global batch.
+        rows_of: number of rows of a batch -> those that are assembled here; all by default, in a run of many processes those
+            that this process's devices hold.
     """
     import grain
 
-    host, num_hosts = part
-
     def batch_of(step: int) -> Batch:
-        num_rows = mix.batch_of(step).rows
-        assert num_rows % num_hosts == 0, (num_rows, num_hosts)
-        share = num_rows // num_hosts
-        return host_rows(source, mix, step, slice(host * share, (host + 1) * share))
+        return host_rows(source, mix, step, rows_of(mix.batch_of(step).rows))
 
     steps = grain.MapDataset.range(start_step, 2**31)
     options = grain.ReadOptions(num_threads=max(1, prefetch), prefetch_buffer_size=max(1, prefetch))
     return iter(steps.map(batch_of).to_iter_dataset(options))
 
 
-def host_rows(source: Source, mix: Mix, step: int, rows: slice = slice(None)) -> Batch:
+def host_rows(source: Source, mix: Mix, step: int, rows: Sequence[int] | None = None) -> Batch:
     """The batch of one step, or some rows of it."""
     budgets = mix.batch_of(step)
     return assemble(source, mix.rows(step, rows), num_slots=budgets.slots, num_patches=budgets.patches)

@@ -16,9 +16,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from voxcpm2_jax import metrics, optim, sharding
-from voxcpm2_jax.config import BackboneRun, UserError, to_dict
+from voxcpm2_jax.checkpoint import Start
+from voxcpm2_jax.config import CHANGES, BackboneRun, UserError, to_dict
 from voxcpm2_jax.data import packing
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.models import flow, voxcpm2
@@ -54,52 +57,76 @@ def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2
     )
 
 
-def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws, counts=None):
-    """The weighted loss of a batch -> (scalar, metrics as (sum, count)).
+def objective(
+    params,
+    config: BackboneRun,
+    batch: Batch,
+    draws: voxcpm2.Draws,
+    counts=None,
+    labels: metrics.Labels | None = None,
+    platform: str = "cpu",
+):
+    """The weighted loss of a batch -> (scalar, metrics that parts of a batch have as the whole has, see `metrics.combine`).
 
     Args:
         counts: "diff" and "stop": what the two sums are divided by; None: the batch's own. A micro-batch takes those of the
             whole batch: its losses and gradients are then parts that add up to the whole's.
+        labels: the losses are told by them as well.   platform: as in `voxcpm2.loss`.
     """
-    sums = voxcpm2.loss(
+    terms = voxcpm2.loss_terms(
         params,
         config.model,
         batch,
-        time_BM=draws.time_BM,
-        noise_BMPC=draws.noise_BMPC,
-        drop_BM=draws.drop_BM,
-        start_BM=draws.start_BM,
+        draws,
         target_patches=config.batch.target_patches,
+        max_segments=config.batch.segments,
         remat=config.remat,
+        platform=platform,
+        with_figures=True,
     )
-    counts = {name: count for name, (_, count) in sums.items()} if counts is None else counts
-    diff, stop = (sums[name][0] / jnp.maximum(counts[name], 1.0) for name in ("diff", "stop"))
+    of_patches = voxcpm2.patch_figures(terms, batch.stop_BM)
+    figures = {name: tuple(jnp.sum(x_BM) for x_BM in pair) for name, pair in of_patches.items()}
+    counts = {name: figures[f"loss_{name}"][1] for name in ("diff", "stop")} if counts is None else counts
+    diff, stop = (figures[f"loss_{name}"][0] / jnp.maximum(counts[name], 1.0) for name in ("diff", "stop"))
     loss = config.diff_weight * diff + config.stop_weight * stop
-    return loss, {"loss_diff": sums["diff"], "loss_stop": sums["stop"]}
+
+    M = terms["target_BM"].shape[1]
+    figures["loss_diff/time/"] = metrics.by_time(of_patches["loss_diff"], draws.time_BM[:, :M])
+    if labels is not None:
+        for name in ("loss_diff", "loss_stop"):
+            figures[f"{name}/"] = metrics.by_label(of_patches[name], batch.label_BM[:, :M], labels)
+    figures["fsq_levels"] = metrics.count_levels(**terms["quantiser"])
+    return loss, figures | {f"{name}/": metrics.of_parts(values) for name, values in terms["maxima"].items()}
 
 
-def loss_and_grads(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws):
-    """Loss, metrics as (sum, count), and gradients of a batch, in `config.accumulate` parts one after the other.
+def loss_and_grads(
+    params,
+    config: BackboneRun,
+    batch: Batch,
+    draws: voxcpm2.Draws,
+    labels: metrics.Labels | None = None,
+    platform: str = "cpu",
+):
+    """Loss, metrics and gradients of a batch, in `config.accumulate` parts one after the other.
 
     The parts are weighted by what they hold, so the result is that of the whole batch at once, to float32 rounding; no
     more than one part's activations are in memory.
     """
     grad = jax.value_and_grad(objective, has_aux=True)
     if config.accumulate == 1:
-        (loss, figures), grads = grad(params, config, batch, draws)
+        (loss, figures), grads = grad(params, config, batch, draws, None, labels, platform)
         return loss, figures, grads
     counts = _counts(config, batch)
 
     def add(total, part):
-        figures, grads = grad(params, config, *part, counts)
+        figures, grads = grad(params, config, *part, counts, labels, platform)
         total = jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, grads)
         return sharding.constrain_params(total), figures
 
     zeros = sharding.constrain_params(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
     parts = jax.tree.map(partial(_split, parts=config.accumulate), (batch, draws))
-    grads, figures = jax.lax.scan(add, zeros, parts)
-    loss, figures = jax.tree.map(partial(jnp.sum, axis=0), figures)
-    return loss, figures, grads
+    grads, (loss, figures) = jax.lax.scan(add, zeros, parts)
+    return jnp.sum(loss), metrics.combine(figures), grads
 
 
 def _split(x_B, parts: int):
@@ -117,12 +144,24 @@ def _counts(config: BackboneRun, batch: Batch) -> dict:
     return {"diff": patches * config.model.patch_size, "stop": patches}
 
 
-def train_step(state: optim.TrainState, batch: Batch, *, config: BackboneRun) -> tuple[optim.TrainState, dict]:
-    """One update -> (state, metrics)."""
+def train_step(
+    state: optim.TrainState,
+    batch: Batch,
+    *,
+    config: BackboneRun,
+    platform: str = "cpu",
+    labels: metrics.Labels | None = None,
+) -> tuple[optim.TrainState, dict]:
+    """One update -> (state, metrics).
+
+    Args:
+        platform: as in `voxcpm2.loss`.   labels: the losses are also told by dataset, language and mode.
+    """
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     progress = state.step.astype(jnp.float32) / config.num_steps
     draws = draw(key, config, batch.patches_BMPC, progress)
-    loss, figures, grads = loss_and_grads(state.params, config, batch, draws)
+    loss, figures, grads = loss_and_grads(state.params, config, batch, draws, labels, platform)
+    figures |= metrics.fsq_figures(figures.pop("fsq_levels"))
     state, figures_of_update = optim.update(config.optim, config.num_steps, state, grads)
     is_patch_BM = batch.slot_BM >= 0
     slots = jnp.sum((batch.segment_BT > 0).astype(jnp.float32))
@@ -144,13 +183,16 @@ def train_step(state: optim.TrainState, batch: Batch, *, config: BackboneRun) ->
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: BackboneRun, workdir, data=None) -> dict:
+def train(config: BackboneRun, workdir, data=None, *, resume_from=None, accept_changes: bool = False) -> dict:
     """Trains in `workdir`, from where it stopped if it holds a checkpoint -> the last row of metrics.jsonl.
 
     Args:
         data: directory of shards, or several with commas between; None: a seeded corpus in memory, of the model's own shape.
+        resume_from: another run's workdir or one step of it, whose whole state a new run starts with.
+        accept_changes: fields of the config may differ from the checkpoint's that must not (`config.CHANGES`).
     Raises:
-        UserError: shards that this model cannot read (every difference is named), or a batch that suits no mesh.
+        UserError: shards that this model cannot read (every difference is named), a batch that suits no mesh, or what
+            `checkpoint.begin` refuses.
     """
     workdir = pathlib.Path(workdir)
     source = _open(config, data)
@@ -170,28 +212,38 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
             workdir=workdir,
             config=to_dict(config) | {"data": _made_of(source)},
             state=state,
-            train_step=_by_shape(config, mix.batches, layout),
-            batches_from=partial(_batches, source, mix, sharding.batch_sharding(mesh)),
+            train_step=_by_shape(config, mix.batches, layout, mesh.devices.flat[0].platform, _labels(source)),
+            batches_from=partial(_batches, source, mix, mesh),
             num_steps=config.num_steps,
             log=config.log,
             checkpoint=config.checkpoint,
             evaluators=[] if data is None or not config.samples.every_steps else [_speaker(config, workdir)],
             flops_of=partial(_flops, config),
             counters_at=lambda step: _heard(mix, step, config.patch_sec),
+            origin=Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes),
         )
     names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
     return {name: row.get(name) for name in names}
 
 
-def _by_shape(config: BackboneRun, batches, layout):
-    """train_step for batches of each of these budgets, compiled when a stage first brings one."""
+def _labels(source: packing.Source) -> metrics.Labels:
+    """What the losses are told by, beside their totals."""
+    lengths, num_modes = source.index.lengths, len(packing.MODES)
+    patches_G = np.bincount(lengths[:, packing.GROUP], lengths[:, packing.PATCHES], minlength=len(source.index.groups))
+    return metrics.name_labels(packing.label_names(source.index), np.repeat(patches_G, num_modes).tolist())
+
+
+def _by_shape(config: BackboneRun, batches, layout, platform: str, labels: metrics.Labels):
+    """train_step for batches of each of these budgets, compiled when a stage first brings one; metrics go to every process."""
     programs = {}
     for batch in batches:
         shape = batch.rows, batch.slots, batch.patches
         if shape in programs and programs[shape][0] != batch:
-            raise UserError(f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches as well")
-        program = partial(train_step, config=dataclasses.replace(config, batch=batch))
-        programs[shape] = batch, jax.jit(program, donate_argnums=0, out_shardings=(layout, None))
+            raise UserError(
+                f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches and segments as well"
+            )
+        program = partial(train_step, config=dataclasses.replace(config, batch=batch), platform=platform, labels=labels)
+        programs[shape] = batch, jax.jit(program, donate_argnums=0, out_shardings=(layout, layout.step))
 
     def run(state, batch):
         _, program = programs[(*batch.tokens_BT.shape, batch.slot_BM.shape[1])]
@@ -274,20 +326,32 @@ def _keep_makers(workdir: pathlib.Path, directories: Sequence[pathlib.Path], hea
         )
 
 
-def _batches(source, mix, layout, start_step: int) -> Iterator[Batch]:
+def _batches(source, mix: Mix, mesh, start_step: int) -> Iterator[Batch]:
+    """Batches over all devices; each process reads the clips of the rows that its own devices hold."""
     from voxcpm2_jax.data import pipeline
 
-    for batch in pipeline.batches(source, mix, start_step):
-        yield jax.tree.map(lambda x: jax.device_put(x, layout), batch)
+    parts = pipeline.batches(source, mix, start_step, rows_of=partial(sharding.local_rows, mesh))
+    for step, part in enumerate(parts, start_step):
+        yield sharding.global_batch(part, mesh, mix.batch_of(step).rows)
 
 
-def _flops(config: BackboneRun, row: dict) -> float:
+def _flops(config: BackboneRun, row: dict) -> dict[str, float]:
     used = {name: row[name] for name in ("slots", "patches", "targets", "squares")}
-    return metrics.train_flops(config.model, **used)
+    return {part: 3.0 * flops for part, flops in metrics.forward_flops(config.model, **used).items()}
 
 
 def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
-    """Speaks the sample texts with the weights of the moment: audio and a picture of its spectrogram."""
+    """Speaks the sample texts with the weights of the moment: audio and a picture of its spectrogram.
+
+    The first process does, on one of its devices; the others only hand it their share of the weights.
+    """
+    if jax.process_index() != 0:
+
+        def hand_over(state: optim.TrainState):
+            _whole(state.best_params)
+            return ()
+
+        return loop.Evaluator(config.samples.every_steps, hand_over)
     from voxcpm2_jax import torch_io
     from voxcpm2_jax.api import VoxCPM
     from voxcpm2_jax.data.tokenizer import load_tokenizer
@@ -296,9 +360,16 @@ def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
     tokenizer = load_tokenizer(workdir / "tokenizer")
 
     def run(state: optim.TrainState):
-        params = state.best_params
-        model = VoxCPM(config.model, params, vae_config, vae_params, tokenizer)
-        for i, speech in enumerate(model.speak([{"text": text, "seed": 0} for text in config.samples.texts])):
+        params = _whole(state.best_params)
+        with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])):
+            model = VoxCPM(config.model, params, vae_config, vae_params, tokenizer)
+            speeches = model.speak([{"text": text, "seed": 0} for text in config.samples.texts])
+        for i, speech in enumerate(speeches):
             yield f"sample_{i}", metrics.Audio(speech.audio_A, model.sample_rate)
 
     return loop.Evaluator(config.samples.every_steps, run)
+
+
+def _whole(params):
+    """All of the weights in the memory of every host."""
+    return multihost_utils.process_allgather(params, tiled=True) if jax.process_count() > 1 else jax.device_get(params)

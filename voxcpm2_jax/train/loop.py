@@ -10,11 +10,11 @@ On several processes a signal has to reach all of them between the same two step
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 
 from voxcpm2_jax import metrics
-from voxcpm2_jax.checkpoint import Checkpoints
+from voxcpm2_jax.checkpoint import Checkpoints, Start, begin
 from voxcpm2_jax.config import CheckpointConfig, LogConfig
 
 
@@ -51,8 +51,9 @@ def run(
     log: LogConfig,
     checkpoint: CheckpointConfig,
     evaluators: Sequence[Evaluator] = (),
-    flops_of: Callable[[dict], float] | None = None,
+    flops_of: Callable[[dict], dict[str, float]] | None = None,
     counters_at: Callable[[int], dict] | None = None,
+    origin: Start | None = None,
 ) -> tuple[Any, dict]:
     """Trains until `num_steps` updates are finished, counting those of an earlier start.
 
@@ -63,8 +64,10 @@ def run(
         train_step: jitted, donates the state. Its metrics are scalars or (sum, count); with the gradient norm among them
             no state can break unseen.
         batches_from: update number -> iterator of the batches from there on, on the devices.
-        flops_of: means of a row -> useful FLOPs of a step, over all devices; None: no MFU.
+        flops_of: means of a row -> useful FLOPs of a step by part, over all devices; None: no MFU.
         counters_at: update number -> what the data had given by then; kept in the checkpoint.
+        origin: where to start if the workdir holds no checkpoint, and which fields of the config may differ from one's.
+            None: afresh, and any.
     Returns:
         state: after the last update.   row: the last row of metrics.jsonl.
     Raises:
@@ -74,12 +77,12 @@ def run(
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        checkpoints = Checkpoints(workdir, checkpoint.keep, checkpoint.every_steps)
+        checkpoints = Checkpoints(workdir, **dataclasses.asdict(checkpoint))
         stack.callback(checkpoints.close)
-        state, meta = _resume(checkpoints, state)
+        state, meta = begin(checkpoints, state, config, origin or Start())
         start = step = int(state.step)
         if jax.process_index() == 0:
-            _write_config(workdir, config, meta, start)
+            metrics.replace_file(workdir / "config.json", json.dumps(config, indent=2) + "\n")
         writer = stack.enter_context(metrics.Writer(workdir, start_step=start, num_steps=num_steps))
         stop = stack.enter_context(_signals())
         meter = metrics.Meter(meta.get("meter"))
@@ -101,7 +104,8 @@ def run(
                 meter = _log(step, meter, clock, writer, log, flops_of, figures, is_forced=bool(due) or step == num_steps)
             if is_save:
                 counters = counters_at(step) if counters_at else {}
-                checkpoints.save(step, state, {"config": config, "data": counters, "meter": meter.state})
+                meta = {"config": config, "data": counters, "meter": meter.state}
+                checkpoints.save(step, state, meta, figures)
             if is_last:
                 checkpoints.wait()
                 break
@@ -124,31 +128,6 @@ def run(
         return state, writer.last_row or {"step": step}
 
 
-def _resume(checkpoints: Checkpoints, state):
-    """The newest saved state in the place of `state`, whose memory it takes, and its meta; else `state` and {}."""
-    if checkpoints.latest_step() is None:
-        return state, {}
-    layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    jax.tree.map(lambda x: x.delete(), state)
-    return checkpoints.restore(layout)
-
-
-def _write_config(workdir, config, meta, start):
-    if meta:
-        print(f"resuming {workdir} at step {start}", file=sys.stderr)
-        for change in sorted(_changes(meta["config"], config)):
-            print(f"config differs from the checkpoint's: {change}", file=sys.stderr)
-    metrics.replace_file(workdir / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def _changes(old, new, where="") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in old.keys() | new.keys():
-            yield from _changes(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-    elif old != new:
-        yield f"{where}: {old!r} -> {new!r}"
-
-
 def _settle(step, pending, meter, clock):
     """Waits for `step`, checks its metrics and counts them."""
     values = metrics.fetch(pending)
@@ -164,11 +143,13 @@ def _log(step, meter, clock, writer, log, flops_of, figures, *, is_forced):
     is_turn = step % log.every_steps == 0
     if not (is_turn or is_forced):
         return meter
-    row = dict(sorted(meter.means().items(), key=lambda item: (not item[0].startswith("loss"), item[0])))
+    row = dict(sorted(meter.means().items(), key=lambda item: ("/" in item[0], not item[0].startswith("loss"), item[0])))
     for name in [name for name in row if name.endswith("_sec")]:
         row[f"{name}_per_sec"] = row[name] / clock.step_sec
     row |= {"step_sec": clock.step_sec, "data_wait_sec": clock.wait_sec}
-    row["mfu"] = metrics.mfu(flops_of(row), clock.step_sec) if flops_of else None
+    parts = flops_of(row) if flops_of else {}
+    row["mfu"] = metrics.mfu(sum(parts.values()), clock.step_sec) if parts else None
+    row |= {f"tflop/{part}": flops / 1e12 for part, flops in parts.items()}
     writer.write(step, row | figures)
     if not is_turn:
         return meter

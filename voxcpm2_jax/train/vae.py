@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from voxcpm2_jax import metrics, optim, sharding
-from voxcpm2_jax.config import UserError, VAERun, to_dict
+from voxcpm2_jax.checkpoint import Start
+from voxcpm2_jax.config import CHANGES, UserError, VAERun, to_dict
 from voxcpm2_jax.data import audio, corpus
 from voxcpm2_jax.train import loop
 from voxcpm2_jax.vae import autoencoder, losses
@@ -132,14 +133,15 @@ def load_clips(recordings: Sequence[corpus.Recording], config: VAERun) -> tuple[
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: VAERun, workdir, data=None) -> dict:
+def train(config: VAERun, workdir, data=None, *, resume_from=None, accept_changes: bool = False) -> dict:
     """Trains in `workdir`, from where it stopped if it holds a checkpoint -> figures of the last logged step.
 
     Args:
         data: what data/corpus.py opens, or a directory with train.jsonl; a heldout.jsonl beside it is listened to. None:
             seeded glides.
+        resume_from, accept_changes: as in train/backbone.py.
     Raises:
-        UserError: recordings that cannot be used, or rows that suit no mesh.
+        UserError: recordings that cannot be used, rows that suit no mesh, or what `checkpoint.begin` refuses.
     """
     if data is None:
         clips = tiny_clips(config)
@@ -159,12 +161,13 @@ def train(config: VAERun, workdir, data=None) -> dict:
             workdir=workdir,
             config=to_dict(config),
             state=state,
-            train_step=jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=(copied, None)),
-            batches_from=partial(_batches, crops, config.seed, sharding.batch_sharding(mesh)),
+            train_step=jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=copied),
+            batches_from=partial(_batches, crops, config, mesh),
             num_steps=config.num_steps,
             log=config.log,
             checkpoint=config.checkpoint,
             evaluators=[_listener(config, samples)] if samples else [],
+            origin=Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes),
         )
     return {name: row.get(name) for name in ("step", "loss", "loss_mel", "loss_kl", "audio_sec_per_sec", "mfu")}
 
@@ -177,9 +180,12 @@ def _recordings(data) -> tuple[corpus.Corpus, corpus.Corpus]:
     return recordings, corpus.open_corpus(heldout) if path.is_file() and heldout.is_file() else recordings
 
 
-def _batches(crops: Crops, seed: int, layout, step: int) -> Iterator[dict]:
+def _batches(crops: Crops, config: VAERun, mesh, step: int) -> Iterator[dict]:
+    """Batches over all devices; every process makes the whole batch, which costs no more than copying it."""
+    rows = sharding.local_rows(mesh, config.rows)
     while True:
-        yield jax.device_put(crops.batch(seed, step), layout)
+        batch = crops.batch(config.seed, step)
+        yield sharding.global_batch({name: x_BA[rows] for name, x_BA in batch.items()}, mesh, config.rows)
         step += 1
 
 

@@ -1,0 +1,35 @@
+"""The table of chips: every device kind finds its own, per device where a chip shows as two."""
+
+import pytest
+
+from voxcpm2_jax import chips
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v3", "v3"), ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"), ("TPU v6e", "v6e"), ("TPU7x", "tpu7x"), ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA H100 NVL", "h100-nvl"), ("NVIDIA H200", "h200"),
+        ("NVIDIA GH200 480GB", "gh200"), ("NVIDIA B200", "b200"), ("NVIDIA GB200", "gb200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA L4", "l4"), ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ],
+)  # fmt: skip
+def test_a_device_finds_its_chip(kind, name):
+    assert chips.of_kind(kind).name == name
+
+
+def test_an_unknown_device_has_none():
+    assert chips.of_kind("cpu") is None and chips.of_kind("NVIDIA L400") is None
+
+
+def test_figures_are_of_a_chip_and_devices_have_their_share():
+    chip = chips.CHIPS["tpu7x"]
+    assert (chip.device_flops, chip.device_hbm_bytes) == (chip.peak_bf16_flops / 2, 96 * 2**30)
+    assert len(chips.CHIPS) == len(chips._TABLE)
+    for chip in chips.CHIPS.values():
+        # Memory feeds 100 to 700 bf16 FLOP a byte on all of them; a figure in the wrong unit falls out of that.
+        assert 100 < chip.peak_bf16_flops / chip.hbm_bytes_per_sec < 700, chip.name
+        assert 16 <= chip.hbm_bytes / 2**30 <= 192 and 10e9 < chip.ici_bytes_per_sec <= 100e9, chip.name
+        assert chip.dcn_bytes_per_sec is None or chip.dcn_bytes_per_sec < chip.ici_bytes_per_sec * chip.ici_links, chip.name
