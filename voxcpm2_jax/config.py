@@ -687,8 +687,9 @@ CHANGES: tuple[tuple[str, str, str], ...] = (
     (r"(num_steps|remat|accumulate|mesh)\b", FREE, ""),
     (r"(checkpoint|log|samples|sample_every_steps|num_samples|validation|guard|watchdog|profile)\b", FREE, ""),
     # What another learning rate would be a surprise for in a run that goes on, and is the purpose of a branch.
-    (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_fraction|end_ratio|weight_decay|clip_norm)\b",
-     SCHEDULE, "how far an update goes"),
+    (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_(fraction|steps|start)|end_ratio)\b", SCHEDULE,
+     "how far an update goes"),
+    (r"optim\.(weight_decay|clip_norm)\b", SCHEDULE, "how far an update goes"),
     (r"optim\b", FIXED, "what the optimiser's moments and the averages are of"),
     (r"(model|vae)\b", FIXED, "what the weights are of"),
     (r"seed\b", FIXED, "order of the data, noise of every update"),

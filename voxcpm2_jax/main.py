@@ -105,6 +105,11 @@ def _parse(argv):
     sub.add_argument("--data", metavar="SHARDS[,SHARDS]", help="directories made by prepare; :tiny has data of its own")
     sub.add_argument("--dry-run", action="store_true", help="check the arguments, print the whole config, train nothing")
     _add_start(sub)
+    sub.add_argument("--init-params", metavar="CKPT", help=f"a new run starts with the weights of {_CKPT}")
+    sub.add_argument(
+        "--init-tslm", metavar="MINICPM",
+        help="a new run's text-semantic LM starts as a MiniCPM-4: directory with config.json and safetensors, or the file",
+    )  # fmt: skip
 
     sub = command(
         "train-vae", _train_vae, "train the codec; goes on by itself if the workdir holds a checkpoint",
@@ -318,7 +323,11 @@ def _train(args, overrides) -> int:
     _check_directory(args.workdir)
     from voxcpm2_jax.train import backbone
 
-    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **_start(args)))
+    given = [f"--{name.replace('_', '-')}" for name in ("resume_from", "init_params", "init_tslm") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: each says what a new run starts with; give one of them")
+    start = _start(args) | {"init_params": args.init_params, "init_tslm": args.init_tslm}
+    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **start))
 
 
 def _train_vae(args, overrides) -> int:
