@@ -72,7 +72,7 @@ class Toy:
                 return error / 64.0, error
 
             (loss, error), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-            updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+            updates, opt_state = self.tx.update(grads, state.opt_state, state.params, step=state.step)
             params = optax.apply_updates(state.params, updates)
             ema = optim.ema_update(state.ema, params, OPTIM.ema_decay)
             values = {"loss": loss, "loss_diff": (error, jnp.float32(64)), "loss_stop": (jnp.float32(0), jnp.float32(0))}

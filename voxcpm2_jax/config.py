@@ -510,17 +510,22 @@ def _paths(tree, prefix=""):
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule; see optim.py for the curves."""
+    """The optimiser and its schedule; see optim.py for the curves and for what each parameter goes by."""
 
-    learning_rate: float = 1e-4  # peak
+    optimizer: str = "adamw"  # "adamw"; "muon": matrices of the layers by Muon, everything else by AdamW
+    learning_rate: float = 1e-4  # peak; one for both
     warmup_steps: int = 1000  # updates of linear warm-up
     schedule: str = "cosine"  # after the warm-up: "cosine", "wsd" (stable, then linear decay), "constant"
     schedule_steps: int | None = None  # updates until the schedule ends; None: as long as the run
-    decay_fraction: float = 0.1  # "wsd": share of the schedule that decays, at its end
+    decay_fraction: float = 0.1  # "wsd": share of the schedule that decays
+    decay_steps: int | None = None  # "wsd": updates that decay; None: decay_fraction of the schedule
+    decay_start: int | None = None  # "wsd": first update that decays, for a branch; None: so that it ends with the schedule
     end_ratio: float = 0.05  # of the peak, at the schedule's end and after
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    muon_beta: float = 0.95  # momentum of Muon
+    mu_dtype: str = "float32"  # what first moments are kept in: "float32", "bfloat16" (2 bytes less a parameter)
     weight_decay: float = 0.01  # x learning rate, matrices only
     clip_norm: float | None = 1.0  # global gradient norm; None: no clip
     ema_decay: float | None = None  # averaged weights, per update; None: none are kept
@@ -530,15 +535,24 @@ class OptimConfig:
             if not ok:
                 raise UserError(f"optim.{name}: expected {expected}, got {getattr(self, name)!r}")
 
+        check("optimizer", self.optimizer in ("adamw", "muon"), "adamw or muon")
         check("learning_rate", self.learning_rate > 0, "a number over 0")
         check("warmup_steps", self.warmup_steps >= 0, "0 or more updates")
         check("schedule", self.schedule in ("cosine", "wsd", "constant"), "cosine, wsd or constant")
         check("schedule_steps", self.schedule_steps is None or self.schedule_steps >= 1, "None or at least 1 update")
         check("decay_fraction", 0 <= self.decay_fraction <= 1, "a share in [0, 1]")
+        for name in ("decay_steps", "decay_start"):
+            value = getattr(self, name)
+            check(name, value is None or self.schedule == "wsd", f"None, as the schedule is {self.schedule} and not wsd")
+        check("decay_steps", self.decay_steps is None or self.decay_steps >= 1, "None or at least 1 update")
+        is_warm = self.decay_start is None or self.decay_start >= self.warmup_steps
+        check("decay_start", is_warm, f"None or an update after the warm-up of {self.warmup_steps}")
         check("end_ratio", 0 <= self.end_ratio <= 1, "a share in [0, 1]")
         check("beta1", 0 <= self.beta1 < 1, "a number in [0, 1)")
         check("beta2", 0 <= self.beta2 < 1, "a number in [0, 1)")
         check("eps", self.eps > 0, "a number over 0")
+        check("muon_beta", 0 <= self.muon_beta < 1, "a number in [0, 1)")
+        check("mu_dtype", self.mu_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check("weight_decay", self.weight_decay >= 0, "0 or more")
         check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "None or a number over 0")
         check("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "None or a number in [0, 1)")
@@ -743,8 +757,9 @@ CHANGES: tuple[tuple[str, str, str], ...] = (
     (r"(num_steps|remat|accumulate|mesh)\b", FREE, ""),
     (r"(checkpoint|log|samples|sample_every_steps|num_samples|validation|guard|watchdog|profile)\b", FREE, ""),
     # What another learning rate would be a surprise for in a run that goes on, and is the purpose of a branch.
-    (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_fraction|end_ratio|weight_decay|clip_norm)\b",
-     SCHEDULE, "how far an update goes"),
+    (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_(fraction|steps|start)|end_ratio)\b", SCHEDULE,
+     "how far an update goes"),
+    (r"optim\.(weight_decay|clip_norm)\b", SCHEDULE, "how far an update goes"),
     (r"optim\b", FIXED, "what the optimiser's moments and the averages are of"),
     (r"(model|vae)\b", FIXED, "what the weights are of"),
     (r"seed\b", FIXED, "order of the data, noise of every update"),

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from voxcpm2_jax import metrics, optim, sharding
+from voxcpm2_jax import checkpoint, metrics, optim, sharding
 from voxcpm2_jax.checkpoint import Start
 from voxcpm2_jax.config import CHANGES, BackboneRun, UserError, to_dict
 from voxcpm2_jax.data import packing
@@ -36,6 +36,34 @@ def init_state(config: BackboneRun, params=None) -> optim.TrainState:
         params = voxcpm2.init(jax.random.key(config.seed), config.model)
     state = optim.init_state(config.optim, config.num_steps, params)
     return dataclasses.replace(state, guard=guard.init(config.guard))
+
+
+def initial_params(config: BackboneRun, layout, *, init_params=None, init_tslm=None):
+    """Parameters to start from, float32, one at a time laid out as `layout` says; None: neither is given, so from scratch.
+
+    Args:
+        layout: a sharding for every parameter.
+        init_params: any checkpoint of the same model: its weights, averaged ones if it has them, and nothing else.
+        init_tslm: a MiniCPM-4 for the text-semantic LM (`torch_io.load_tslm`); all other parts are from scratch.
+    Raises:
+        UserError: what they hold does not fit the model (every difference is named).
+    """
+    assert init_params is None or init_tslm is None, "one of them says what the text-semantic LM is"
+    if init_params is None and init_tslm is None:
+        return None
+    from voxcpm2_jax import torch_io
+
+    if init_params is not None:
+        weights, params = torch_io.open_weights(init_params, config.model), {}
+    else:
+        weights = torch_io.load_tslm(init_tslm, config.model)
+        scratch = jax.jit(lambda: voxcpm2.init(jax.random.key(config.seed), config.model), out_shardings=layout)
+        params = checkpoint.flatten(scratch())
+    for path, place in checkpoint.flatten(layout).items():
+        if path in weights.shapes:
+            array = np.asarray(weights.read(path), np.float32)
+            params[path] = jax.make_array_from_callback(array.shape, place, lambda index, array=array: array[index])
+    return checkpoint.nest(params)
 
 
 def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2.Draws:
@@ -194,6 +222,8 @@ def train(
     *,
     heldout=None,
     resume_from=None,
+    init_params=None,
+    init_tslm=None,
     accept_changes: bool = False,
     profile_steps=None,
 ) -> dict:
@@ -203,6 +233,7 @@ def train(
         data: directory of shards, or several with commas between; None: a seeded corpus in memory, of the model's own shape.
         heldout: the same, for the held-out loss; None: what `prepare` held out of `data`.
         resume_from: another run's workdir or one step of it, whose whole state a new run starts with.
+        init_params, init_tslm: what a new run's parameters are, see `initial_params`; the rest of its state is fresh.
         accept_changes: fields of the config may differ from the checkpoint's that must not (`config.CHANGES`).
         profile_steps: (a, b): updates a .. b - 1 are traced for XProf.
     Raises:
@@ -223,7 +254,14 @@ def train(
         _keep_makers(workdir, source.paths, source.header)
     with jax.set_mesh(mesh):
         layout = sharding.param_shardings(jax.eval_shape(partial(init_state, config)), mesh)
-        state = jax.jit(partial(init_state, config), out_shardings=layout)()
+        fresh = f"scratch (seed {config.seed})"
+        params = None
+        if not checkpoint.has_steps(workdir) and resume_from is None:
+            _check_makers(init_params, source)
+            params = initial_params(config, layout.params, init_params=init_params, init_tslm=init_tslm)
+            fresh = f"the weights of {init_params} (--init-params)" if init_params else fresh
+            fresh = f"the text-semantic LM of {init_tslm} (--init-tslm), else {fresh}" if init_tslm else fresh
+        state = jax.jit(partial(init_state, config), out_shardings=layout, donate_argnums=0)(params)
         state, row = loop.run(
             workdir=workdir,
             config=to_dict(config) | {"data": _made_of(source)},
@@ -239,7 +277,7 @@ def train(
             flops_of=partial(_flops, config),
             counters_at=lambda step, without: _heard(mix, step, config.patch_sec, without),
             clips_at=partial(_clips, mix, source.index),
-            origin=Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes),
+            origin=Start(resume_from, fresh, CHANGES, accept_changes),
             profile_steps=profile_steps,
         )
     names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
@@ -366,6 +404,22 @@ def _keep_makers(workdir: pathlib.Path, directories: Sequence[pathlib.Path], hea
         raise UserError(
             f"the shards were not made with this run's codec and tokenizer ({'; '.join(wrong)}, SHA-256): train in a new "
             "workdir, or prepare the shards with the workdir's own"
+        )
+
+
+def _check_makers(init_params, source) -> None:
+    """Refuses shards whose latents or ids mean something else than those that the weights were trained on."""
+    header = getattr(source, "header", None)
+    if init_params is None or header is None:
+        return
+    from voxcpm2_jax import torch_io
+
+    theirs = torch_io.makers_sha256(init_params)
+    wrong = [name.removesuffix("_sha256") for name in theirs if theirs[name] != getattr(header, name)]
+    if wrong:
+        raise UserError(
+            f"the shards were not made with the {' and '.join(wrong)} of --init-params={init_params}: prepare them with "
+            f"--vae={init_params} and --config.tokenizer set to its tokenizer"
         )
 
 
