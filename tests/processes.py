@@ -1,7 +1,8 @@
 """Real processes that join into one run over loopback, for what only several of them can show.
 
 Each has one CPU device unless told otherwise: two devices of one process can wait for each other for ever in XLA's CPU
-collectives where there are but two cores.
+collectives where there are but two cores. A compilation cache that they share serves the first process alone, for the others
+look for other keys in it; a second start still is quicker.
 """
 
 import contextlib
@@ -73,8 +74,14 @@ def start_processes(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    shared = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    flags = [
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_backend_optimization_level=0",
+        # Otherwise a process whose program comes out of the cache may start independent collectives in another order than one
+        # that compiled it (jax 0.10.2, three times of three), and each waits for the other's first for ever.
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    ]
+    shared = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     shared |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_NUM_PROCESSES": str(num)}
     command = [sys.executable, *program, *map(str, argv)]
     started: list[Process] = []

@@ -29,7 +29,7 @@ import ml_dtypes  # noqa: F401  # numpy then knows "bfloat16" by name
 import numpy as np
 
 from voxcpm2_jax import metrics
-from voxcpm2_jax.config import UserError, from_dict
+from voxcpm2_jax.config import ModelConfig, UserError, from_dict
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.data.packing import GROUP, PATCHES, TEXT, Clip, Index, Source, assemble
 from voxcpm2_jax.sequence import Batch
@@ -205,7 +205,7 @@ class Shards:
         if len({path.resolve() for path in paths}) < max(len(paths), 1):
             raise UserError(f"shards {directories}: expected one or more directories, each once")
         headers = [read_header(path) for path in paths]
-        _check_alike(paths, headers)
+        check_alike(paths, headers)
         lengths, pairs, groups, clips = [], [], {}, 0
         for path, header in zip(paths, headers):
             lengths_N6, pairs_NK = _read_index(path, header)
@@ -260,7 +260,21 @@ _ALIKE = (
 )  # fmt: skip
 
 
-def _check_alike(paths: list[pathlib.Path], headers: list[Header]) -> None:
+def check_fit(shards: Shards, model: ModelConfig, patch_sec: float | None = None, *, where: str) -> None:
+    """Raises UserError, naming every difference, if the model cannot read the shards."""
+    header = shards.header
+    pairs = {
+        "patch size (model.patch_size)": (header.patch_size, model.patch_size),
+        "latent channels (model.feat_dim)": (header.latent_dim, model.feat_dim),
+        "vocabulary (model.lm_config.vocab_size)": (header.vocab_size, model.lm_config.vocab_size),
+        "seconds of a patch (patch_sec)": (header.patch_sec, header.patch_sec if patch_sec is None else patch_sec),
+    }
+    wrong = [f"{name}: shards {theirs}, config {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if wrong:
+        raise UserError(f"{where} does not fit this config: {'; '.join(wrong)}")
+
+
+def check_alike(paths: list[pathlib.Path], headers: list[Header]) -> None:
     """Shards that share a training must have been made alike."""
     for path, header in zip(paths[1:], headers[1:]):
         unlike = [
