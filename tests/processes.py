@@ -58,11 +58,17 @@ class Process:
 
 @contextlib.contextmanager
 def start_processes(
-    argv: Sequence[str], num: int, *, devices: int = 1, env: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    num: int,
+    *,
+    program: Sequence[str] = ("-m", "voxcpm2_jax"),
+    devices: int = 1,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[list[Process]]:
     """Starts `num` times `voxcpm2-jax ARGV` as one run; what still runs at the end is killed.
 
     Args:
+        program: what Python runs instead of `voxcpm2-jax`.
         devices: CPU devices of each.   env: variables beside those of this process, such as JAX_COMPILATION_CACHE_DIR.
     """
     with socket.socket() as free:
@@ -77,7 +83,7 @@ def start_processes(
     ]
     shared = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     shared |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_NUM_PROCESSES": str(num)}
-    command = [sys.executable, "-m", "voxcpm2_jax", *map(str, argv)]
+    command = [sys.executable, *program, *map(str, argv)]
     started: list[Process] = []
     try:
         for i in range(num):
@@ -88,12 +94,10 @@ def start_processes(
             process.kill()
 
 
-def run_processes(
-    argv: Sequence[str], num: int, *, devices: int = 1, env: Mapping[str, str] | None = None, timeout_sec: float = 120
-) -> list[Result]:
-    """`start_processes`, and waits for all of them: at most `timeout_sec` seconds, then fails with what they wrote."""
+def run_processes(argv: Sequence[str], num: int, *, timeout_sec: float = 120, **options) -> list[Result]:
+    """`start_processes` with its options, and waits for all of them: at most `timeout_sec`, then fails with what they wrote."""
     end = time.monotonic() + timeout_sec
-    with start_processes(argv, num, devices=devices, env=env) as started:
+    with start_processes(argv, num, **options) as started:
         try:
             return [process.wait(max(end - time.monotonic(), 0.01)) for process in started]
         except subprocess.TimeoutExpired:

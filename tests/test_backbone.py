@@ -1,8 +1,10 @@
 """Training of the backbone: draws, the update, resuming, shards that do not fit."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from voxcpm2_jax import checkpoint, torch_io
+from tests import test_validation
+from voxcpm2_jax import checkpoint, metrics, sharding, torch_io
 from voxcpm2_jax.config import (
     MODELS,
     AudioVAEConfig,
@@ -21,6 +24,7 @@ from voxcpm2_jax.config import (
     LogConfig,
     OptimConfig,
     UserError,
+    ValidationConfig,
 )
 from voxcpm2_jax.data import packing, pipeline
 from voxcpm2_jax.data.mixing import Mix
@@ -36,7 +40,9 @@ RUN = BackboneRun(
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=2, ema_decay=0.9),
     checkpoint=CheckpointConfig(every_steps=3, keep=2),
     log=LogConfig(every_steps=1),
+    validation=ValidationConfig(every_steps=3),
 )
+HELDOUT = packing.synthetic_corpus(0, num_clips=8, vocab_size=384, patch_shape=(4, 16), max_patches=32)
 
 
 def test_trap_13_draws_are_float32_from_global_keys():
@@ -71,7 +77,9 @@ def rows_of(workdir):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    return workdir, backbone.train(RUN, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "_open_heldout", lambda *_: HELDOUT)
+        return workdir, backbone.train(RUN, workdir)
 
 
 def test_loss_falls_and_the_result_says_so(straight):
@@ -84,7 +92,8 @@ def test_loss_falls_and_the_result_says_so(straight):
 
 
 def test_resume_is_exact(straight, tmp_path, monkeypatch):
-    """Stopped after three of six updates and started again: the same losses, bit for bit."""
+    """Stopped after three of six updates and started again: the same losses, held-out ones as well, bit for bit."""
+    monkeypatch.setattr(backbone, "_open_heldout", lambda *_: HELDOUT)
     run_step = backbone.loop.run
 
     def stop_early(**kwargs):
@@ -94,20 +103,102 @@ def test_resume_is_exact(straight, tmp_path, monkeypatch):
         patch.setattr(backbone.loop, "run", stop_early)
         backbone.train(RUN, tmp_path / "run")
     backbone.train(RUN, tmp_path / "run")
-    exact = ("step", "loss", "loss_diff", "loss_stop", "grad_norm")
-    first, second = ([[row[name] for name in exact] for row in rows_of(d)] for d in (straight[0], tmp_path / "run"))
+    exact = ("step", "loss", "loss_diff", "loss_stop", "grad_norm", "val_loss_diff", "val_loss_diff_se/mode/zero-shot")
+    first, second = ([[row.get(name) for name in exact] for row in rows_of(d)] for d in (straight[0], tmp_path / "run"))
     assert first == second
+    assert [row[0] for row in first if row[-1] is not None] == [3, 6], "the held-out loss is told when it is due"
 
 
 def test_update_does_not_depend_on_the_mesh(straight):
-    """One update on eight devices (the run above) and on one."""
+    """One update on eight devices (the run above) and on one: the loss, and every figure beside it."""
     source = packing.synthetic_corpus(0, vocab_size=384, patch_shape=(4, 16), patch_sec=RUN.patch_sec, max_patches=32)
     b = RUN.batch
     mix = Mix(0, source.index, source.patch_sec, b)
     batch = pipeline.host_rows(source, mix, 0)
     state = jax.jit(partial(backbone.init_state, RUN))()
-    _, figures = jax.jit(partial(backbone.train_step, config=RUN))(state, batch)
-    assert float(figures["loss"]) == pytest.approx(rows_of(straight[0])[0]["loss"], rel=1e-5)
+    step = jax.jit(partial(backbone.train_step, config=RUN, labels=backbone._labels(source)))
+    sums = metrics.fetch(step(state, batch)[1])
+    row = rows_of(straight[0])[0]
+    assert sums["loss"][0] == pytest.approx(row["loss"], rel=1e-5)
+    meter = metrics.Meter()
+    meter.add(sums)
+    for name, value in meter.means().items():
+        expected = None if value is None else pytest.approx(value, rel=_tolerance(name, 1e-4))
+        assert row[name] == expected, name
+
+    # The parts of a loss add up to the whole of it, in sum and in count.
+    for name, kind in (("loss_diff", "time"), ("loss_diff", "language"), ("loss_stop", "dataset"), ("loss_stop", "mode")):
+        parts = [pair for other, pair in sums.items() if other.startswith(f"{name}/{kind}/")]
+        assert [sum(column) for column in zip(*parts)] == pytest.approx(sums[name], rel=1e-5)
+    assert sums["loss_diff/time/0.3-0.4"][1] > 0 and sums["loss_diff/language/none"] == pytest.approx(sums["loss_diff"])
+    is_end = (batch.stop_BM == 1) & batch.target_BM & (batch.slot_BM >= 0)
+    assert sums["stop_recall"][1] == is_end.sum() > 0 and sums["stop_recall"][0] == sums["stop_precision"][0]
+    for name in ("grad_norm", "update_norm"):
+        parts = [total for other, (total, _) in sums.items() if other.startswith(f"{name}/")]
+        assert len(parts) == 11 and np.linalg.norm(parts) == pytest.approx(sums[name][0], rel=1e-5)
+    assert 0 < sums["fsq_usage"][0] <= 1 and 0 < sums["fsq_entropy"][0] <= np.log2(2 * 9 + 1)
+    for stack in ("base_lm", "residual_lm", "feat_encoder", "feat_decoder"):
+        assert sums[f"activation_max/{stack}"][0] > 0 and sums[f"logit_bound_max/{stack}"][0] > 0
+
+
+def _tolerance(name, usual):
+    """A level that rounds the other way in another program is one of thousands."""
+    return 1e-2 if name.startswith("fsq") else usual
+
+
+def test_muon_learns_on_a_mesh_with_tensor_parallelism(straight, tmp_path):
+    """Its states are split, saved and restored like AdamW's; with bfloat16 moments."""
+    muon = dataclasses.replace(RUN.optim, optimizer="muon", mu_dtype="bfloat16")
+    run = dataclasses.replace(RUN, optim=muon, mesh=(1, 4, 2), num_steps=8, checkpoint=CheckpointConfig(every_steps=8))
+    backbone.train(run, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(rows_of(straight[0])[0]["loss"], rel=1e-5)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
+    assert backbone.train(run, tmp_path / "run")["loss"] == rows[-1]["loss"]
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny_params):
+    """Sixteen rows, in some of which nearly nothing bears loss: a mean of the micro-batches' means would be wrong."""
+    source = packing.synthetic_corpus(0, vocab_size=384, patch_shape=(4, 16), patch_sec=RUN.patch_sec, max_patches=32)
+    run = dataclasses.replace(RUN, batch=dataclasses.replace(RUN.batch, rows=16))
+    batch = pipeline.host_rows(source, Mix(0, source.index, source.patch_sec, run.batch), 0)
+    batch.target_BM[::2, 3:] = False
+    state = backbone.init_state(run, tiny_params)
+    return run, state, batch, jax.device_get(jax.jit(partial(backbone.train_step, config=run))(state, batch))
+
+
+@pytest.mark.parametrize(("accumulate", "shape"), [(4, None), (2, (1, 4, 2))])
+def test_accumulation_is_exactly_the_large_batch(uneven, accumulate, shape):
+    """Every figure, and every moment of the optimiser, which after one update is the gradient and its square."""
+    run, state, batch, (whole, whole_figures) = uneven
+    step, layout = partial(backbone.train_step, config=dataclasses.replace(run, accumulate=accumulate)), None
+    with contextlib.ExitStack() as stack:
+        if shape:
+            mesh = sharding.make_mesh(shape)
+            stack.enter_context(jax.set_mesh(mesh))
+            layout = sharding.param_shardings(state, mesh)
+            state, batch = jax.device_put((state, batch), (layout, sharding.batch_sharding(mesh)))
+        state, figures = jax.device_get(jax.jit(step, out_shardings=(layout, None))(state, batch))
+    figures, whole_figures = metrics.fetch(figures), metrics.fetch(whole_figures)
+    assert figures.keys() == whole_figures.keys()
+    for name, figure in whole_figures.items():
+        np.testing.assert_allclose(figures[name], figure, rtol=_tolerance(name, 5e-6), err_msg=name)
+    for tree, expected in ((state.opt_state, whole.opt_state), (state.params, whole.params), (state.ema, whole.ema)):
+        for (path, got), wanted in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(expected), strict=True):
+            assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted), path
+
+
+def test_micro_batches_take_rows_of_every_device_and_move_none():
+    mesh = sharding.make_mesh((2, 2, 2))
+    with jax.set_mesh(mesh):
+        x_BT = jax.device_put(jnp.arange(32).reshape(16, 2), sharding.batch_sharding(mesh))
+        split = jax.jit(partial(backbone._split, parts=2))
+        parts = split(x_BT)
+        program = split.lower(x_BT).compile().as_text()
+    assert sorted(parts[:, :, 0].ravel().tolist()) == list(range(0, 32, 2))
+    assert parts.sharding.spec == jax.P(None, ("replica", "data"))
+    assert not re.search("all-gather|all-to-all|collective-permute|all-reduce", program)
 
 
 def test_a_checkpoint_tells_what_was_heard(straight):
@@ -123,6 +214,9 @@ def test_rows_that_suit_no_mesh_are_refused(tmp_path):
     run = dataclasses.replace(RUN, batch=dataclasses.replace(RUN.batch, rows=3))
     with pytest.raises(UserError, match=r"batch.rows 3 cannot be split over 8 devices"):
         backbone.train(run, tmp_path / "run")
+    with pytest.raises(UserError, match=r"batch.rows 8 cannot be split over 8 devices x 2 micro-batches"):
+        backbone.train(dataclasses.replace(RUN, accumulate=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_shards_of_another_shape_are_refused(tmp_path, monkeypatch):
@@ -137,6 +231,23 @@ def test_shards_of_another_shape_are_refused(tmp_path, monkeypatch):
         backbone.train(RUN, tmp_path / "run", tmp_path)
     for name in ("model.patch_size", "model.feat_dim", "model.lm_config.vocab_size", "patch_sec"):
         assert name in str(error.value)
+
+
+def test_held_out_shards_are_found_beside_the_others_and_must_be_made_like_them(tmp_path):
+    clips = [test_validation.clip(i) for i in range(2)]
+    train, other = (test_validation.write(tmp_path / name, clips) for name in ("train", "other"))
+    source = pipeline.Shards(train)
+    assert backbone._open_heldout(RUN, source, train, None) is None
+    test_validation.write(train / "heldout", clips[:1])
+    assert len(backbone._open_heldout(RUN, source, train, None)) == 1
+    assert len(backbone._open_heldout(RUN, source, train, other)) == 2
+    without = dataclasses.replace(RUN, validation=ValidationConfig(every_steps=0))
+    assert backbone._open_heldout(without, source, train, None) is None
+    test_validation.write(other, clips, codec_sha256="another")
+    with pytest.raises(UserError, match="do not go together: codec_sha256 'c' and 'another'"):
+        backbone._open_heldout(RUN, source, train, other)
+    with pytest.raises(UserError, match="--heldout goes with --data"):
+        backbone._open_heldout(RUN, source, None, other)
 
 
 def test_shards_of_another_codec_or_tokenizer_are_refused(tmp_path):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import pathlib
 import resource
+import shutil
 import time
 from typing import Any
 
@@ -14,8 +16,19 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from voxcpm2_jax import checkpoint
-from voxcpm2_jax.checkpoint import Checkpoints
-from voxcpm2_jax.config import UserError
+from voxcpm2_jax.checkpoint import Checkpoints, SaveFailed, Start
+from voxcpm2_jax.config import (
+    CHANGES,
+    FREE,
+    MODELS,
+    SCHEDULE,
+    AudioVAEConfig,
+    BackboneRun,
+    BatchConfig,
+    UserError,
+    VAERun,
+    to_dict,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +81,8 @@ def test_round_trip_onto_another_mesh(tmp_path, state, shape):
     checkpoints.close()
     assert_equal(restored, state)
     assert restored.params["layers"]["q"]["kernel"].sharding.mesh.devices.shape == shape
-    assert meta == {"step": 7, "config": {"a": [1, None]}, "clips": 3}
+    assert meta.pop("versions")["jax"] == jax.__version__
+    assert meta == {"step": 7, "config": {"a": [1, None]}, "clips": 3, "figures": {}}
 
 
 def test_state_may_be_donated_while_it_is_written(tmp_path, state):
@@ -126,10 +140,13 @@ def test_background_error_surfaces(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # a disk that takes no more
     try:
         checkpoints.save(3, state, {"config": {}})
-        with pytest.raises(ValueError, match="Error writing"):
+        with pytest.raises(
+            SaveFailed, match=r"step 3 could not be saved in .*checkpoints \(.* GB free\): .*Error writing.*no older"
+        ):
             for _ in range(1000):
                 checkpoints.check()
                 time.sleep(0.01)
+        checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoints.latest_step() is None
@@ -169,3 +186,237 @@ def test_kind_tells_checkpoints_apart(tmp_path, state):
         checkpoint.kind(tmp_path / "nothing")
     with pytest.raises(UserError, match="a file"):
         checkpoint.kind(released / "config.json")
+
+
+# ---- what stays ------------------------------------------------------------------------------------------------------
+
+
+def kept(checkpoints):
+    return sorted(int(p.name) for p in checkpoints.directory.iterdir() if p.name.isdigit())
+
+
+def test_last_every_kth_and_best_stay(tmp_path):
+    state = State(jnp.int32(0), {"kernel": jnp.ones(3)}, ())
+    rules = {"keep": 1, "every_steps": 1, "keep_every_steps": 3, "best_metric": "val_loss"}
+    checkpoints = Checkpoints(tmp_path, **rules)
+    for step, loss in ((1, 3.0), (2, np.float32(1.0)), (3, 2.0), (4, None)):
+        checkpoints.save(step, state, {"config": {}}, {} if loss is None else {"val_loss": loss, "sound": "no number"})
+    checkpoints.close()
+    assert kept(checkpoints) == [2, 3, 4]
+    assert checkpoint.read_meta(checkpoints.directory / "2")["figures"] == {"val_loss": 1.0}
+    # What was best before a restart still is; then something else is better.
+    checkpoints = Checkpoints(tmp_path, **rules)
+    checkpoints.save(5, state, {"config": {}}, {"val_loss": 1.5})
+    checkpoints.wait()
+    assert kept(checkpoints) == [2, 3, 5]
+    checkpoints.save(6, state, {"config": {}}, {"val_loss": jnp.float32(0.5)})
+    checkpoints.wait()
+    assert kept(checkpoints) == [3, 6]
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, **rules | {"best_mode": "max"})
+    checkpoints.save(7, state, {"config": {}}, {"val_loss": 0.1})
+    checkpoints.close()
+    assert kept(checkpoints) == [3, 6, 7]
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 1 and 2 of a run on eight devices, with the state of each."""
+    on = mesh(4, 2)
+    states = {}
+    workdir = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(workdir, keep=3, every_steps=1)
+    for step in (1, 2):
+        params = {"kernel": jax.random.normal(jax.random.key(step), (64, 32))}
+        states[step] = shard(State(jnp.int32(step), params, {"mu": params["kernel"] * 2}), on)
+        checkpoints.save(step, states[step], {"config": {"n": 1}})
+    checkpoints.close()
+    return workdir, states
+
+
+def copy(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "run")
+    return Checkpoints(tmp_path / "run", keep=3, every_steps=1)
+
+
+def begin(checkpoints, state, config=None, **start):
+    return checkpoint.begin(checkpoints, jax.tree.map(jnp.copy, state), config or {"n": 1}, Start(**start))
+
+
+def flip(path, where=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def foreign(path):
+    path.with_name("foreign").write_bytes(b"1")
+
+
+# One file of each kind that a step has.
+KINDS = (
+    "params/manifest.ocdbt", "params/d/*", "params/ocdbt.process_0/d/*", "params/ocdbt.process_0/manifest.ocdbt",
+    "opt_state/_METADATA", "params/_sharding", "params/array_metadatas/process_0", "step/manifest.ocdbt", "meta/metadata",
+    checkpoint.CHECKSUMS_FILE,
+)  # fmt: skip
+
+
+def test_every_kind_of_file_is_damaged_below(saved):
+    files = [p.relative_to(saved[0] / "checkpoints" / "2") for p in (saved[0] / "checkpoints" / "2").rglob("*") if p.is_file()]
+    others = [f for f in files if not any(f.match(k) or f.match(f"*/{k.split('/', 1)[-1]}") for k in KINDS)]
+    assert {f.name for f in others} == {"_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+@pytest.mark.parametrize("damage", [pathlib.Path.unlink, truncate, flip, foreign])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saved, tmp_path, capsys, kind, damage):
+    checkpoints = copy(saved, tmp_path)
+    step = checkpoints.directory / "2"
+    file = sorted(step.glob(kind))[-1]
+    damage(file)
+    with pytest.raises(UserError, match=r"/2: damaged checkpoint: .*; name another step of it: 1$"):
+        checkpoint.verify(tmp_path / "run")
+    state, meta = begin(checkpoints, saved[1][2])
+    assert_equal(state, saved[1][1])
+    assert meta["step"] == 1
+    damaged, aside, line = capsys.readouterr().err.splitlines()
+    name = file.with_name("foreign") if damage is foreign else file
+    # Of an altered list of checksums, it may be a file in it that no longer fits.
+    named = "" if kind == checkpoint.CHECKSUMS_FILE and damage is flip else f"{name.relative_to(step)} "
+    assert damaged.startswith(f"DAMAGED CHECKPOINT {step}: {named}")
+    assert aside == f"passed over 2: set aside as {checkpoints.directory}/STEP.damaged"
+    assert line == f"starting from step 1 of {tmp_path / 'run'} (resume)"
+    # The run comes to step 2 again.
+    checkpoints.save(2, state, {"config": {}})
+    checkpoints.close()
+    assert checkpoints.verified_step() == 2 and (checkpoints.directory / "2.damaged").is_dir()
+
+
+def test_no_whole_checkpoint_left_is_no_fresh_start(saved, tmp_path, capsys):
+    checkpoints = copy(saved, tmp_path)
+    for step in (1, 2):
+        truncate(checkpoints.directory / str(step) / "params" / "manifest.ocdbt")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"every checkpoint is damaged \(2, 1\)"):
+            begin(checkpoints, saved[1][2])
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("name", ["3", "notes", "4.bak"])
+def test_a_foreign_directory_among_the_checkpoints(saved, tmp_path, capsys, name):
+    shutil.copytree(saved[0], tmp_path / "run")
+    directory = tmp_path / "run" / "checkpoints" / name
+    directory.mkdir()
+    (directory / "file").write_text("mine")
+    checkpoints = Checkpoints(tmp_path / "run", keep=3, every_steps=1)
+    _, meta = begin(checkpoints, saved[1][2])
+    assert meta["step"] == 2
+    checkpoints.save(3, saved[1][2], {"config": {}})
+    checkpoints.close()
+    assert kept(checkpoints) == [1, 2, 3]
+    said = capsys.readouterr().err
+    if name == "3":
+        assert f"DAMAGED CHECKPOINT {directory}: neither checksums.json nor meta/ in it; not a checkpoint of ours" in said
+    else:
+        assert "DAMAGED" not in said and (directory / "file").read_text() == "mine"
+
+
+def test_a_step_of_an_earlier_version_is_read_and_said_not_to_be_verified(saved, tmp_path, capsys):
+    checkpoints = copy(saved, tmp_path)
+    for step in (1, 2):
+        path = checkpoints.directory / str(step)
+        (path / checkpoint.CHECKSUMS_FILE).unlink()
+        (path / "meta" / "metadata").write_text(json.dumps({"step": step, "config": {"n": 1}}))
+    state, _ = begin(checkpoints, saved[1][2])
+    checkpoints.close()
+    assert_equal(state, saved[1][2])
+    assert "(resume), not verified: an earlier version saved it without checksums" in capsys.readouterr().err
+    assert checkpoint.load_params(tmp_path / "run")[2] == 2
+
+
+def test_readers_refuse_damaged_weights_alone(saved, tmp_path):
+    checkpoints = copy(saved, tmp_path)
+    checkpoints.close()
+    flip(checkpoints.directory / "2" / "opt_state" / "manifest.ocdbt")
+    assert_equal(checkpoint.load_params(tmp_path / "run")[1], jax.tree.map(np.asarray, saved[1][2].params))
+    flip(next((checkpoints.directory / "2" / "params" / "ocdbt.process_0" / "d").iterdir()))
+    for read in (checkpoint.load_params, checkpoint.array_specs):
+        with pytest.raises(UserError, match=r"damaged checkpoint: params/ocdbt.process_0/d/\w+ was altered"):
+            read(tmp_path / "run")
+
+
+# ---- where a run starts ----------------------------------------------------------------------------------------------
+
+
+def test_order_of_starting_points(saved, tmp_path, capsys):
+    trunk, step_1 = saved[0], saved[0] / "checkpoints" / "1"
+    before = {p: p.stat().st_mtime_ns for p in trunk.rglob("*")}
+    checkpoints = Checkpoints(tmp_path / "run", keep=3, every_steps=1)
+    state, meta = begin(checkpoints, saved[1][2], fresh="scratch (seed 3)")
+    assert meta == {}
+    for path, number in ((trunk, 2), (step_1, 1)):
+        state, meta = begin(checkpoints, saved[1][2], resume_from=path)
+        assert_equal(state, saved[1][number])
+    checkpoints.save(5, state, {"config": {"n": 1}})
+    checkpoints.wait()
+    state, meta = begin(checkpoints, saved[1][2], resume_from=trunk)
+    checkpoints.close()
+    assert meta["step"] == 5
+    assert capsys.readouterr().err.splitlines() == [
+        "starting from scratch (seed 3)",
+        f"starting from step 2 of {trunk} (--resume-from)",
+        f"starting from step 1 of {trunk} (--resume-from)",
+        f"starting from step 5 of {tmp_path / 'run'} (resume; --resume-from={trunk} is not used)",
+    ]
+    assert {p: p.stat().st_mtime_ns for p in trunk.rglob("*")} == before, "the trunk was touched"
+    with pytest.raises(UserError, match="no such directory"):
+        begin(Checkpoints(tmp_path / "other", keep=3, every_steps=1), saved[1][2], resume_from=tmp_path / "nothing")
+
+
+TINY = BackboneRun(model=MODELS["tiny"], batch=BatchConfig(slots=128, patches=80))
+
+
+def run_config(**changes):
+    return to_dict(dataclasses.replace(TINY, **changes)) | {"data": {"codec_sha256": "a"}}
+
+
+@pytest.mark.parametrize("is_branch", [False, True])
+def test_changed_config(saved, tmp_path, capsys, is_branch):
+    old = run_config()
+    new = run_config(seed=1, num_steps=7, mesh=(2, 2, 2)) | {"data": {"codec_sha256": "b"}, "added": 3}
+    new["optim"]["learning_rate"], new["optim"]["beta1"], new["batch"]["rows"] = 1.0, 0.5, 4
+    changed = {"seed", "num_steps", "mesh", "data.codec_sha256", "added", "optim.learning_rate", "optim.beta1", "batch.rows"}
+    assert {field for field, _ in checkpoint._changes(old, new)} == changed
+    check = {"old": old, "new": new, "is_branch": is_branch}
+    with pytest.raises(UserError) as error:
+        checkpoint._check_changes("CKPT", start=Start(rules=CHANGES), **check)
+    refused = {"seed", "data.codec_sha256", "optim.beta1", "batch.rows"} | (
+        {"optim.learning_rate"} - {"optim.learning_rate" * is_branch}
+    )
+    said = capsys.readouterr().err
+    for field in changed:
+        assert (f"{field}: " in str(error.value)) == (field in refused)
+        assert (f"checkpoint's: {field}: " in said) == (field not in refused)
+    assert "seed: 0 -> 1 (order of the data, noise of every update)" in str(error.value)
+    assert "added: (none) -> 3" in said and "add --accept-config-changes" in str(error.value)
+    checkpoint._check_changes("CKPT", start=Start(rules=CHANGES, accept_changes=True), **check)
+    checkpoint._check_changes("CKPT", start=Start(), **check)
+
+
+def test_every_field_of_a_run_has_a_rule():
+    """Who adds a field decides whether it may change under a checkpoint."""
+    for run in (TINY, VAERun(vae=AudioVAEConfig())):
+        flat = checkpoint.flatten(dataclasses.asdict(run))
+        for field in {path.replace("/", ".") for path in flat} | set(vars(run)):
+            assert any(checkpoint.re.match(pattern, field) for pattern, *_ in CHANGES), field
+    kinds = {
+        field: kind for field in ("num_steps", "optim.schedule") for p, kind, _ in CHANGES if checkpoint.re.match(p, field)
+    }
+    assert kinds["num_steps"] == FREE and SCHEDULE in {kind for _, kind, _ in CHANGES}

@@ -291,6 +291,7 @@ TINY = MODELS["tiny"]
         (BatchConfig, {"patches": 0}, "patches"),
         (BatchConfig, {"patches": 8, "target_patches": 9}, "target_patches"),
         (BackboneRun, {"model": TINY, "num_steps": 0}, "num_steps"),
+        (BackboneRun, {"model": TINY, "accumulate": 0}, "accumulate"),
         (BackboneRun, {"model": TINY, "remat": "some"}, "remat"),
         (BackboneRun, {"model": TINY, "batch": BatchConfig(slots=513, patches=1)}, "batch.slots 513"),
         (DemoConfig, {"num_digit_clips": 0}, "num_digit_clips"),

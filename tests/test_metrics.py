@@ -1,5 +1,6 @@
 """Means, the healing of metrics.jsonl, what a row may hold, and FLOPs counted against the parameters themselves."""
 
+import functools
 import json
 import sys
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from voxcpm2_jax import metrics
-from voxcpm2_jax.config import DiTConfig, LMConfig, LocalConfig, ModelConfig
-from voxcpm2_jax.models import voxcpm2
+from voxcpm2_jax.config import DiTConfig, LMConfig, LocalConfig, ModelConfig, UserError
+from voxcpm2_jax.models import transformer, voxcpm2
+from voxcpm2_jax.models.local import LocDiT, LocEnc
+from voxcpm2_jax.sequence import Batch
 
 TINY = ModelConfig(
     lm_config=LMConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=3,
@@ -38,6 +41,76 @@ def test_meter_divides_once_and_continues_exactly():
         second.add(metrics.fetch(step))
     assert second.means() == whole.means()
     assert whole.means() == {"loss": pytest.approx(0.35), "stop": 0.5, "none": None}
+
+
+def test_tables_become_figures_and_maxima_stay_maxima():
+    def step(i):
+        times = metrics.Table(jnp.float32([i, 2 * i]), jnp.float32([2, 0]), ("early", "late"))
+        largest = metrics.Table(jnp.float32([-i, 5 - i]), jnp.float32([1, 1]), ("tslm", "ralm"))
+        return {"loss/time/": times, "activation_max/": largest}
+
+    meter = metrics.Meter()
+    for i in (1, 2, 3):
+        meter.add(metrics.fetch(jax.jit(step)(i)))
+        meter = metrics.Meter(json.loads(json.dumps(meter.state)))
+    means = {"loss/time/early": 1.0, "loss/time/late": None, "activation_max/tslm": -1.0, "activation_max/ralm": 4.0}
+    assert meter.means() == means
+    of_both = metrics.fetch(metrics.combine(jax.tree.map(lambda *x: jnp.stack(x), step(1), step(2))))
+    assert of_both == {
+        "loss/time/early": (3.0, 4.0), "loss/time/late": (6.0, 0.0),
+        "activation_max/tslm": (-1.0, 1.0), "activation_max/ralm": (4.0, 1.0),
+    }  # fmt: skip
+
+
+def test_patches_count_for_their_own_groups_alone():
+    time_BM = jnp.float32([[0.05, 0.999, 1.0, 0.05]])
+    label_BM = jnp.int32([[0, 1, 1, -1]])
+    pair_BM = (jnp.float32([[1, 2, 4, 0]]), jnp.float32([[1, 1, 1, 0]]))
+    labels = metrics.name_labels([("books", "en", "zero-shot"), ("films", "en", "described reference")], [2.0, 1.0])
+    found = metrics.fetch({
+        "loss/time/": metrics.by_time(pair_BM, time_BM), "loss/": metrics.by_label(pair_BM, label_BM, labels)
+    })  # fmt: skip
+    assert {name: pair for name, pair in found.items() if pair[1]} == {
+        "loss/time/0.0-0.1": (1, 1), "loss/time/0.9-1.0": (6, 2),
+        "loss/dataset/books": (1, 1), "loss/dataset/films": (6, 2), "loss/language/en": (7, 3),
+        "loss/mode/zero-shot": (1, 1), "loss/mode/described-reference": (6, 2),
+    }  # fmt: skip
+
+
+def test_only_the_largest_groups_have_names():
+    labels = [(f"d{i}", "en", "prompt") for i in range(40)]
+    named = metrics.name_labels(labels, weights=list(range(40)))
+    datasets = {name for name in named.names if name.startswith("dataset/")}
+    assert datasets == {f"dataset/d{i}" for i in range(8, 40)} | {"dataset/other"}
+    assert [named.names[member[0]] for member in named.members[6:9]] == ["dataset/other"] * 2 + ["dataset/d8"]
+
+
+def test_usage_and_entropy_of_levels():
+    """Of two dims one uses two of three levels evenly, one a single level; what is no audio does not count."""
+    level_BTQ = jnp.int32([[[-1, 0], [1, 0], [0, 1]]])
+    found = metrics.fsq_figures(metrics.count_levels(level_BTQ, jnp.array([[True, True, False]]), 1))
+    assert float(found["fsq_usage"]) == pytest.approx((2 + 1) / 6) and float(found["fsq_entropy"]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("last", [3, 10])
+def test_profiler_traces_whole_updates(tmp_path, last):
+    """Also of a run that ends before the trace does."""
+    update = jax.jit(lambda x: x @ x)
+    running = None
+    with metrics.Profiler((2, 4), tmp_path / "profile") as profiler:
+        for step in range(last):
+            profiler.at(step, running)
+            assert (tmp_path / "profile").exists() == (step >= 4)  # written when the trace ends
+            running = update(jnp.ones((8, 8)))
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size > 0
+
+
+def test_steps_to_profile_are_two_numbers():
+    assert metrics.profile_steps("100:103") == (100, 103)
+    for text in ("100", "3:3", "a:b", "-1:2", ""):
+        with pytest.raises(UserError, match=f"--profile-steps={text}: expected A:B"):
+            metrics.profile_steps(text)
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 9, "lo', "\x00\x00"])
@@ -102,6 +175,57 @@ def test_flops_count_every_kernel_as_often_as_it_is_used():
     attention = 4 * (32 * 5 * slots / 2 + 16 * 2 * patches * 25 + 16 * 3 * targets * 121)
     assert sum(parts.values()) == products + attention
     assert metrics.train_flops(TINY, slots=slots, patches=patches, targets=targets, squares=0) == 3 * sum(parts.values())
+
+
+def test_flops_agree_with_xla_of_an_unrolled_model(monkeypatch):
+    """Part by part, and forward with backward; XLA also counts norms, softmax and the like, some 0.5 % here.
+
+    XLA multiplies the whole T x T of causal attention, so it is compared with all pairs: useful are (squares + slots) / 2.
+    """
+    model = ModelConfig(
+        lm_config=LMConfig(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_hidden_layers=2,
+                           num_key_value_heads=2, vocab_size=200, kv_channels=64),
+        residual_lm_num_layers=2,
+        residual_lm_no_rope=True,
+        scalar_quantization_latent_dim=128,
+        encoder_config=LocalConfig(hidden_dim=384, ffn_dim=1536, num_heads=6, num_layers=2, kv_channels=64),
+        dit_config=DiTConfig(hidden_dim=384, ffn_dim=1536, num_heads=6, num_layers=3, kv_channels=64),
+    )  # fmt: skip
+    scan = transformer.nn.scan
+    monkeypatch.setattr(transformer.nn, "scan", lambda block, **form: scan(block, unroll=form["length"], **form))
+    B, T, M, P, C, D, local = 2, 192, 120, 4, 64, 512, 384
+    float32, bfloat16 = (functools.partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    integer = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    params = jax.eval_shape(lambda: voxcpm2.init(jax.random.key(0), model))
+
+    def counted(f, *args) -> float:
+        return jax.jit(f).lower(*args).cost_analysis()["flops"]
+
+    def part(module, name, *args) -> float:
+        return counted(lambda params, *args: module.apply({"params": params}, *args), params[name], *args)
+
+    useful = metrics.forward_flops(model, slots=B * T, patches=B * M, targets=B * M, squares=B * T * (2 * T - 1))
+    x_BTD, position_BT, mask_BTS = bfloat16((B, T, D)), integer((B, T)), jax.ShapeDtypeStruct((B, T, T), bool)
+    patches_RPC, time_R = float32((B * M, P, C)), float32((B * M,))
+    found = {
+        "tslm": part(voxcpm2.TextSemanticLM(model, "none"), "base_lm", x_BTD, position_BT, mask_BTS),
+        "ralm": part(voxcpm2.ResidualAcousticLM(model, "none"), "residual_lm", x_BTD, position_BT, mask_BTS),
+        "locenc": part(LocEnc(model.locenc, "none"), "feat_encoder", bfloat16((B * M, P, C))),
+        "locdit": part(LocDiT(model.locdit, "none"), "feat_decoder", patches_RPC, bfloat16((B * M, 2, local)), patches_RPC,
+                       time_R, time_R),
+    }  # fmt: skip
+    assert found == {name: pytest.approx(useful[name], rel=0.015) for name in found}
+
+    row_BM = integer((B, M))
+    batch = Batch(integer((B, T)), integer((B, T)), position_BT, float32((B, M, P, C)), row_BM, row_BM, row_BM)
+    draws = voxcpm2.Draws(float32((B, M)), float32((B, M, P, C)), jax.ShapeDtypeStruct((B, M), bool))
+
+    def losses(params, batch, draws):
+        terms = voxcpm2.loss_terms(params, model, batch, draws, remat="none")
+        return jnp.sum(terms["diff_BMP"]) + jnp.sum(terms["stop_BM"])
+
+    assert counted(losses, params, batch, draws) == pytest.approx(sum(useful.values()), rel=0.015)
+    assert counted(jax.value_and_grad(losses), params, batch, draws) == pytest.approx(3 * sum(useful.values()), rel=0.015)
 
 
 def test_flops_of_the_released_shape():

@@ -88,6 +88,7 @@ def test_sizes_are_those_of_the_sequences_and_a_batch_holds_them():
         packing.Clip(ids(t), patches(m), patches(r) if r else None, ids(d) if d else None, p) for t, m, r, p, d, _ in rows
     )
     lengths = np.array(rows, np.int32)
+    source.index = packing.Index(lengths, (("books", "en"),))
     draws = [Draw(i, OWN_REFERENCE if r else -1, d > 0) for i, (_, _, r, _, d, _) in enumerate(rows)]
     plain = [Draw(i) for i in range(len(rows))]
     paired = [Draw(0, 3), Draw(1, 0), Draw(2, 0), Draw(3, 1), Draw(4, 1)]
@@ -107,6 +108,11 @@ def test_sizes_are_those_of_the_sequences_and_a_batch_holds_them():
     assert (batch.segment_BT > 0).sum() == sizes_N3[:, 0].sum()
     for row, targets in zip(batch.target_BM, (8, 1)):
         assert row[:targets].all() and not row[targets:].any()
+    modes = ["zero-shot"] * 5 + ["described reference"] * 3 + ["described reference"] * 4  # targets, then what is given
+    names = packing.label_names(source.index)
+    assert [names[i] for i in batch.label_BM[0, :12]] == [("books", "en", mode) for mode in modes]
+    assert [names[i][2] for i in batch.label_BM[1, :11]] == ["described"] + ["prompt"] * 10
+    assert (batch.label_BM[batch.slot_BM < 0] == -1).all()
 
 
 def test_synthetic_corpus():

@@ -1,34 +1,63 @@
-"""Checkpoints: asynchronous saves, strict restores onto any mesh, and telling what a checkpoint path is.
+"""Checkpoints: asynchronous saves, strict restores onto any mesh, where a run starts, what a checkpoint path is.
 
     WORKDIR/config.json                    what the run was started with
     WORKDIR/metrics.jsonl                  one object per logged step
     WORKDIR/checkpoints/STEP/params/       one Orbax item per field of the state: params, opt_state, ema, step
-    WORKDIR/checkpoints/STEP/meta/         JSON: step, config, and what the loop has to remember (data counters)
+    WORKDIR/checkpoints/STEP/meta/         JSON: step, config, versions of the libraries, what the loop has to remember
+    WORKDIR/checkpoints/STEP/checksums.json        size and CRC-32 of every file of the step
+    WORKDIR/checkpoints/STEP.damaged/      a step that was found damaged, set aside by the run that passed it over
 
-A step directory appears under its number only when every file of it is on disk; "latest" counts nothing else. Arrays
-are stored by path alone ("base_lm/layers/q/kernel"), never by the classes that hold them, so a file does not depend
-on how optax or a state class is built.
+A step directory appears under its number, by a rename, only when every file of it is on disk and its checksums are
+written; "latest" counts nothing else. Whoever reads a step first compares its files with them: the resuming run all of
+them (each process its share) before it takes the step, others the parts that they use. CRC-32 because it costs 0.25 s a
+gigabyte and core (SHA-256: 0.55 s) and what it guards against is an accident. Steps of versions that wrote no checksums
+are read as they are, and said to be.
+
+Arrays are stored by path alone ("base_lm/layers/q/kernel"), never by the classes that hold them, so a file does not
+depend on how optax or a state class is built.
 
 Orbax's CheckpointManager (its "v0" interface) is used: `orbax.checkpoint.v1` does not import in 0.12.8, and its
 experimental home is bound to move.
 """
 
+import contextlib
 import dataclasses
+import functools
+import importlib.metadata
+import json
 import logging
+import os
 import pathlib
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
-from voxcpm2_jax.config import UserError
+from voxcpm2_jax.config import FIXED, FREE, SCHEDULE, UserError
 
 TRAINING, RELEASED = "training", "released"  # what `kind` tells
+CHECKSUMS_FILE = "checksums.json"
 
 _META = "meta"
 _BARE = "value"  # path of a field that is one array
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "audiovae.safetensors", "audiovae.pth")
+_PACKAGES = ("voxcpm2_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Orbax writes these two, with times in them, after the checksums. Nothing of the state is in them.
+_UNCOUNTED = (CHECKSUMS_FILE, "_CHECKPOINT_METADATA", "commit_success.txt")
+_CHUNK = 1 << 22  # bytes read at once
+_READERS = 4  # files read at once: enough for a local disk, and for a network file system to begin with
+
+
+class SaveFailed(RuntimeError):  # noqa: N818
+    """A checkpoint could not be written; its message is the one line to show."""
 
 
 class Checkpoints:
@@ -36,16 +65,29 @@ class Checkpoints:
 
     Args:
         workdir: made if absent.   keep: newest steps that stay.   every_steps: updates between two saves.
+        keep_every_steps: steps that it divides stay for ever; None: none.
+        best_metric: name of a figure that `save` is given; the step with the best one stays as well. None: none.
+        best_mode: "min" or "max": which of the figures is best.
     """
 
-    def __init__(self, workdir, keep: int, every_steps: int):
+    def __init__(
+        self, workdir, keep: int, every_steps: int, *, keep_every_steps: int | None = None, best_metric: str | None = None,
+        best_mode: str = "min",
+    ):  # fmt: skip
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         self.every_steps = every_steps
+        self._best = None if best_metric is None else _Best(best_metric, best_mode)
+        policies = [ocp.checkpoint_managers.LatestN(keep)]
+        policies += [] if keep_every_steps is None else [ocp.checkpoint_managers.EveryNSteps(keep_every_steps)]
+        policies += [] if self._best is None else [self._best]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
         )
+        self._saving: int | None = None  # the newest step that a save was started of
+        self._has_failed = False
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def is_due(self, step: int) -> bool:
@@ -55,22 +97,70 @@ class Checkpoints:
         """Newest step that is whole on disk; None without one."""
         return max(_steps(self.directory), default=None)
 
-    def save(self, step: int, state, meta: dict) -> None:
+    def verified_step(self) -> int | None:
+        """Newest step whose files are those that were saved; damaged ones are named on stderr and set aside.
+
+        Every process of the run calls it; each reads its share of the files.
+
+        Returns:
+            None if nothing was ever saved.
+        Raises:
+            UserError: there are checkpoints, and all of them are damaged.
+        """
+        damaged: list[int] = []
+        for step in sorted(_steps(self.directory), reverse=True):
+            path = self.directory / str(step)
+            problem = _damage(path, share=(jax.process_index(), jax.process_count()))
+            if problem:
+                print(f"DAMAGED CHECKPOINT {path}: {problem}", file=sys.stderr, flush=True)
+            if _all_agree(not problem):
+                self._set_aside(damaged)
+                return step
+            damaged.append(step)
+        if damaged:
+            raise UserError(
+                f"{self.directory}: every checkpoint is damaged ({', '.join(map(str, damaged))}): bring one back from a copy, "
+                "or start in a new workdir"
+            )
+        return None
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Makes room for these steps, which the run will come to again."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                aside = self.directory / f"{step}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+        _say(f"passed over {', '.join(map(str, steps))}: set aside as {self.directory}/STEP.damaged")
+        _all_agree(True)  # nobody looks before it is done
+        self._manager.reload()
+
+    def save(self, step: int, state, meta: dict, figures: Mapping | None = None) -> None:
         """Starts saving in the background, once a save still running has ended; `state` may be donated afterwards.
 
         Args:
             step: finished updates.   state: dataclass of trees; fields without arrays are left out.
-            meta: plain data, among it "config".
+            meta: plain data, among it "config".   figures: what was measured of this state; numbers are kept, by name.
+        Raises:
+            SaveFailed: the save before this one, or this one at its beginning.
         """
+        numbers = {name: float(x) for name, x in (figures or {}).items() if isinstance(x, int | float) or _is_scalar(x)}
         items = {name: ocp.args.PyTreeSave(nest(flatten(tree))) for name, tree in _fields(state).items()}
-        items[_META] = ocp.args.JsonSave({"step": step} | meta)
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        items[_META] = ocp.args.JsonSave({"step": step, "versions": versions(), "figures": numbers} | meta)
+        self.wait()
+        self._saving = step
+        if self._best:
+            self._best.add(step, numbers, self.directory)
+        with self._failures():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def check(self) -> None:
-        """Raises what a background save has run into, once it has ended; never waits."""
+        """Raises SaveFailed if a background save has failed, once it has ended; never waits."""
         # The manager's own check_for_errors stays silent about a failed write; joining its thread does not.
         if not self._manager.is_saving_in_progress():
-            self._manager.wait_until_finished()
+            self.wait()
 
     def restore(self, state, step: int | None = None):
         """The saved state, laid out as `state` is, and its meta.
@@ -87,21 +177,268 @@ class Checkpoints:
             raise UserError(
                 f"{self.directory}: no complete checkpoint {step or 'at all'}; there is {sorted(steps) or 'nothing'}"
             )
-        path = self.directory / str(step)
-        wanted = {name: flatten(tree) for name, tree in _fields(state).items()}
-        _compare(path, wanted)
-        fields = {}
-        for name, flat in wanted.items():
-            found = flatten(_read(path / name, nest(flat)))
-            fields[name] = jax.tree.unflatten(jax.tree.structure(getattr(state, name)), [found[key] for key in flat])
-        return dataclasses.replace(state, **fields), read_meta(path)
+        return restore(self.directory / str(step), state)
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk; raises what went wrong in it."""
-        self._manager.wait_until_finished()
+        """Blocks until the last save is on disk; raises SaveFailed if it never will be."""
+        with self._failures():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits, unless a save has failed: then there is nothing to wait for."""
+        if not self._has_failed:
+            self.wait()
+            self._manager.close()
+
+    def _seal(self) -> None:
+        """Runs on the first process when all files of a step are written, before the step gets its name."""
+        (unfinished,) = self.directory.glob(f"{self._saving}.*tmp*")
+        write_checksums(unfinished)
+
+    @contextlib.contextmanager
+    def _failures(self):
+        """Tells of a save that has failed in one line; the errors are those of Orbax and of what it writes with."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            self._has_failed = True
+            free = shutil.disk_usage(self.directory).free / 1e9
+            newest = self.latest_step()
+            left = "there is no older one" if newest is None else f"step {newest} is whole"
+            reason = " ".join(str(error).split())
+            raise SaveFailed(
+                f"step {self._saving} could not be saved in {self.directory} ({free:.3g} GB free): {reason}; {left}; when the "
+                "reason is gone, start the same command again"
+            ) from error
+
+
+def _is_scalar(x) -> bool:
+    return isinstance(x, np.generic | np.ndarray | jax.Array) and x.ndim == 0
+
+
+class _Best:
+    """Keeps the step with the best figure; a rule of Orbax's for what stays."""
+
+    def __init__(self, metric: str, mode: str):
+        self._metric, self._sign = metric, {"min": 1.0, "max": -1.0}[mode]
+        self._figures: dict[int, float] = {}
+
+    def add(self, step: int, figures: Mapping[str, float], directory: pathlib.Path) -> None:
+        """Notes what a step is worth, and what those are worth that were there before the run's start."""
+        for old in set(_steps(directory)) - self._figures.keys():
+            path = directory / str(old)
+            meta = {} if _damage(path, (_META,)) else read_meta(path)
+            self._figures[old] = meta.get("figures", {}).get(self._metric, np.nan)
+        self._figures[step] = figures.get(self._metric, np.nan)
+
+    def should_preserve(self, checkpoints, *, context) -> Sequence[bool]:
+        worth = {c.step: self._sign * self._figures[c.step] for c in checkpoints}
+        best = min((step for step in worth if np.isfinite(worth[step])), key=worth.get, default=None)
+        return [c.step == best for c in checkpoints]
+
+
+def restore(path, state):
+    """The state that a step directory holds, laid out as `state` is, and its meta; see `Checkpoints.restore`."""
+    wanted = {name: flatten(tree) for name, tree in _fields(state).items()}
+    _compare(path, wanted)
+    fields = {}
+    for name, flat in wanted.items():
+        found = flatten(_read(path / name, nest(flat)))
+        fields[name] = jax.tree.unflatten(jax.tree.structure(getattr(state, name)), [found[key] for key in flat])
+    return dataclasses.replace(state, **fields), read_meta(path)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a state depends on."""
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+# ---- where a run starts ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run starts whose workdir holds no checkpoint, and which fields of its config may differ from a checkpoint's.
+
+    Args:
+        resume_from: another run's workdir or one step of it; its whole state is taken, the run itself is only read.
+        fresh: what the state is without any checkpoint, in words.
+        rules: as `config.CHANGES`; by default every field may differ.
+        accept_changes: fields that must not differ may.
+    """
+
+    resume_from: str | os.PathLike | None = None
+    fresh: str = "scratch"
+    rules: Sequence[tuple[str, str, str]] = (("", FREE, ""),)
+    accept_changes: bool = False
+
+
+def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
+    """The state to start from, laid out as `state` is, and its meta; {} if the run starts afresh.
+
+    The run's own newest whole checkpoint counts first, then `start.resume_from`, then `state` itself; one line on stderr
+    says which. The memory of `state` is given up for a checkpoint's.
+
+    Raises:
+        UserError: no whole checkpoint where there should be one, one of other arrays, or fields of the config that must
+            not differ and do: each is named.
+    """
+    step = checkpoints.verified_step()
+    unused = f"; --resume-from={start.resume_from} is not used" if step is not None and start.resume_from else ""
+    if step is not None:
+        path, how = checkpoints.directory / str(step), f"resume{unused}"
+    elif start.resume_from is not None:
+        path, how = _whole_step(start.resume_from), "--resume-from"
+    else:
+        _say(f"starting from {start.fresh}")
+        return state, {}
+    old = read_meta(path)
+    is_branch = step is None
+    _check_changes(path, old["config"], config, start, is_branch)
+    layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(lambda x: x.delete(), state)
+    restored = restore(path, layout)
+    unchecked = "" if (path / CHECKSUMS_FILE).is_file() else ", not verified: an earlier version saved it without checksums"
+    _say(f"starting from step {old['step']} of {path.parent.parent} ({how}){unchecked}")
+    return restored
+
+
+def _whole_step(path) -> pathlib.Path:
+    """The step that a path names, of another run; it must be whole."""
+    if kind(path) != TRAINING:
+        raise UserError(f"--resume-from={path}: released weights, no training state; expected a workdir or one step of it")
+    verify(path)
+    return step_directory(path)
+
+
+def _check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) -> None:
+    """Names every field that differs; raises if one does that must not."""
+    refused = []
+    for field, change in sorted(_changes(old, json.loads(json.dumps(new)))):
+        rule, why = next(((rule, why) for pattern, rule, why in start.rules if re.match(pattern, field)), (FIXED, "no rule"))
+        is_new = change.startswith(_ABSENT) or change.endswith(_ABSENT)  # a field that one of the two versions has not got
+        if rule == FREE or is_new or (is_branch and rule == SCHEDULE) or start.accept_changes:
+            _say(f"config differs from the checkpoint's: {field}: {change}")
+        else:
+            refused.append(f"{field}: {change} ({why})")
+    if refused:
+        raise UserError(
+            f"{path}: the config differs from the checkpoint's in what its state means: {'; '.join(refused)}; "
+            "set it back, start in a new workdir, or add --accept-config-changes"
+        )
+
+
+_ABSENT = "(none)"
+
+
+def _changes(old, new, where="") -> Iterator[tuple[str, str]]:
+    """(path of a field, "old -> new") wherever two nested dicts differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            inner = f"{where}.{key}" if where else key
+            if key in old and key in new:
+                yield from _changes(old[key], new[key], inner)
+            else:
+                one, other = (f"{side[key]!r:.80}" if key in side else _ABSENT for side in (old, new))
+                yield inner, f"{one} -> {other}"
+    elif old != new:
+        yield where, f"{old!r:.80} -> {new!r:.80}"
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+# ---- checksums -------------------------------------------------------------------------------------------------------
+
+
+def write_checksums(path) -> None:
+    """Writes checksums.json into a step directory whose files are all there."""
+    files = _files(path)
+    with ThreadPoolExecutor(_READERS) as pool:
+        sums = pool.map(_crc32, (path / name for name in files))
+        content = {name: [size, crc] for (name, size), crc in zip(files.items(), sums)}
+    aside = path / f".{CHECKSUMS_FILE}"
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump({"files": content, "hash": "crc32"}, file, indent=0)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path / CHECKSUMS_FILE)
+
+
+def verify(path, *parts: str) -> None:
+    """Compares the files of a workdir's newest step, or of one step, with its checksums.
+
+    Args:
+        parts: items to look at, such as "params"; none: the whole step.
+    Raises:
+        UserError: a file is missing, truncated, altered or foreign; or there is no such checkpoint.
+    """
+    step = step_directory(path)
+    problem = _damage(step, parts)
+    if problem:
+        others = sorted(set(_steps(step.parent)) - {int(step.name)} if step.name.isdigit() else _steps(step.parent))
+        instead = f"name another step of it: {', '.join(map(str, others))}" if others else "there is no other step of it"
+        raise UserError(f"{step}: damaged checkpoint: {problem}; {instead}")
+
+
+def _damage(path: pathlib.Path, parts: Sequence[str] = (), share: tuple[int, int] = (0, 1)) -> str:
+    """What is wrong with the files of a step, in words; "" if nothing is.
+
+    Args:
+        share: (i, n): contents are read of the i-th of n parts of the files alone.
+    """
+    if not (path / CHECKSUMS_FILE).is_file():
+        if not (path / _META / "metadata").is_file():
+            return f"neither {CHECKSUMS_FILE} nor {_META}/ in it; not a checkpoint of ours"
+        try:
+            is_older = "versions" not in json.loads((path / _META / "metadata").read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"{_META}/metadata is not JSON ({error})"
+        return "" if is_older else f"{CHECKSUMS_FILE} is missing"
+    try:
+        recorded = json.loads((path / CHECKSUMS_FILE).read_text(encoding="utf-8"))["files"]
+        recorded = {str(name): (int(size), int(crc)) for name, (size, crc) in recorded.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{CHECKSUMS_FILE} cannot be read ({error!r:.80})"
+    found = _files(path)
+    if parts:
+        recorded, found = ({n: x for n, x in files.items() if n.split("/")[0] in parts} for files in (recorded, found))
+    problems = [f"{name} is missing" for name in recorded.keys() - found.keys()]
+    problems += [f"{name} is foreign" for name in found.keys() - recorded.keys()]
+    common = sorted(recorded.keys() & found.keys(), key=lambda name: (-recorded[name][0], name))
+    problems += [f"{n} has {found[n]} bytes, not {recorded[n][0]}" for n in common if found[n] != recorded[n][0]]
+    mine = [name for name in common[share[0] :: share[1]] if found[name] == recorded[name][0]]  # large ones dealt out evenly
+    with ThreadPoolExecutor(_READERS) as pool:
+        sums = pool.map(_crc32, (path / name for name in mine))
+        problems += [f"{name} was altered (CRC-32)" for name, crc in zip(mine, sums) if crc != recorded[name][1]]
+    return "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+
+
+def _files(path: pathlib.Path) -> dict[str, int]:
+    """Sizes of the files under a step directory that checksums are kept of, by relative path."""
+    found = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if not p.is_dir()}
+    return {name: p.lstat().st_size for name, p in found.items() if name not in _UNCOUNTED}
+
+
+def _crc32(path: pathlib.Path) -> int:
+    crc = 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                crc = zlib.crc32(chunk, crc)
+    except OSError:
+        return -1  # no checksum: a file that cannot be read is not what was written
+    return crc
+
+
+def _all_agree(is_fine: bool) -> bool:
+    """Whether it is fine on every process of the run; all of them ask."""
+    if jax.process_count() == 1:
+        return is_fine
+    return bool(np.all(multihost_utils.process_allgather(np.array(is_fine))))
 
 
 # ---- reading without a run -------------------------------------------------------------------------------------------
@@ -129,6 +466,11 @@ def kind(path) -> str:
     )
 
 
+def has_steps(workdir) -> bool:
+    """Whether a run in this directory goes on instead of starting."""
+    return bool(_steps(pathlib.Path(workdir).absolute() / "checkpoints"))
+
+
 def load_params(path):
     """The weights of a training workdir (its latest step) or of one step directory; averaged ones if it has them.
 
@@ -138,7 +480,9 @@ def load_params(path):
     path = pathlib.Path(path).absolute()
     if kind(path) != TRAINING:
         raise UserError(f"{path}: a released PyTorch directory; expected a training workdir or one step of it")
-    meta, item = read_meta(step_directory(path)), _weights(path)
+    item = _weights(path)
+    verify(path, _META, item.name)
+    meta = read_meta(step_directory(path))
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _metadata(item))
     params = ocp.PyTreeCheckpointHandler().restore(epath.Path(item), args=ocp.args.PyTreeRestore(restore_args=restore_args))
     return meta["config"], params, meta["step"]
@@ -193,19 +537,21 @@ def save_arrays(workdir, step: int, arrays: dict, meta: dict) -> None:
         chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=1 << 26), nest(arrays))
         items = {
             "params": ocp.args.PyTreeSave(nest(arrays), save_args=chunks),
-            _META: ocp.args.JsonSave({"step": step} | meta),
+            _META: ocp.args.JsonSave({"step": step, "versions": versions()} | meta),
         }
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
         directory = pathlib.Path(workdir).absolute() / "checkpoints"
         handlers = {"params": params, _META: ocp.JsonCheckpointHandler()}
         with ocp.CheckpointManager(directory, options=options, item_handlers=handlers) as manager:
             manager.save(step, args=ocp.args.Composite(**items), force=True)
+        write_checksums(directory / str(step))
     finally:
         absl.setLevel(level)
 
 
 def array_specs(path) -> dict:
-    """Shape and dtype, by path, of the weights that `load_params` would read."""
+    """Shape and dtype, by path, of the weights that `load_params` would read; raises UserError if they are damaged."""
+    verify(path, _META, _weights(path).name)
     return flatten(_metadata(_weights(path)))
 
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from voxcpm2_jax import __version__
-from voxcpm2_jax.config import BackboneRun, BatchConfig, DataConfig, EvaluateConfig, UserError, VAERun, from_dict
+from voxcpm2_jax.config import BackboneRun, BatchConfig, DataConfig, EvaluateConfig, UserError, VAERun, from_dict, to_dict
 
 DONE, FAILED, MISTAKE, NO, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 
@@ -60,6 +60,11 @@ _EXIT_CODES = """The last line of standard output is a JSON object: step, losses
 peak is unknown). Exit codes: 0 done, 1 it diverged or failed, 2 a mistake in the arguments, 75 stopped by a signal after
 saving: start the same command again."""
 
+_PLAN = """TPU topologies are compiled with the run's own train step (needs the extra "tpu", no TPU); GPUs are predicted.
+[SLICESx]KIND:AxB[xC] names TPU slices, COUNTxKIND names GPUs. Fields after commas change the run for one topology:
+--topology=v5p:8x8x8,rows=512,mesh=1x512x1,remat=full,accumulate=2 (mesh is REPLICAxDATAxTENSOR). The last line of standard
+output is a JSON object. Exit codes: 0 all fit, 3 one does not, 2 a mistake in the arguments."""
+
 
 def _parse(argv):
     """-> (arguments, config overrides as they were written)."""
@@ -98,6 +103,17 @@ def _parse(argv):
     )  # fmt: skip
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
     sub.add_argument("--data", metavar="SHARDS[,SHARDS]", help="directories made by prepare; :tiny has data of its own")
+    sub.add_argument(
+        "--heldout", metavar="SHARDS[,SHARDS]", help="for the held-out loss; without it SHARDS/heldout, where prepare left one"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="check the arguments, print the whole config, train nothing")
+    sub.add_argument("--profile-steps", metavar="A:B", help="trace updates A .. B - 1 into WORKDIR/profile, for XProf")
+    _add_start(sub)
+    sub.add_argument("--init-params", metavar="CKPT", help=f"a new run starts with the weights of {_CKPT}")
+    sub.add_argument(
+        "--init-tslm", metavar="MINICPM",
+        help="a new run's text-semantic LM starts as a MiniCPM-4: directory with config.json and safetensors, or the file",
+    )  # fmt: skip
 
     sub = command(
         "train-vae", _train_vae, "train the codec; goes on by itself if the workdir holds a checkpoint",
@@ -105,6 +121,7 @@ def _parse(argv):
     )  # fmt: skip
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
     sub.add_argument("--data", metavar="DATA", help=f"a directory that prepare left, or {_RECORDINGS}; :tiny has its own")
+    _add_start(sub)
 
     sub = command("generate", _generate, "speak a text, or every line of a file")
     sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
@@ -126,12 +143,24 @@ def _parse(argv):
     sub.add_argument("--stream", action="store_true", help="write the audio patch by patch as it is drawn")
 
     sub = command(
-        "evaluate", _evaluate, "speak held-out texts and have them judged beside the recordings",
+        "evaluate", _evaluate, "speak held-out texts and have them judged beside the recordings, or compute a held-out loss",
         config="configs/evaluate.py:words",
     )  # fmt: skip
     sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
-    sub.add_argument("--data", required=True, metavar="F", help=f"held-out recordings: {_RECORDINGS}")
+    sub.add_argument(
+        "--data", required=True, metavar="F", help=f"held-out recordings: {_RECORDINGS}; for :loss a directory of shards"
+    )
     sub.add_argument("--output", required=True, metavar="DIR", help="result.json, audio, spectrograms")
+
+    sub = command(
+        "plan", _plan, "what a training needs and gives on TPUs and GPUs that are not here: memory, traffic, speed",
+        config="configs/backbone.py:2b", epilog=_PLAN,
+    )  # fmt: skip
+    sub.add_argument(
+        "--topology", required=True, action="append", metavar="T", help="such as v5e:16x16, 4xv6e:8x8 or 64xh100; repeatable"
+    )
+    sub.add_argument("--search", action="store_true", help="try rows x remat x mesh x accumulation; print the Pareto table")
+    sub.add_argument("--output", metavar="F.json", help="where the whole report goes")
 
     help = "measure what this machine gives"
     bench = commands.add_parser("bench", help=help, description=help)
@@ -158,6 +187,14 @@ def _parse(argv):
     if strange:
         raise UserError(f"unrecognized arguments: {' '.join(strange)} (see voxcpm2-jax --help)")
     return args, rest
+
+
+def _add_start(sub) -> None:
+    sub.add_argument("--resume-from", metavar="CKPT", help="another run's workdir or step: a new run starts with its state")
+    sub.add_argument(
+        "--accept-config-changes", action="store_true",
+        help="go on although fields of the config differ from the checkpoint's that change what its state means",
+    )  # fmt: skip
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
@@ -286,10 +323,19 @@ def _doctor(args, overrides) -> int:
 
 def _train(args, overrides) -> int:
     config = from_dict(BackboneRun, load_config(args.config, overrides))
+    if args.dry_run:  # the launchers ask for it where they start from, which need not have the paths
+        _print({"workdir": args.workdir, "data": args.data, "config": to_dict(config)})
+        return DONE
     _check_directory(args.workdir)
+    from voxcpm2_jax import metrics
     from voxcpm2_jax.train import backbone
 
-    return _run_training(lambda: backbone.train(config, args.workdir, args.data))
+    given = [f"--{name.replace('_', '-')}" for name in ("resume_from", "init_params", "init_tslm") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: each says what a new run starts with; give one of them")
+    options = _start(args) | {"init_params": args.init_params, "init_tslm": args.init_tslm, "heldout": args.heldout}
+    options["profile_steps"] = args.profile_steps and metrics.profile_steps(args.profile_steps)
+    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **options))
 
 
 def _train_vae(args, overrides) -> int:
@@ -297,7 +343,11 @@ def _train_vae(args, overrides) -> int:
     _check_directory(args.workdir)
     from voxcpm2_jax.train import vae
 
-    return _run_training(lambda: vae.train(config, args.workdir, args.data))
+    return _run_training(lambda: vae.train(config, args.workdir, args.data, **_start(args)))
+
+
+def _start(args) -> dict:
+    return {"resume_from": args.resume_from, "accept_changes": args.accept_config_changes}
 
 
 def _check_directory(path: str) -> None:
@@ -311,6 +361,7 @@ def _run_training(train) -> int:
     import jax
 
     from voxcpm2_jax import sharding
+    from voxcpm2_jax.checkpoint import SaveFailed
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 
     sharding.connect()
@@ -318,7 +369,7 @@ def _run_training(train) -> int:
         result = train()
         if jax.process_index() == 0:
             _print(result)
-    except BrokenRun as broken:
+    except (BrokenRun, SaveFailed) as broken:
         print(f"error: {broken}", file=sys.stderr)
         return FAILED
     except Preempted as preempted:
@@ -436,12 +487,32 @@ def _stream(model, path, text, settings) -> None:
 
 def _evaluate(args, overrides) -> int:
     config = from_dict(EvaluateConfig, load_config(args.config, overrides))
+    if config.measure == "loss":
+        from voxcpm2_jax.evaluate import validation
+
+        result = validation.evaluate(config, args.checkpoint, args.data, args.output)
+        _print({name: value for name, value in result.items() if name != "config"})
+        return DONE
     from voxcpm2_jax.evaluate import report
 
     result = report.evaluate(config, args.checkpoint, args.data, args.output)
     report.show(result)
     _print({name: value for name, value in result.items() if name not in ("rows", "config")})
     return DONE
+
+
+def _plan(args, overrides) -> int:
+    config = from_dict(BackboneRun, load_config(args.config, overrides))
+    if args.output:
+        _check_directory(pathlib.Path(args.output).absolute().parent)
+    from voxcpm2_jax import metrics, plan
+
+    report = plan.plan(config, args.topology, search=args.search)
+    plan.show(report)
+    if args.output:
+        metrics.replace_file(args.output, json.dumps(report, indent=1) + "\n")
+    _print(plan.brief(report))
+    return DONE if report["ok"] else NO
 
 
 def _bench_data(args, overrides) -> int:

@@ -4,47 +4,170 @@
     WORKDIR/tensorboard/       the same scalars, and evaluators' images and audio, if tensorboardX is installed
     standard error             one live line on a terminal, else one plain line per logged step
 
-A train step's metrics are scalars (their mean over the steps is reported) or pairs (sum, count) (divided once). A
-scalar whose name ends in `_sec` counts seconds of data and is also reported per second of wall time.
+    WORKDIR/profile/           what `--profile-steps` traced, for XProf
+
+A train step's metrics are scalars (their mean over the steps is reported), pairs (sum, count) (divided once) or Tables
+of such pairs. Names that begin with a word ending in `_max` are maxima: the largest of the steps is reported. A scalar
+whose name ends in `_sec` counts seconds of data and is also reported per second of wall time.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
 import os
 import pathlib
+import re
 import sys
 import uuid
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from voxcpm2_jax import chips
-from voxcpm2_jax.config import ModelConfig, TransformerConfig
+from voxcpm2_jax.config import ModelConfig, TransformerConfig, UserError
 
 # ---- accumulation ----------------------------------------------------------------------------------------------------
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Pairs (sum, count) under names of their own, X of them in two arrays: one transfer for many figures.
+
+    Stands in a step's metrics under the beginning of its names: "loss_diff/time/" has "loss_diff/time/0.0-0.1" and so on.
+    """
+
+    sum_X: Any
+    count_X: Any
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+
+def is_max(name: str) -> bool:
+    """Whether the figure of that name is a maximum: "activation_max/tslm"."""
+    return name.split("/")[0].endswith("_max")
+
+
 def fetch(metrics: dict) -> dict[str, tuple[float, float]]:
     """Metrics of one step on the host as (sum, count); waits for the step."""
-    values = jax.device_get(metrics)
-    return {k: (float(v[0]), float(v[1])) if isinstance(v, tuple) else (float(v), 1.0) for k, v in values.items()}
+    pairs = {}
+    for name, value in jax.device_get(metrics).items():
+        if isinstance(value, Table):
+            columns = (value.names, value.sum_X, value.count_X)
+            pairs |= {name + last: (float(total), float(count)) for last, total, count in zip(*columns, strict=True)}
+        else:
+            pairs[name] = (float(value[0]), float(value[1])) if isinstance(value, tuple) else (float(value), 1.0)
+    return pairs
+
+
+def combine(parts: dict) -> dict:
+    """Sums, pairs and Tables of the parts of a batch, one behind the other on the first axis, as those of the whole."""
+    return {
+        name: jax.tree.map(lambda x, name=name: (jnp.max if is_max(name) else jnp.sum)(x, axis=0), value)
+        for name, value in parts.items()
+    }
 
 
 class Meter:
-    """Sums of (sum, count) pairs, in float64; `state` is plain data that continues it exactly."""
+    """Sums of (sum, count) pairs, in float64, and maxima; `state` is plain data that continues them exactly."""
 
     def __init__(self, state: dict[str, list[float]] | None = None):
         self.state = {} if state is None else state
 
     def add(self, values: dict[str, tuple[float, float]]) -> None:
         for name, (total, count) in values.items():
-            old = self.state.get(name, [0.0, 0.0])
-            self.state[name] = [old[0] + total, old[1] + count]
+            if name not in self.state:
+                self.state[name] = [total, count]
+                continue
+            old = self.state[name]
+            self.state[name] = [max(old[0], total), count] if is_max(name) else [old[0] + total, old[1] + count]
 
     def means(self) -> dict[str, float | None]:
         """None where nothing was counted."""
         return {name: total / count if count else None for name, (total, count) in self.state.items()}
+
+
+# ---- figures of a batch ----------------------------------------------------------------------------------------------
+
+TIME_BINS = tuple(f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10))  # of flow time, 0 (clean) .. 1 (noise)
+MOST_NAMES = 32  # of data sets, and of languages; those with less audio than the largest are "other"
+
+
+class Labels(NamedTuple):
+    """The groups that clips are told by: X names such as "language/en", and the three that each label is a member of."""
+
+    names: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]  # by label
+
+
+def name_labels(labels: Sequence[tuple[str, str, str]], weights: Sequence[float]) -> Labels:
+    """The groups of labels.
+
+    Args:
+        labels: (data set, language, mode) of every label.   weights: audio of every label, to keep the largest by.
+    """
+    names: dict[str, int] = {}
+    columns = []
+    for kind, column in zip(("dataset", "language", "mode"), zip(*labels)):
+        audio: dict[str, float] = dict.fromkeys(column, 0.0)
+        for name, weight in zip(column, weights, strict=True):
+            audio[name] += weight
+        kept = sorted(audio, key=lambda name: -audio[name])[:MOST_NAMES]
+        shown = [f"{kind}/{name if name in kept else 'other'}".replace(" ", "-") for name in column]
+        columns.append([names.setdefault(name, len(names)) for name in shown])
+    return Labels(tuple(names), tuple(zip(*columns)))
+
+
+def by_time(pair_BM: tuple[jax.Array, jax.Array], time_BM: jax.Array) -> Table:
+    """Sums and counts of patches by flow time."""
+    bin_BM = jnp.clip((time_BM * len(TIME_BINS)).astype(jnp.int32), 0, len(TIME_BINS) - 1)
+    return _split(pair_BM, bin_BM[..., None] == jnp.arange(len(TIME_BINS))[None, None], TIME_BINS)
+
+
+def by_label(pair_BM: tuple[jax.Array, jax.Array], label_BM: jax.Array, labels: Labels) -> Table:
+    """Sums and counts of patches by data set, language and mode."""
+    member_BM3 = jnp.asarray(labels.members)[jnp.maximum(label_BM, 0)]
+    is_member_BMX = jnp.any(member_BM3[..., None] == jnp.arange(len(labels.names))[None, None, None], axis=2)
+    return _split(pair_BM, is_member_BMX, labels.names)
+
+
+def _split(pair_BM, is_member_BMX, names) -> Table:
+    sums = (jnp.sum(jnp.where(is_member_BMX, x_BM[..., None], 0.0), axis=(0, 1)) for x_BM in pair_BM)
+    return Table(*sums, names)
+
+
+def count_levels(level_BTQ: jax.Array, is_audio_BT: jax.Array, scale: int) -> jax.Array:
+    """[Q, 2 scale + 1]: how often each level, -scale .. scale, stands in the audio slots of a batch."""
+    is_level_BTQX = level_BTQ[..., None] == jnp.arange(-scale, scale + 1)[None, None, None]
+    return jnp.sum(is_level_BTQX & is_audio_BT[:, :, None, None], axis=(0, 1), dtype=jnp.float32)
+
+
+def fsq_figures(count_QX: jax.Array) -> dict[str, jax.Array]:
+    """How the quantiser uses its levels, by their counts.
+
+    Returns:
+        fsq_usage: share of the levels of a dim that occur, mean of the dims.   fsq_entropy: in bits, mean of the dims; at
+        most log2 of their number, where all come equally often.
+    """
+    share_QX = count_QX / jnp.maximum(jnp.sum(count_QX, axis=1, keepdims=True), 1.0)
+    bits_Q = -jnp.sum(jax.scipy.special.xlogy(share_QX, share_QX), axis=1) / math.log(2.0)
+    return {"fsq_usage": jnp.mean((count_QX > 0).astype(jnp.float32)), "fsq_entropy": jnp.mean(bits_Q)}
+
+
+def of_parts(values: dict[str, jax.Array]) -> Table:
+    """A number of each part of the model."""
+    value_X = jnp.stack(list(values.values()))
+    return Table(value_X, jnp.ones_like(value_X), tuple(values))
+
+
+def norms(tree: dict) -> dict[str, jax.Array]:
+    """The norm of each top-level branch of a tree laid out like the parameters, float32."""
+    return {
+        name: jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(branch)))
+        for name, branch in tree.items()
+    }
 
 
 # ---- useful work -----------------------------------------------------------------------------------------------------
@@ -100,6 +223,61 @@ def mfu(flops: float, step_sec: float) -> float | None:
     """Model FLOP utilisation of all devices, 0 to 1, for `flops` useful ones in each step; None on unknown devices."""
     peak = peak_flops(jax.devices()[0].device_kind)
     return None if peak is None else flops / (step_sec * peak * jax.device_count())
+
+
+# ---- tracing ---------------------------------------------------------------------------------------------------------
+
+
+class Profiler:
+    """Traces some updates for XProf (`xprof WORKDIR/profile`, or TensorBoard's profile plugin); a context manager.
+
+    Args:
+        steps: (a, b): updates a, a + 1 .. b - 1; None: none.   directory: where the trace goes.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, directory):
+        self._steps, self._directory = steps, str(directory)
+        self._is_on = False
+
+    def at(self, step: int, running: Any = None) -> None:
+        """Called before update number `step` is dispatched; the trace begins or ends here if it is time.
+
+        Args:
+            running: results of the update before, still on the devices; waited for where the trace begins and ends, so
+                that it holds whole updates.
+        """
+        is_wanted = self._steps is not None and self._steps[0] <= step < self._steps[1]
+        if is_wanted == self._is_on:
+            return
+        jax.block_until_ready(running)
+        if is_wanted:
+            jax.profiler.start_trace(self._directory)
+            self._is_on = True
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._is_on = False
+        jax.profiler.stop_trace()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._is_on:
+            self._stop()
+
+
+def profile_steps(text: str) -> tuple[int, int]:
+    """ "100:103" -> (100, 103).
+
+    Raises:
+        UserError: not two step numbers, the first below the second.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(f"--profile-steps={text}: expected A:B, two step numbers with A < B; updates A .. B - 1 are traced")
+    return int(match[1]), int(match[2])
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -221,7 +399,7 @@ def _number(value) -> float | int | None:
 
 
 def _in_words(row: dict) -> str:
-    shown = ("loss", "loss_diff", "loss_stop", "step_sec", "audio_sec_per_sec", "mfu")
+    shown = ("loss", "loss_diff", "loss_stop", "val_loss_diff", "step_sec", "audio_sec_per_sec", "mfu", "goodput")
     return "  ".join(f"{name} {row[name]:.4g}" for name in shown if row.get(name) is not None)
 
 

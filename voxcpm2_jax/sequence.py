@@ -103,7 +103,8 @@ class Batch:
         tokens_BT: text id, or 0.   segment_BT: 1.. per clip of the row, 0 = padding.
         position_BT: slot within the segment.   patches_BMPC: latents of the row's patches, in any order.
         slot_BM: slot of each patch, -1 = unused.   target_BM: whether it bears loss.
-        stop_BM: 1 on a clip's last target patch.
+        stop_BM: 1 on a clip's last target patch.   label_BM: number of what the clip of each patch is (`data.packing`
+            numbers dataset, language and mode together), -1 = unused; None: not told. Only figures come of it.
     """
 
     tokens_BT: Any
@@ -113,13 +114,22 @@ class Batch:
     slot_BM: Any
     target_BM: Any
     stop_BM: Any
+    label_BM: Any = None
 
 
-def pack(rows: Seq[Seq[Sequence]], *, num_slots: int, num_patches: int, patch_shape: tuple[int, int]) -> Batch:
+def pack(
+    rows: Seq[Seq[Sequence]],
+    *,
+    num_slots: int,
+    num_patches: int,
+    patch_shape: tuple[int, int],
+    labels: Seq[Seq[int]] | None = None,
+) -> Batch:
     """Writes the sequences of each row side by side; in a row all target patches come before all others.
 
     Args:
         rows: the sequences of each row.   num_slots: T.   num_patches: M.   patch_shape: (P, C).
+        labels: one for each sequence of each row, for `Batch.label_BM`.
     """
     B, T, M = len(rows), num_slots, num_patches
     batch = Batch(
@@ -130,6 +140,7 @@ def pack(rows: Seq[Seq[Sequence]], *, num_slots: int, num_patches: int, patch_sh
         slot_BM=np.full((B, M), -1, np.int32),
         target_BM=np.zeros((B, M), bool),
         stop_BM=np.zeros((B, M), np.int32),
+        label_BM=None if labels is None else np.full((B, M), -1, np.int32),
     )
     for b, row in enumerate(rows):
         t = 0
@@ -148,6 +159,8 @@ def pack(rows: Seq[Seq[Sequence]], *, num_slots: int, num_patches: int, patch_sh
                 batch.slot_BM[b, m] = s.slot_M[chosen] + t
                 batch.target_BM[b, m] = is_target
                 batch.stop_BM[b, m] = s.stop_M[chosen]
+                if labels is not None:
+                    batch.label_BM[b, m] = labels[b][i]
                 if is_target:
                     next_target = m.stop
                 else:

@@ -179,8 +179,12 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, x.shape, strict=True)))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, dims, mesh))
+
+
+def spec(shape: tuple[int, ...], dims: tuple[str | None, ...], mesh) -> PartitionSpec:
+    """The mesh axes of an array by its logical dims; a dim that the mesh does not divide stays whole."""
+    return PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, shape, strict=True)))
 
 
 def _axes(dim, size, mesh):
@@ -191,15 +195,15 @@ def _axes(dim, size, mesh):
 
 
 def param_shardings(tree, mesh: Mesh):
-    """A NamedSharding for every leaf: parameters by PARAM_AXES, their optimiser moments likewise, scalars copied.
+    """A NamedSharding for every leaf: parameters by PARAM_AXES, their optimiser moments likewise; scalars and the guard copied.
 
     Raises:
         UserError: an axis of the mesh does not divide what it has to split; nothing is copied in silence instead.
     """
 
     def one(path, leaf):
-        name = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-        if leaf.ndim == 0:
+        name = _name(path)
+        if leaf.ndim == 0 or name.startswith("guard/"):
             return NamedSharding(mesh, PartitionSpec())
         dims = param_dims(name, leaf.ndim)
         for dim, size in zip(dims, leaf.shape):
@@ -211,6 +215,15 @@ def param_shardings(tree, mesh: Mesh):
         return NamedSharding(mesh, PartitionSpec(*(RULES[dim] for dim in dims)))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def constrain_params(tree):
+    """Pins what is shaped like the parameters, such as their gradients, to where the parameters lie."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *param_dims(_name(path), x.ndim)), tree)
+
+
+def _name(path) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def param_dims(path: str, ndim: int) -> tuple[str | None, ...]:

@@ -8,8 +8,8 @@ import torch
 
 from tests.reference.compare import close
 from voxcpm2_jax.models import flow
+from voxcpm2_jax.models.attention import causal_mask
 from voxcpm2_jax.models.local import time_embedding
-from voxcpm2_jax.models.transformer import causal_mask
 from voxcpm2_jax.models.voxcpm2 import VoxCPM2
 
 

@@ -25,9 +25,19 @@ import numpy as np
 
 from voxcpm2_jax.config import BatchConfig, StageConfig, UserError
 from voxcpm2_jax.data import packing
-from voxcpm2_jax.data.packing import DESCRIBED, GROUP, IS_PROMPT, NO_REFERENCE, OWN_REFERENCE, PATCHES, REFERENCE, Draw, Index
+from voxcpm2_jax.data.packing import (
+    DESCRIBED,
+    GROUP,
+    IS_PROMPT,
+    MODES,
+    NO_REFERENCE,
+    OWN_REFERENCE,
+    PATCHES,
+    REFERENCE,
+    Draw,
+    Index,
+)
 
-MODES = ("zero-shot", "described", "reference", "described reference", "prompt")
 _DRAWS_OF_ALL_WAYS = 1 << 23  # of all groups: bounds time and memory; 2 to 16 ways of packing a large group
 _FEW_ROWS = 64  # of an epoch: a group with fewer is small
 _BLOCK_ROWS = 1024  # hold every group by its share, to one row

@@ -58,6 +58,9 @@ tokens of description and text together (0: no description); which of the groups
 
 NO_REFERENCE, OWN_REFERENCE = -1, -2
 
+MODES = ("zero-shot", "described", "reference", "described reference", "prompt")
+"""How a clip is laid out."""
+
 
 class Draw(NamedTuple):
     """A clip of a row and how it is laid out."""
@@ -184,7 +187,23 @@ def in_turn(sizes_N3: np.ndarray, budgets: np.ndarray) -> np.ndarray:
 def assemble(source: Source, rows: Sequence[Sequence[Draw]], *, num_slots: int, num_patches: int) -> Batch:
     """The batch whose row i holds the draws rows[i]."""
     laid_out = [[lay_out_draw(source, draw) for draw in row] for row in rows]
-    return pack(laid_out, num_slots=num_slots, num_patches=num_patches, patch_shape=source.patch_shape)
+    labels = [[label(source.index, draw) for draw in row] for row in rows]
+    return pack(laid_out, num_slots=num_slots, num_patches=num_patches, patch_shape=source.patch_shape, labels=labels)
+
+
+def label(index: Index, draw: Draw) -> int:
+    """The number of a draw's dataset, language and mode: group x modes + mode."""
+    lengths = index.lengths[draw.clip]
+    if lengths[IS_PROMPT]:
+        mode = MODES.index("prompt")
+    else:
+        mode = draw.is_described + 2 * (draw.reference != NO_REFERENCE)
+    return int(lengths[GROUP]) * len(MODES) + mode
+
+
+def label_names(index: Index) -> list[tuple[str, str, str]]:
+    """(dataset, language, mode) by the numbers that `label` gives."""
+    return [(*group, mode) for group in index.groups for mode in MODES]
 
 
 def lay_out_draw(source: Source, draw: Draw):

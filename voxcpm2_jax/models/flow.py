@@ -20,26 +20,33 @@ def draw_times(key: jax.Array, shape: tuple[int, ...], scheduler: str) -> jax.Ar
     return jax.nn.sigmoid(jax.random.normal(key, shape) - 0.4)
 
 
-def loss(velocity, x_RPC, noise_RPC, t_R, r_R=None) -> jax.Array:
+def loss(velocity, x_RPC, noise_RPC, t_R, r_R=None, *, has_aux: bool = False):
     """Squared error of the predicted velocity, mean over channels.
 
     Args:
         velocity: (x_t RPC, t_R, dt_R) -> v_RPC.   x_RPC: clean latents.   noise_RPC: standard normal.
         t_R: time.   r_R: the interval's other end for mean mode; None otherwise.
+        has_aux: `velocity` gives a pair, whose second half is handed on.
     Returns:
-        loss_RP, float32.
+        loss_RP, float32; with `has_aux` that and the second half.
     """
+    velocity = velocity if has_aux else _with_nothing(velocity)
     t_R11 = t_R[:, None, None]
     x_t = (1 - t_R11) * x_RPC + t_R11 * noise_RPC
     v = noise_RPC - x_RPC
     if r_R is None:
-        predicted, target = velocity(x_t, t_R, jnp.zeros_like(t_R)), v
+        predicted, aux = velocity(x_t, t_R, jnp.zeros_like(t_R))
+        target = v
     else:
-        predicted, slope = jax.jvp(
-            lambda x, r, t: velocity(x, t, t - r), (x_t, r_R, t_R), (v, jnp.zeros_like(r_R), jnp.ones_like(t_R))
-        )
+        at, along = (x_t, r_R, t_R), (v, jnp.zeros_like(r_R), jnp.ones_like(t_R))
+        predicted, slope, aux = jax.jvp(lambda x, r, t: velocity(x, t, t - r), at, along, has_aux=True)
         target = jax.lax.stop_gradient(v - (t_R - r_R)[:, None, None] * slope)
-    return jnp.mean((predicted - target) ** 2, axis=-1)
+    loss_RP = jnp.mean((predicted - target) ** 2, axis=-1)
+    return (loss_RP, aux) if has_aux else loss_RP
+
+
+def _with_nothing(f):
+    return lambda *args: (f(*args), None)
 
 
 def time_grid(num_steps: int) -> jax.Array:

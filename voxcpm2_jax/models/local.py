@@ -30,6 +30,7 @@ class LocEnc(nn.Module):
     config: TransformerConfig
     remat: str = "full"
     unrolled: bool = False
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, x_RPC: jax.Array) -> jax.Array:
@@ -38,7 +39,8 @@ class LocEnc(nn.Module):
         x_RPD = Linear((width,), name="in_proj")(x_RPC)
         special_R1D = jnp.broadcast_to(special_D[None, None], (len(x_RPD), 1, width))
         x_RTD = jnp.concatenate([special_R1D, x_RPD], axis=1)
-        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, remat=self.remat, unrolled=self.unrolled)
+        form = {"remat": self.remat, "unrolled": self.unrolled, "platform": self.platform}
+        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, **form)
         return y_RTD[:, 0]
 
 
@@ -73,6 +75,7 @@ class LocDiT(nn.Module):
     config: TransformerConfig
     remat: str = "full"
     unrolled: bool = False
+    platform: str = "cpu"
 
     @nn.compact
     def __call__(self, x_RPC, prefix_R2D, cond_RPC, t_R, dt_R):
@@ -83,6 +86,7 @@ class LocDiT(nn.Module):
         cond_RPD = Linear((width,), name="cond_proj")(cond_RPC.astype(dtype))
         x_RPD = Linear((width,), name="in_proj")(x_RPC.astype(dtype))
         x_RTD = jnp.concatenate([prefix_R2D, time_RD[:, None], cond_RPD, x_RPD], axis=1)
-        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, remat=self.remat, unrolled=self.unrolled)
+        form = {"remat": self.remat, "unrolled": self.unrolled, "platform": self.platform}
+        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, **form)
         v_RPC = Linear((C,), name="out_proj", kernel_init=nn.initializers.zeros)(y_RTD[:, -P:])
         return v_RPC.astype(jnp.float32)

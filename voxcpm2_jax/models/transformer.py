@@ -6,7 +6,8 @@
 Four stacks of the model are made of it. Training scans over stacked layers with remat; generation runs the layers one
 by one with q/k/v and gate/up fused (`unstack`), since a scan inside the decode loop copies its weights.
 Parameters come in any float type and are cast to the type of the activations, which is the compute type; norms, RoPE
-and softmax are float32.
+and softmax are float32. Who applies a module with the collection "figures" mutable gets each layer's maxima beside its
+result; to all others they cost nothing.
 
 Source: MiniCPM-4 report; LongRoPE (arXiv 2402.13753).
 """
@@ -16,14 +17,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from voxcpm2_jax.config import TransformerConfig
+from voxcpm2_jax.config import REMAT_POLICIES, TransformerConfig
+from voxcpm2_jax.models.attention import attention, einsum
 from voxcpm2_jax.sharding import constrain
-
-
-def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.einsum` that multiplies float32 as float32 on every platform."""
-    return jnp.einsum(equation, x, y, precision="highest" if x.dtype == jnp.float32 else None)
 
 
 class Linear(nn.Module):
@@ -83,27 +81,20 @@ def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array | None) -> jax.Array:
-    """Softmax attention of N query heads over K <= N shared key/value heads; a None mask sees everything."""
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    G = N // K
-    # The heads of a group are rows of one product, and all leading dims one batch: XLA's CPU is 3.6 times slower without.
-    q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, H)
-    k_BKSH, v_BKSH = (x_BSKH.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x_BSKH in (k_BSKH, v_BSKH))
-    logits_BKGTS = einsum("BXH,BSH->BXS", q_BKXH, k_BKSH).reshape(B, K, G, T, S).astype(jnp.float32) * H**-0.5
-    if mask_BTS is not None:
-        logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
-    probs_BKXS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype).reshape(B * K, G * T, S)
-    o_BKXH = einsum("BXS,BSH->BXH", probs_BKXS, v_BKSH)
-    return o_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+def largest(x: jax.Array) -> jax.Array:
+    """The largest magnitude, float32; for figures, without a gradient."""
+    return jnp.max(jnp.abs(jax.lax.stop_gradient(x))).astype(jnp.float32)
 
 
-def causal_mask(segment_BT: jax.Array) -> jax.Array:
-    """[B, T, T]: a slot sees itself and what came before it in its own segment."""
-    same_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
-    T = segment_BT.shape[1]
-    return same_BTS & jnp.tri(T, dtype=bool)[None]
+def logit_bound(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    """No attention logit is larger: the longest query times the longest key of a row and head (Cauchy-Schwarz).
+
+    Kernels never show the logits themselves, and their true maximum would cost as much as attention does.
+    """
+    q_BTNH, k_BSKH = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q_BTNH, k_BSKH))
+    q_BN, k_BK = (jnp.max(jnp.sum(x * x, axis=-1), axis=1) for x in (q_BTNH, k_BSKH))
+    longest_BKG = q_BN.reshape(*k_BK.shape, -1) * k_BK[..., None]
+    return jnp.sqrt(jnp.max(longest_BKG) / q_BTNH.shape[-1])
 
 
 class KV(NamedTuple):
@@ -129,9 +120,10 @@ class Block(nn.Module):
 
     config: TransformerConfig
     fused: bool = False  # one q/k/v and one gate/up matrix
+    platform: str = "cpu"  # whose attention
 
     @nn.compact
-    def __call__(self, x_BTD, rope, mask_BTS, cache=None, start_B=None):
+    def __call__(self, x_BTD, rope, sees, cache=None, start_B=None):
         c = self.config
         N, K, H, F = c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_width
 
@@ -146,31 +138,46 @@ class Block(nn.Module):
                 q, k, v = linear("q", N, H)(y_BTD), linear("k", K, H)(y_BTD), linear("v", K, H)(y_BTD)
             if rope is not None:
                 q, k = rotate(q, rope), rotate(k, rope)
+            self.sow("figures", "logit_bound_max", logit_bound(q, k))
             if cache is not None:
                 cache = cache.write(k, v, start_B)
                 k, v = cache
-            o_BTNH = constrain(attention(q, k, v, mask_BTS), "batch", None, "heads", None)
-            x_BTD += linear("o", c.width, num_in=2)(o_BTNH) * jnp.asarray(c.residual_scale, x_BTD.dtype)
+            q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+            o_BTNH = constrain(attention(q, k, v, sees, platform=self.platform), "batch", None, "heads", None)
+            y_BTD = checkpoint_name(linear("o", c.width, num_in=2)(o_BTNH), "o")
+            x_BTD += y_BTD * jnp.asarray(c.residual_scale, x_BTD.dtype)
         with jax.named_scope("mlp"):
             y_BTD = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x_BTD)
             if self.fused:
                 gate, up = jnp.moveaxis(linear("gate_up", 2, F)(y_BTD), 2, 0)
             else:
                 gate, up = linear("gate", F)(y_BTD), linear("up", F)(y_BTD)
+            gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
             h_BTF = constrain(nn.silu(gate) * up, "batch", None, "mlp")
             x_BTD += linear("down", c.width)(h_BTF) * jnp.asarray(c.residual_scale, x_BTD.dtype)
+        self.sow("figures", "activation_max", largest(x_BTD))
         return constrain(x_BTD, "batch", None, None), cache
 
 
 def run_layers(
-    config: TransformerConfig, x_BTD, position_BT, mask_BTS, *, remat="full", unrolled=False, cache=None, start_B=None
+    config: TransformerConfig,
+    x_BTD,
+    position_BT,
+    sees,
+    *,
+    remat="full",
+    unrolled=False,
+    platform="cpu",
+    cache=None,
+    start_B=None,
 ):
     """All blocks of a stack and its last norm, as parameters `layers` and `norm` of the calling compact module.
 
     Args:
-        position_BT: for RoPE.   mask_BTS: what each slot sees, None for everything; S is the cache's length if there is one.
-        remat: what the backward pass recomputes: "full" (every layer) or "none".
+        position_BT: for RoPE.   sees: what each slot sees (`attention`); with a cache a mask, S is the cache's length.
+        remat: what the backward pass recomputes, one of REMAT_POLICIES.
         unrolled: separate `layers_0`, `layers_1` .. with fused matrices (see `unstack`); needed for a cache.
+        platform: whose attention, see `attention`.
         cache: one KV a layer, written from slot `start_B` of each row on.
     Returns:
         y_BTD and the new cache (None if there was none).
@@ -179,22 +186,24 @@ def run_layers(
     if unrolled:
         layers = []
         for i in range(config.num_layers):
-            x_BTD, layer = Block(config, fused=True, name=f"layers_{i}")(
-                x_BTD, rope, mask_BTS, None if cache is None else cache[i], start_B
+            x_BTD, layer = Block(config, fused=True, platform=platform, name=f"layers_{i}")(
+                x_BTD, rope, sees, None if cache is None else cache[i], start_B
             )
             layers.append(layer)
         cache = None if cache is None else tuple(layers)
     else:
         assert cache is None, "a cache needs unrolled layers"
-        block = Block if remat == "none" else nn.remat(Block, prevent_cse=False)
+        block, kept = Block, REMAT_POLICIES[remat]
+        if kept is not None:
+            block = nn.remat(Block, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*kept))
         stacked = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "figures": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=config.num_layers,
         )
-        x_BTD, _ = stacked(config, name="layers")(x_BTD, rope, mask_BTS)
+        x_BTD, _ = stacked(config, platform=platform, name="layers")(x_BTD, rope, sees)
     return RMSNorm(config.rms_norm_eps, name="norm")(x_BTD), cache
 
 

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 
 from voxcpm2_jax.config import ModelConfig, UserError
 from voxcpm2_jax.models import flow
+from voxcpm2_jax.models.attention import causal_mask, find_segments
 from voxcpm2_jax.models.local import LocDiT, LocEnc
-from voxcpm2_jax.models.transformer import KV, Linear, causal_mask, empty_cache, run_layers, unstack
+from voxcpm2_jax.models.transformer import KV, Linear, empty_cache, run_layers, unstack
 from voxcpm2_jax.sequence import Batch
 from voxcpm2_jax.sharding import constrain
 
@@ -39,6 +40,7 @@ class TextSemanticLM(nn.Module):
     config: ModelConfig
     remat: str = "full"
     unrolled: bool = False
+    platform: str = "cpu"
 
     def setup(self):
         self.embed_table = Embedding(self.config.lm_config.vocab_size, self.config.tslm.width, name="embed")
@@ -48,20 +50,21 @@ class TextSemanticLM(nn.Module):
         return self.embed_table(tokens_BT, dtype) * jnp.asarray(self.config.embed_scale, dtype)
 
     @nn.compact
-    def __call__(self, x_BTD, position_BT, mask_BTS, cache=None, start_B=None):
-        form = {"remat": self.remat, "unrolled": self.unrolled}
-        return run_layers(self.config.tslm, x_BTD, position_BT, mask_BTS, cache=cache, start_B=start_B, **form)
+    def __call__(self, x_BTD, position_BT, sees, cache=None, start_B=None):
+        form = {"remat": self.remat, "unrolled": self.unrolled, "platform": self.platform}
+        return run_layers(self.config.tslm, x_BTD, position_BT, sees, cache=cache, start_B=start_B, **form)
 
 
 class ResidualAcousticLM(nn.Module):
     config: ModelConfig
     remat: str = "full"
     unrolled: bool = False
+    platform: str = "cpu"
 
     @nn.compact
-    def __call__(self, x_BTD, position_BT, mask_BTS, cache=None, start_B=None):
-        form = {"remat": self.remat, "unrolled": self.unrolled}
-        return run_layers(self.config.ralm, x_BTD, position_BT, mask_BTS, cache=cache, start_B=start_B, **form)
+    def __call__(self, x_BTD, position_BT, sees, cache=None, start_B=None):
+        form = {"remat": self.remat, "unrolled": self.unrolled, "platform": self.platform}
+        return run_layers(self.config.ralm, x_BTD, position_BT, sees, cache=cache, start_B=start_B, **form)
 
 
 class FSQ(nn.Module):
@@ -74,7 +77,9 @@ class FSQ(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         z_BTQ = jnp.tanh(Linear((self.latent_dim,), name="in_proj")(x_BTD).astype(jnp.float32))
-        levels_BTQ = jnp.round(z_BTQ * self.scale) / self.scale
+        number_BTQ = jnp.round(z_BTQ * self.scale)
+        self.sow("figures", "level", jax.lax.stop_gradient(number_BTQ).astype(jnp.int32))
+        levels_BTQ = number_BTQ / self.scale
         levels_BTQ = z_BTQ + jax.lax.stop_gradient(levels_BTQ - z_BTQ)
         return Linear((self.width,), name="out_proj")(levels_BTQ.astype(x_BTD.dtype))
 
@@ -95,18 +100,27 @@ class Cache(NamedTuple):
 
 
 class VoxCPM2(nn.Module):
-    """The backbone; every method is a pure function of its parameters. Training sets `remat`, generation `unrolled`."""
+    """The backbone; every method is a pure function of its parameters. Training sets `remat`, generation `unrolled`.
+
+    Attributes:
+        remat, remat_local: of the language models and of the local ones (None: alike), of REMAT_POLICIES.
+        platform: whose attention kernels, see attention.py.   max_segments: of a packed row, see `find_segments`.
+    """
 
     config: ModelConfig
     remat: str = "full"
     unrolled: bool = False
+    platform: str = "cpu"
+    max_segments: int | None = None
+    remat_local: str | None = None
 
     def setup(self):
         c = self.config
         width, local = c.tslm.width, c.locdit.width
-        form = {"remat": self.remat, "unrolled": self.unrolled}
+        form = {"remat": self.remat, "unrolled": self.unrolled, "platform": self.platform}
         self.base_lm = TextSemanticLM(c, **form)
         self.residual_lm = ResidualAcousticLM(c, **form)
+        form["remat"] = self.remat_local or self.remat
         self.feat_encoder = LocEnc(c.locenc, **form)
         self.feat_decoder = LocDiT(c.locdit, **form)
         self.fsq_layer = FSQ(c.scalar_quantization_latent_dim, c.scalar_quantization_scale, width)
@@ -122,23 +136,23 @@ class VoxCPM2(nn.Module):
         with jax.named_scope("locenc"):
             return self.enc_to_lm_proj(self.feat_encoder(patches_RPC.astype(jnp.dtype(self.config.dtype))))
 
-    def read(self, embed_BTD, patch_embed_BTD, is_audio_BT, position_BT, mask_BTS, cache=None, start_B=None) -> Hidden:
+    def read(self, embed_BTD, patch_embed_BTD, is_audio_BT, position_BT, sees, cache=None, start_B=None) -> Hidden:
         """Runs both language models over slots; `patch_embed_BTD` is read where `is_audio_BT`.
 
         Args:
-            embed_BTD: embedded text ids.   mask_BTS: what each slot sees.
+            embed_BTD: embedded text ids.   sees: what each slot sees (`attention`).
             cache, start_B: see `run_layers`.
         """
         is_audio_BT1 = is_audio_BT[..., None]
         e_BTD = jnp.where(is_audio_BT1, patch_embed_BTD, jnp.zeros_like(patch_embed_BTD))
         x_BTD = constrain(jnp.where(is_audio_BT1, e_BTD, embed_BTD), "batch", None, None)
         with jax.named_scope("tslm"):
-            h_BTD, base = self.base_lm(x_BTD, position_BT, mask_BTS, cache and cache.base_lm, start_B)
+            h_BTD, base = self.base_lm(x_BTD, position_BT, sees, cache and cache.base_lm, start_B)
         with jax.named_scope("fsq"):
             h_BTD = jnp.where(is_audio_BT1, self.fsq_layer(h_BTD), h_BTD)
         with jax.named_scope("ralm"):
             x_BTD = self.fusion_concat_proj(jnp.concatenate([h_BTD, e_BTD], axis=-1))
-            r_BTD, residual = self.residual_lm(x_BTD, position_BT, mask_BTS, cache and cache.residual_lm, start_B)
+            r_BTD, residual = self.residual_lm(x_BTD, position_BT, sees, cache and cache.residual_lm, start_B)
         return Hidden(h_BTD, r_BTD, cache and Cache(base, residual))
 
     def read_batch(self, batch: Batch, cache: Cache | None = None) -> Hidden:
@@ -147,14 +161,18 @@ class VoxCPM2(nn.Module):
         e_BMD = self.encode_patches(batch.patches_BMPC.reshape(B * M, P, C)).reshape(B, M, -1)
         patch_at_BT = patch_index(batch)
         e_BTD = take(e_BMD, patch_at_BT)
-        mask_BTS = causal_mask(batch.segment_BT)
-        start_B = None
-        if cache is not None:
-            start_B = jnp.zeros(B, jnp.int32)
-            unseen = cache.base_lm[0].k_BSKH.shape[1] - mask_BTS.shape[2]
-            mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, 0), (0, unseen)))
         embed_BTD = self.base_lm.embed(batch.tokens_BT)
-        return self.read(embed_BTD, e_BTD, patch_at_BT >= 0, batch.position_BT, mask_BTS, cache, start_B)
+        start_B = None
+        if cache is None:
+            sees = find_segments(batch.segment_BT, self.max_segments)
+            # Some kernels would leave segments out without a word: such a row has no loss rather than a wrong one.
+            embed_BTD = jnp.where(sees.is_overfull_B[:, None, None], jnp.asarray(jnp.nan, embed_BTD.dtype), embed_BTD)
+        else:
+            start_B = jnp.zeros(B, jnp.int32)
+            sees = causal_mask(batch.segment_BT)
+            unseen = cache.base_lm[0].k_BSKH.shape[1] - sees.shape[2]
+            sees = jnp.pad(sees, ((0, 0), (0, 0), (0, unseen)))
+        return self.read(embed_BTD, e_BTD, patch_at_BT >= 0, batch.position_BT, sees, cache, start_B)
 
     def prefixes(self, semantic_RD, acoustic_RD):
         """prefix_R2D: the two conditioning tokens of LocDiT."""
@@ -224,22 +242,37 @@ class Draws(NamedTuple):
 
 
 def loss_terms(
-    params, config: ModelConfig, batch: Batch, draws: Draws, *, target_patches: int | None = None, remat: str = "full"
+    params,
+    config: ModelConfig,
+    batch: Batch,
+    draws: Draws,
+    *,
+    target_patches: int | None = None,
+    max_segments: int | None = None,
+    remat: str = "full",
+    remat_local: str | None = None,
+    platform: str = "cpu",
+    with_figures: bool = False,
 ) -> dict:
-    """Both losses of every patch that may bear loss, before any sum.
+    """Both losses of every patch that may bear loss, before any sum; arguments as in `loss`.
 
+    Args:
+        with_figures: whether what the inside of the model looks like is told as well.
     Returns:
-        "diff_BMP" (mean over channels), "stop_BM" (cross-entropy), "stop_logits_BM2", "target_BM"; float32.
+        "diff_BMP" (mean over channels), "stop_BM" (cross-entropy), "stop_logits_BM2", "target_BM"; float32. With figures:
+        "quantiser": "level_BTQ" (int32, -scale .. scale), "is_audio_BT" and "scale"; "maxima": "activation_max" (residual
+        stream) and "logit_bound_max" (see `logit_bound`), each by stack, padding included.
     """
     flow_config = config.dit_config.cfm_config
     if flow_config.noise_cond_scale and max(flow_config.noise_cond_prob_range):
         raise UserError("noise_cond_scale: noise on the previous patch is not supported in training; set it to 0")
-    model = VoxCPM2(config, remat)
+    model = VoxCPM2(config, remat, platform=platform, max_segments=max_segments, remat_local=remat_local)
     batch = jax.tree.map(jnp.asarray, batch)
     M = batch.slot_BM.shape[1] if target_patches is None else target_patches
     P, C = config.patch_size, config.feat_dim
 
-    hidden = model.apply({"params": params}, batch, method="read_batch")
+    told = ["figures"] * with_figures
+    hidden, figures = model.apply({"params": params}, batch, method="read_batch", mutable=told)
 
     # Every target looks at the slot before its own; a segment's first slot has none before it.
     slot_BM = batch.slot_BM[:, :M]
@@ -256,26 +289,69 @@ def loss_terms(
     prefix_R2D = jnp.where(is_dropped_R11, jnp.zeros_like(prefix_R2D), prefix_R2D)
 
     def velocity(x_RPC, t_R, dt_R):
-        return model.apply({"params": params}, x_RPC, prefix_R2D, cond_RPC, t_R, dt_R, method="velocity")
+        inputs = (x_RPC, prefix_R2D, cond_RPC, t_R, dt_R)
+        return model.apply({"params": params}, *inputs, method="velocity", mutable=told)
 
     def rows(x_BM):
         return x_BM[:, :M].reshape(B * M, *x_BM.shape[2:]).astype(jnp.float32)
 
-    diff_RP = flow.loss(
+    diff_RP, figures_of_velocity = flow.loss(
         velocity,
         rows(batch.patches_BMPC),
         rows(draws.noise_BMPC),
         rows(draws.time_BM),
         None if draws.start_BM is None else rows(draws.start_BM),
+        has_aux=True,
     )
     logits_R2 = model.apply({"params": params}, semantic_RD, method="stop_logits")
     label_R2 = jax.nn.one_hot(batch.stop_BM[:, :M].reshape(-1), 2)
     stop_R = -jnp.sum(jax.nn.log_softmax(logits_R2) * label_R2, axis=-1)
-    return {
+    terms = {
         "diff_BMP": diff_RP.reshape(B, M, P),
         "stop_BM": stop_R.reshape(B, M),
         "stop_logits_BM2": logits_R2.reshape(B, M, 2),
         "target_BM": batch.target_BM[:, :M].astype(bool) & (slot_BM >= 0),
+    }
+    if with_figures:
+        stacks = figures["figures"] | figures_of_velocity["figures"]
+        (level_BTQ,) = stacks.pop("fsq_layer")["level"]
+        scale = config.scalar_quantization_scale
+        terms["quantiser"] = {"level_BTQ": level_BTQ, "is_audio_BT": patch_index(batch) >= 0, "scale": scale}
+        terms["maxima"] = _maxima(stacks)
+    return terms
+
+
+def _maxima(stacks: dict) -> dict[str, dict[str, jax.Array]]:
+    """The largest over all layers: figure -> stack -> scalar."""
+    found: dict = {}
+    for stack, figures in stacks.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(figures):
+            of_stacks = found.setdefault(path[-2].key, {})  # behind the name stands the place in what was sown
+            of_stacks[stack] = jnp.maximum(of_stacks.get(stack, 0.0), jnp.max(leaf))
+    return found
+
+
+def patch_figures(terms: dict, stop_BM) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """What `loss_terms` comes to for every patch, as pairs (sum_BM, count_BM) that any set of patches adds up.
+
+    Args:
+        stop_BM: labels of the patches, of the batch.
+    Returns:
+        "loss_diff", counted in frames; "loss_stop", in patches; "stop_precision" and "stop_recall": ends found of ends
+        told, and of ends there are.
+    """
+    M, P = terms["diff_BMP"].shape[1:]
+    is_target_BM = terms["target_BM"]
+    is_told_BM = is_target_BM & (jnp.argmax(terms["stop_logits_BM2"], axis=-1) == 1)
+    is_end_BM = is_target_BM & (jnp.asarray(stop_BM)[:, :M] == 1)
+    weight_BM, told_BM, end_BM, hit_BM = (
+        x_BM.astype(jnp.float32) for x_BM in (is_target_BM, is_told_BM, is_end_BM, is_told_BM & is_end_BM)
+    )
+    return {
+        "loss_diff": (jnp.sum(terms["diff_BMP"], axis=-1) * weight_BM, weight_BM * P),
+        "loss_stop": (terms["stop_BM"] * weight_BM, weight_BM),
+        "stop_precision": (hit_BM, told_BM),
+        "stop_recall": (hit_BM, end_BM),
     }
 
 
@@ -289,7 +365,10 @@ def loss(
     drop_BM,
     start_BM=None,
     target_patches: int | None = None,
+    max_segments: int | None = None,
     remat: str = "full",
+    remat_local: str | None = None,
+    platform: str = "cpu",
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The two training losses of a packed batch as (sum, count), not yet divided.
 
@@ -297,19 +376,18 @@ def loss(
         time_BM: flow time of each patch.   noise_BMPC: standard normal.   drop_BM: patches whose two conditioning
             vectors are dropped; the previous-patch condition stays.   start_BM: r of mean mode.
         target_patches: only the first that many patches of a row may bear loss; LocDiT runs on them alone. Static.
-        remat: what the backward pass recomputes: "full" (every layer) or "none".
+        max_segments: clips of a row at most; the loss of a row with more is not a number. None: as many as fit. Static.
+        remat: what the backward pass recomputes, one of REMAT_POLICIES.   remat_local: of LocEnc and LocDiT; None: alike.
+        platform: "cpu", "gpu" or "tpu": whose attention kernels (attention.py).
     Returns:
         "diff": squared velocity error, mean over channels, summed over target frames; count in frames.
         "stop": cross-entropy summed over target patches; count in patches.
     """
     draws = Draws(time_BM, noise_BMPC, drop_BM, start_BM)
-    terms = loss_terms(params, config, batch, draws, target_patches=target_patches, remat=remat)
-    weight_BM = terms["target_BM"].astype(jnp.float32)
-    num_patches = jnp.sum(weight_BM)
-    return {
-        "diff": (jnp.sum(terms["diff_BMP"] * weight_BM[..., None]), num_patches * config.patch_size),
-        "stop": (jnp.sum(terms["stop_BM"] * weight_BM), num_patches),
-    }
+    form = {"target_patches": target_patches, "max_segments": max_segments, "platform": platform}
+    terms = loss_terms(params, config, batch, draws, remat=remat, remat_local=remat_local, **form)
+    of_patches = patch_figures(terms, batch.stop_BM)
+    return {name: tuple(jnp.sum(x_BM) for x_BM in of_patches[f"loss_{name}"]) for name in ("diff", "stop")}
 
 
 # ---- generation ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     loss = diff_weight * diff + stop_weight * stop,   each a global sum over its global count
 
 Update i reads `batch(seed, i)` and draws its noise from `fold_in(key(seed), i)` at global shape, so that a result does
-not depend on the mesh.
+not depend on the mesh, nor on `accumulate`: the number of micro-batches that an update adds up.
 """
 
 import dataclasses
@@ -11,27 +11,59 @@ import hashlib
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 
-from voxcpm2_jax import metrics, optim, sharding
-from voxcpm2_jax.config import BackboneRun, UserError, to_dict
+from voxcpm2_jax import checkpoint, metrics, optim, sharding
+from voxcpm2_jax.checkpoint import Start
+from voxcpm2_jax.config import CHANGES, BackboneRun, UserError, to_dict
 from voxcpm2_jax.data import packing
 from voxcpm2_jax.data.mixing import Mix
+from voxcpm2_jax.evaluate.validation import Validation
 from voxcpm2_jax.models import flow, voxcpm2
 from voxcpm2_jax.sequence import Batch
-from voxcpm2_jax.train import loop
+from voxcpm2_jax.train import guard, loop
 
 
 def init_state(config: BackboneRun, params=None) -> optim.TrainState:
     """A fresh state, from `params` if given, else from scratch by the run's seed."""
     if params is None:
         params = voxcpm2.init(jax.random.key(config.seed), config.model)
-    return optim.init_state(config.optim, config.num_steps, params)
+    state = optim.init_state(config.optim, config.num_steps, params)
+    return dataclasses.replace(state, guard=guard.init(config.guard))
+
+
+def initial_params(config: BackboneRun, layout, *, init_params=None, init_tslm=None):
+    """Parameters to start from, float32, one at a time laid out as `layout` says; None: neither is given, so from scratch.
+
+    Args:
+        layout: a sharding for every parameter.
+        init_params: any checkpoint of the same model: its weights, averaged ones if it has them, and nothing else.
+        init_tslm: a MiniCPM-4 for the text-semantic LM (`torch_io.load_tslm`); all other parts are from scratch.
+    Raises:
+        UserError: what they hold does not fit the model (every difference is named).
+    """
+    assert init_params is None or init_tslm is None, "one of them says what the text-semantic LM is"
+    if init_params is None and init_tslm is None:
+        return None
+    from voxcpm2_jax import torch_io
+
+    if init_params is not None:
+        weights, params = torch_io.open_weights(init_params, config.model), {}
+    else:
+        weights = torch_io.load_tslm(init_tslm, config.model)
+        scratch = jax.jit(lambda: voxcpm2.init(jax.random.key(config.seed), config.model), out_shardings=layout)
+        params = checkpoint.flatten(scratch())
+    for path, place in checkpoint.flatten(layout).items():
+        if path in weights.shapes:
+            array = np.asarray(weights.read(path), np.float32)
+            params[path] = jax.make_array_from_callback(array.shape, place, lambda index, array=array: array[index])
+    return checkpoint.nest(params)
 
 
 def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2.Draws:
@@ -55,30 +87,113 @@ def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2
     )
 
 
-def objective(params, config: BackboneRun, batch: Batch, draws: voxcpm2.Draws):
-    """The weighted loss of a batch -> (scalar, metrics as (sum, count))."""
-    sums = voxcpm2.loss(
+def objective(
+    params,
+    config: BackboneRun,
+    batch: Batch,
+    draws: voxcpm2.Draws,
+    counts=None,
+    labels: metrics.Labels | None = None,
+    platform: str = "cpu",
+):
+    """The weighted loss of a batch -> (scalar, metrics that parts of a batch have as the whole has, see `metrics.combine`).
+
+    Args:
+        counts: "diff" and "stop": what the two sums are divided by; None: the batch's own. A micro-batch takes those of the
+            whole batch: its losses and gradients are then parts that add up to the whole's.
+        labels: the losses are told by them as well.   platform: as in `voxcpm2.loss`.
+    """
+    terms = voxcpm2.loss_terms(
         params,
         config.model,
         batch,
-        time_BM=draws.time_BM,
-        noise_BMPC=draws.noise_BMPC,
-        drop_BM=draws.drop_BM,
-        start_BM=draws.start_BM,
+        draws,
         target_patches=config.batch.target_patches,
+        max_segments=config.batch.segments,
         remat=config.remat,
+        remat_local=config.remat_local,
+        platform=platform,
+        with_figures=True,
     )
-    diff, stop = (total / jnp.maximum(count, 1.0) for total, count in (sums["diff"], sums["stop"]))
+    of_patches = voxcpm2.patch_figures(terms, batch.stop_BM)
+    figures = {name: tuple(jnp.sum(x_BM) for x_BM in pair) for name, pair in of_patches.items()}
+    counts = {name: figures[f"loss_{name}"][1] for name in ("diff", "stop")} if counts is None else counts
+    diff, stop = (figures[f"loss_{name}"][0] / jnp.maximum(counts[name], 1.0) for name in ("diff", "stop"))
     loss = config.diff_weight * diff + config.stop_weight * stop
-    return loss, {"loss_diff": sums["diff"], "loss_stop": sums["stop"]}
+
+    M = terms["target_BM"].shape[1]
+    figures["loss_diff/time/"] = metrics.by_time(of_patches["loss_diff"], draws.time_BM[:, :M])
+    if labels is not None:
+        for name in ("loss_diff", "loss_stop"):
+            figures[f"{name}/"] = metrics.by_label(of_patches[name], batch.label_BM[:, :M], labels)
+    figures["fsq_levels"] = metrics.count_levels(**terms["quantiser"])
+    return loss, figures | {f"{name}/": metrics.of_parts(values) for name, values in terms["maxima"].items()}
 
 
-def train_step(state: optim.TrainState, batch: Batch, *, config: BackboneRun) -> tuple[optim.TrainState, dict]:
-    """One update -> (state, metrics)."""
+def loss_and_grads(
+    params,
+    config: BackboneRun,
+    batch: Batch,
+    draws: voxcpm2.Draws,
+    labels: metrics.Labels | None = None,
+    platform: str = "cpu",
+):
+    """Loss, metrics and gradients of a batch, in `config.accumulate` parts one after the other.
+
+    The parts are weighted by what they hold, so the result is that of the whole batch at once, to float32 rounding; no
+    more than one part's activations are in memory.
+    """
+    grad = jax.value_and_grad(objective, has_aux=True)
+    if config.accumulate == 1:
+        (loss, figures), grads = grad(params, config, batch, draws, None, labels, platform)
+        return loss, figures, grads
+    counts = _counts(config, batch)
+
+    def add(total, part):
+        figures, grads = grad(params, config, *part, counts, labels, platform)
+        total = jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, grads)
+        return sharding.constrain_params(total), figures
+
+    zeros = sharding.constrain_params(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
+    parts = jax.tree.map(partial(_split, parts=config.accumulate), (batch, draws))
+    grads, (loss, figures) = jax.lax.scan(add, zeros, parts)
+    return jnp.sum(loss), metrics.combine(figures), grads
+
+
+def _split(x_B, parts: int):
+    """[B, ..] -> [parts, B / parts, ..]: each part takes rows of every device, so none has to move."""
+    B, *rest = x_B.shape
+    x_BA = x_B.reshape(B // parts, parts, *rest)
+    return sharding.constrain(jnp.swapaxes(x_BA, 0, 1), None, "batch", *[None] * len(rest))
+
+
+def _counts(config: BackboneRun, batch: Batch) -> dict:
+    """Target frames and patches: what the losses of a whole batch are divided by; they do not depend on the model."""
+    M = config.batch.target_patches
+    is_target_BM = batch.target_BM[:, :M].astype(bool) & (batch.slot_BM[:, :M] >= 0)
+    patches = jnp.sum(is_target_BM.astype(jnp.float32))
+    return {"diff": patches * config.model.patch_size, "stop": patches}
+
+
+def train_step(
+    state: optim.TrainState,
+    batch: Batch,
+    *,
+    config: BackboneRun,
+    platform: str = "cpu",
+    labels: metrics.Labels | None = None,
+) -> tuple[optim.TrainState, dict]:
+    """One update, which train/guard.py may skip -> (state, metrics).
+
+    Args:
+        platform: as in `voxcpm2.loss`.   labels: the losses are also told by dataset, language and mode.
+    """
+    before = state
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     progress = state.step.astype(jnp.float32) / config.num_steps
     draws = draw(key, config, batch.patches_BMPC, progress)
-    (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, draws)
+    loss, figures, grads = loss_and_grads(state.params, config, batch, draws, labels, platform)
+    figures |= metrics.fsq_figures(figures.pop("fsq_levels"))
     state, figures_of_update = optim.update(config.optim, config.num_steps, state, grads)
     is_patch_BM = batch.slot_BM >= 0
     slots = jnp.sum((batch.segment_BT > 0).astype(jnp.float32))
@@ -94,19 +209,36 @@ def train_step(state: optim.TrainState, batch: Batch, *, config: BackboneRun) ->
         "slots_used": slots / batch.segment_BT.size,
         "patches_used": patches / is_patch_BM.size,
     }
-    return state, figures | figures_of_update
+    return guard.judge(config.guard, before, state, figures | figures_of_update)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: BackboneRun, workdir, data=None) -> dict:
+def train(
+    config: BackboneRun,
+    workdir,
+    data=None,
+    *,
+    heldout=None,
+    resume_from=None,
+    init_params=None,
+    init_tslm=None,
+    accept_changes: bool = False,
+    profile_steps=None,
+) -> dict:
     """Trains in `workdir`, from where it stopped if it holds a checkpoint -> the last row of metrics.jsonl.
 
     Args:
         data: directory of shards, or several with commas between; None: a seeded corpus in memory, of the model's own shape.
+        heldout: the same, for the held-out loss; None: what `prepare` held out of `data`.
+        resume_from: another run's workdir or one step of it, whose whole state a new run starts with.
+        init_params, init_tslm: what a new run's parameters are, see `initial_params`; the rest of its state is fresh.
+        accept_changes: fields of the config may differ from the checkpoint's that must not (`config.CHANGES`).
+        profile_steps: (a, b): updates a .. b - 1 are traced for XProf.
     Raises:
-        UserError: shards that this model cannot read (every difference is named), or a batch that suits no mesh.
+        UserError: shards that this model cannot read (every difference is named), a batch that suits no mesh, or what
+            `checkpoint.begin` refuses.
     """
     workdir = pathlib.Path(workdir)
     source = _open(config, data)
@@ -114,38 +246,61 @@ def train(config: BackboneRun, workdir, data=None) -> dict:
     mesh = sharding.make_mesh(config.mesh)
     row_shards = mesh.shape["replica"] * mesh.shape["data"]
     for batch in mix.batches:
-        if batch.rows % row_shards:
-            raise UserError(f"batch.rows {batch.rows} cannot be split over {row_shards} devices (mesh {config.mesh})")
+        if batch.rows % (row_shards * config.accumulate):
+            parts = f" x {config.accumulate} micro-batches" if config.accumulate > 1 else ""
+            raise UserError(f"batch.rows {batch.rows} cannot be split over {row_shards} devices{parts} (mesh {config.mesh})")
+    unheard = _open_heldout(config, source, data, heldout)
     if data is not None and jax.process_index() == 0:
         _keep_makers(workdir, source.paths, source.header)
     with jax.set_mesh(mesh):
         layout = sharding.param_shardings(jax.eval_shape(partial(init_state, config)), mesh)
-        state = jax.jit(partial(init_state, config), out_shardings=layout)()
+        fresh = f"scratch (seed {config.seed})"
+        params = None
+        if not checkpoint.has_steps(workdir) and resume_from is None:
+            _check_makers(init_params, source)
+            params = initial_params(config, layout.params, init_params=init_params, init_tslm=init_tslm)
+            fresh = f"the weights of {init_params} (--init-params)" if init_params else fresh
+            fresh = f"the text-semantic LM of {init_tslm} (--init-tslm), else {fresh}" if init_tslm else fresh
+        state = jax.jit(partial(init_state, config), out_shardings=layout, donate_argnums=0)(params)
         state, row = loop.run(
             workdir=workdir,
             config=to_dict(config) | {"data": _made_of(source)},
             state=state,
-            train_step=_by_shape(config, mix.batches, layout),
+            train_step=_by_shape(config, mix.batches, layout, mesh.devices.flat[0].platform, _labels(source)),
             batches_from=partial(_batches, source, mix, mesh),
             num_steps=config.num_steps,
             log=config.log,
             checkpoint=config.checkpoint,
-            evaluators=[] if data is None or not config.samples.every_steps else [_speaker(config, workdir)],
+            guard=config.guard,
+            watchdog=config.watchdog,
+            evaluators=_evaluators(config, workdir, data, unheard, mesh),
             flops_of=partial(_flops, config),
-            counters_at=lambda step: _heard(mix, step, config.patch_sec),
+            counters_at=lambda step, without: _heard(mix, step, config.patch_sec, without),
+            clips_at=partial(_clips, mix, source.index),
+            origin=Start(resume_from, fresh, CHANGES, accept_changes),
+            profile_steps=profile_steps,
         )
     names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
     return {name: row.get(name) for name in names}
 
 
-def _by_shape(config: BackboneRun, batches, layout):
+def _labels(source: packing.Source) -> metrics.Labels:
+    """What the losses are told by, beside their totals."""
+    lengths, num_modes = source.index.lengths, len(packing.MODES)
+    patches_G = np.bincount(lengths[:, packing.GROUP], lengths[:, packing.PATCHES], minlength=len(source.index.groups))
+    return metrics.name_labels(packing.label_names(source.index), np.repeat(patches_G, num_modes).tolist())
+
+
+def _by_shape(config: BackboneRun, batches, layout, platform: str, labels: metrics.Labels):
     """train_step for batches of each of these budgets, compiled when a stage first brings one; metrics go to every process."""
     programs = {}
     for batch in batches:
         shape = batch.rows, batch.slots, batch.patches
         if shape in programs and programs[shape][0] != batch:
-            raise UserError(f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches as well")
-        program = partial(train_step, config=dataclasses.replace(config, batch=batch))
+            raise UserError(
+                f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches and segments as well"
+            )
+        program = partial(train_step, config=dataclasses.replace(config, batch=batch), platform=platform, labels=labels)
         programs[shape] = batch, jax.jit(program, donate_argnums=0, out_shardings=(layout, layout.step))
 
     def run(state, batch):
@@ -155,12 +310,28 @@ def _by_shape(config: BackboneRun, batches, layout):
     return run
 
 
-def _heard(mix: Mix, step: int, patch_sec: float) -> dict:
-    """What the run has heard before a step: clips and hours by "dataset/language/mode"."""
+def _heard(mix: Mix, step: int, patch_sec: float, without: Iterable[int] = ()) -> dict:
+    """What the run has heard before a step: clips and hours by "dataset/language/mode".
+
+    Args:
+        without: batches before it that no update came of.
+    """
+    heard = {name: np.array(counts) for name, counts in mix.heard(step).items()}
+    for batch in without:
+        for sign, end in ((-1, batch + 1), (1, batch)):
+            for name, counts in mix.heard(end).items():
+                heard[name] = heard[name] + sign * np.array(counts)
     return {
-        "/".join(name): {"clips": clips, "hours": round(patches * patch_sec / 3600, 6)}
-        for name, (clips, patches) in mix.heard(step).items()
+        "/".join(name): {"clips": int(clips), "hours": round(int(patches) * patch_sec / 3600, 6)}
+        for name, (clips, patches) in heard.items()
+        if clips
     }
+
+
+def _clips(mix: Mix, index: packing.Index, batch: int) -> list[str]:
+    """The clips of a batch as "dataset/language:number", numbers as in the shards, one directory after the other."""
+    clips = sorted({draw.clip for row in mix.rows(batch) for draw in row})
+    return ["/".join(index.groups[index.lengths[clip, packing.GROUP]]) + f":{clip}" for clip in clips]
 
 
 def _open(config: BackboneRun, data) -> packing.Source:
@@ -177,17 +348,24 @@ def _open(config: BackboneRun, data) -> packing.Source:
     from voxcpm2_jax.data import pipeline
 
     shards = pipeline.Shards(data)
-    pairs = {
-        "patch size (model.patch_size)": (shards.header.patch_size, model.patch_size),
-        "latent channels (model.feat_dim)": (shards.header.latent_dim, model.feat_dim),
-        "vocabulary (model.lm_config.vocab_size)": (shards.header.vocab_size, model.lm_config.vocab_size),
-        "seconds of a patch (patch_sec)": (shards.header.patch_sec, config.patch_sec),
-    }
-    wrong = [f"{name}: shards {theirs}, config {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
-    if wrong:
-        raise UserError(f"{data} does not fit this config: {'; '.join(wrong)}")
+    pipeline.check_fit(shards, model, config.patch_sec, where=str(data))
     if shards.dead_channels and jax.process_index() == 0:
         print(f"{data}: latent channels {shards.dead_channels} hardly vary; the codec does not use them", file=sys.stderr)
+    return shards
+
+
+def _open_heldout(config: BackboneRun, source: packing.Source, data, heldout) -> packing.Source | None:
+    """The clips of the held-out loss, found to be made like those that are trained on."""
+    if data is None and heldout is not None:
+        raise UserError("--heldout goes with --data: held-out clips must be made like those that are trained on")
+    if heldout is None and data is not None:
+        heldout = ",".join(str(path / "heldout") for path in source.paths if (path / "heldout").is_dir())
+    if not heldout or not config.validation.every_steps:
+        return None
+    from voxcpm2_jax.data import pipeline
+
+    shards = pipeline.Shards(heldout)
+    pipeline.check_alike([*source.paths[:1], shards.paths[0]], [source.header, shards.header])
     return shards
 
 
@@ -229,6 +407,22 @@ def _keep_makers(workdir: pathlib.Path, directories: Sequence[pathlib.Path], hea
         )
 
 
+def _check_makers(init_params, source) -> None:
+    """Refuses shards whose latents or ids mean something else than those that the weights were trained on."""
+    header = getattr(source, "header", None)
+    if init_params is None or header is None:
+        return
+    from voxcpm2_jax import torch_io
+
+    theirs = torch_io.makers_sha256(init_params)
+    wrong = [name.removesuffix("_sha256") for name in theirs if theirs[name] != getattr(header, name)]
+    if wrong:
+        raise UserError(
+            f"the shards were not made with the {' and '.join(wrong)} of --init-params={init_params}: prepare them with "
+            f"--vae={init_params} and --config.tokenizer set to its tokenizer"
+        )
+
+
 def _batches(source, mix: Mix, mesh, start_step: int) -> Iterator[Batch]:
     """Batches over all devices; each process reads the clips of the rows that its own devices hold."""
     from voxcpm2_jax.data import pipeline
@@ -238,9 +432,30 @@ def _batches(source, mix: Mix, mesh, start_step: int) -> Iterator[Batch]:
         yield sharding.global_batch(part, mesh, mix.batch_of(step).rows)
 
 
-def _flops(config: BackboneRun, row: dict) -> float:
+def _flops(config: BackboneRun, row: dict) -> dict[str, float]:
     used = {name: row[name] for name in ("slots", "patches", "targets", "squares")}
-    return metrics.train_flops(config.model, **used)
+    return {part: 3.0 * flops for part, flops in metrics.forward_flops(config.model, **used).items()}
+
+
+def _evaluators(config: BackboneRun, workdir: pathlib.Path, data, unheard, mesh) -> list[loop.Evaluator]:
+    evaluators = []
+    if unheard is not None:
+        evaluators.append(_validator(config, unheard, mesh))
+    if data is not None and config.samples.every_steps:
+        evaluators.append(_speaker(config, workdir))
+    return evaluators
+
+
+def _validator(config: BackboneRun, unheard: packing.Source, mesh) -> loop.Evaluator:
+    """The held-out loss of the weights to listen to: the averaged ones where there are any, as checkpoints are read."""
+    budgets = dataclasses.replace(config.batch, rows=config.batch.rows // config.accumulate)
+    validation = Validation(config.model, unheard, budgets, config.validation, mesh)
+
+    def run(state: optim.TrainState):
+        for name, value in validation.figures(state.best_params).items():
+            yield f"val_{name}", value
+
+    return loop.Evaluator(config.validation.every_steps, run)
 
 
 def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:

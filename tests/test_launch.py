@@ -1,0 +1,467 @@
+"""The launchers of launch/: what they would submit is parsed by what would read it, and what would run there is run here,
+with programs in the place of srun, gcloud and the like that note how they were called and answer as they were told."""
+
+import json
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import yaml
+from dockerfile_parse import DockerfileParser
+from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
+
+from voxcpm2_jax import main
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Words that need quoting at every level that they pass.
+TRAIN = [
+    "--config=configs/backbone.py:2b", "--data=/mnt/work/shards", '--workdir=/mnt/work/a "run" $(HOME) $HOME \\',
+    "--config.samples.texts=(\"it's\",)", "--config.num_steps=7",
+]  # fmt: skip
+NEEDED = {
+    "gke": {"TOPOLOGY": "4xv6e:16x16", "IMAGE": "registry.invalid/a/b:1", "CLAIM": "work"},
+    "slurm": {"NODES": "4"},
+    "tpu_vm": {"TOPOLOGY": "2xv5e:16x16", "ZONE": "a", "IMAGE": "registry.invalid/a/b:1", "SHARE": "10.0.0.2:/share"},
+    "skypilot": {"ACCELERATORS": "tpu-v6e-8", "BUCKET": "gs://b"},
+}
+STAND_IN = """#!{python}
+import json, os, pathlib, sys
+name = os.path.basename(sys.argv[0])
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps([name, *sys.argv[1:], *([sys.stdin.read()] if name in ("sbatch", "kubectl") else [])]) + "\\n")
+replies = pathlib.Path(os.environ["CALLS"] + "." + name)
+code, output = 0, ""
+if replies.exists() and (left := json.loads(replies.read_text())):
+    code, output = left.pop(0)
+    replies.write_text(json.dumps(left))
+print(output, end="")
+sys.exit(code)
+"""
+
+
+class Site:
+    """A machine to launch from: nothing in its environment, `voxcpm2-jax`, and stand-ins for what it would call."""
+
+    def __init__(self, directory):
+        self.bin = directory / "bin"
+        self.bin.mkdir()
+        self.calls_file = directory / "calls"
+        self._program("voxcpm2-jax", f'#!/bin/sh\nexec {sys.executable} -m voxcpm2_jax "$@"\n')
+        for name in ("sleep", "srun", "scontrol", "squeue", "sbatch", "kubectl", "xpk", "gcloud", "sky"):
+            self._program(name, STAND_IN.format(python=sys.executable))
+        self.env = {
+            "PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(directory), "PYTHONPATH": str(ROOT), "CALLS": str(self.calls_file),
+        }  # fmt: skip
+
+    def _program(self, name, text):
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def answer(self, name, *replies):
+        """What the stand-in `name` does, call by call: (exit code, output)."""
+        pathlib.Path(f"{self.calls_file}.{name}").write_text(json.dumps(replies))
+
+    def run(self, *words, **env):
+        self.calls_file.write_text("")
+        return subprocess.run(
+            [str(w) for w in words], env=self.env | env, cwd=ROOT, capture_output=True, text=True, timeout=60
+        )  # fmt: skip
+
+    def launch(self, site, *options, train=TRAIN, **env):
+        return self.run(f"launch/{site}.sh", *options, "--", *train, **(NEEDED[site] | env))
+
+    def dry_run(self, site, *options, **env):
+        done = self.launch(site, "--dry-run", *options, **env)
+        assert done.returncode == 0 and done.stderr == "" and self.calls == []
+        return done.stdout
+
+    @property
+    def calls(self):
+        return [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+
+    def calls_of(self, name):
+        return [call[1:] for call in self.calls if call[0] == name]
+
+
+@pytest.fixture
+def site(tmp_path):
+    return Site(tmp_path)
+
+
+def options(words):
+    """--name=value, and --name alone, as a dict; no other words."""
+    assert all(word.startswith("--") for word in words)
+    return {name: value for name, _, value in (word[2:].partition("=") for word in words)}
+
+
+def is_ours(command):
+    """Whether these words are the training that was asked for, as our own command line reads it."""
+    assert command == ["voxcpm2-jax", "train", *TRAIN]
+    args, overrides = main._parse(command[1:])
+    assert main.load_config(args.config, overrides)["num_steps"] == 7
+    return args.workdir == '/mnt/work/a "run" $(HOME) $HOME \\'
+
+
+# ---- GKE -------------------------------------------------------------------------------------------------------------
+
+
+def jobset(text):
+    """The manifest, which JobSet's own schema reads without a word left over."""
+    manifest = yaml.safe_load(text)
+    assert JobsetV1alpha2JobSet.from_dict(manifest).to_dict() == manifest
+    (jobs,) = manifest["spec"]["replicatedJobs"]
+    pod = jobs["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    return manifest, jobs, jobs["template"]["spec"], pod, container
+
+
+def test_gke_trains(site):
+    manifest, _, _, pod, container = jobset(site.dry_run("gke", SPOT="1", QUEUE="pods"))
+    # Kubernetes: $$(WORD) is $(WORD), where $(WORD) alone would be a variable.
+    assert is_ours(["voxcpm2-jax", *(word.replace("$$(", "$(") for word in container["args"])])
+    assert not any(re.search(r"(?<!\$)\$\(", word) for word in container["args"])
+    assert manifest["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "pods"}
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert container["image"] == "registry.invalid/a/b:1"
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "work"}
+    assert container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"]
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "hosts", "per_host", "accelerator", "shape"),
+    [
+        ("v5e:16x16", 1, 64, 4, "tpu-v5-lite-podslice", "16x16"),
+        ("v5p:8x8x8", 1, 128, 4, "tpu-v5p-slice", "8x8x8"),
+        ("4xv6e:8x8", 4, 16, 4, "tpu-v6e-slice", "8x8"),
+        ("v6e:1x1", 1, 1, 1, "tpu-v6e-slice", "1x1"),
+    ],
+)
+def test_gke_has_a_pod_for_each_host(site, topology, slices, hosts, per_host, accelerator, shape):
+    manifest, jobs, job, pod, container = jobset(site.dry_run("gke", TOPOLOGY=topology))
+    assert jobs["replicas"] == slices and job["parallelism"] == job["completions"] == hosts
+    assert container["resources"]["limits"] == {"google.com/tpu": per_host}
+    kind, topology = (pod["nodeSelector"][f"cloud.google.com/gke-tpu-{name}"] for name in ("accelerator", "topology"))
+    assert (kind, topology) == (accelerator, shape) and len(pod["nodeSelector"]) == 2
+    assert manifest["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+
+
+@pytest.mark.parametrize(
+    ("failure", "action"),
+    [
+        (2, "FailJobSet"), (75, "RestartJobSetAndIgnoreMaxRestarts"), (1, "RestartJobSet"), (134, "RestartJobSet"),
+        ("DisruptionTarget", "RestartJobSetAndIgnoreMaxRestarts"), ("SomethingElse", "RestartJobSet"),
+    ],
+)  # fmt: skip
+def test_gke_restarts_what_may_be_restarted(site, failure, action):
+    manifest, _, job, pod, container = jobset(site.dry_run("gke", MAX_FAILURES="5"))
+    policy = manifest["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 5 and pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+
+    # As the two controllers go about it: the job's first rule that fits ends its message, which the set's rules read.
+    def fits(rule):
+        codes = rule.get("onExitCodes", {"values": []})
+        assert codes.get("containerName", container["name"]) == container["name"] and codes.get("operator", "In") == "In"
+        return failure in codes["values"] or {"type": failure, "status": "True"} in rule.get("onPodConditions", [])
+
+    index = next((i for i, rule in enumerate(job["podFailurePolicy"]["rules"]) if fits(rule)), None)
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    if index is not None:
+        assert job["podFailurePolicy"]["rules"][index]["action"] == "FailJob"
+        reason, message = "PodFailurePolicy", f"Container train for pod a/b failed matching FailJob rule at index {index}"
+    rules = (
+        rule["action"]
+        for rule in policy["rules"]
+        if reason in rule["onJobFailureReasons"] and any(re.search(p, message) for p in rule["onJobFailureMessagePatterns"])
+    )
+    assert next(rules, "RestartJobSet") == action
+
+
+def test_gke_submits_what_the_dry_run_shows(site):
+    shown = site.dry_run("gke")
+    assert site.launch("gke").returncode == 0
+    assert site.calls == [["kubectl", "create", "--filename=-", shown]]
+
+
+def test_xpk(site):
+    shown = site.dry_run("gke", "--xpk", CLUSTER="c")
+    assert site.launch("gke", "--xpk", CLUSTER="c").returncode == 0
+    (call,) = site.calls
+    assert shlex.split(shown) == call and call[:3] == ["xpk", "workload", "create"]
+    said = options(call[3:])
+    assert is_ours(shlex.split(said.pop("command")))
+    assert said == {
+        "cluster": "c", "workload": "voxcpm2", "tpu-type": "v6e-256", "num-slices": "4", "storage": "work",
+        "docker-image": "registry.invalid/a/b:1", "max-restarts": "10", "restart-on-exit-codes": "1,75",
+        "termination-grace-period-seconds": "600",
+    }  # fmt: skip
+
+
+# ---- Slurm -----------------------------------------------------------------------------------------------------------
+
+
+def test_slurm_submits_what_the_dry_run_shows(site):
+    shown = site.dry_run("slurm", GRACE_SEC="120")
+    assert site.launch("slurm", GRACE_SEC="120").returncode == 0
+    assert site.calls == [["sbatch", shown]]
+    asked = options([line.removeprefix("#SBATCH ") for line in shown.splitlines() if line.startswith("#SBATCH ")])
+    assert asked == {
+        "job-name": "voxcpm2", "output": "voxcpm2-%j.log", "open-mode": "append", "nodes": "4", "gpus-per-node": "8",
+        "ntasks-per-node": "8", "exclusive": "", "requeue": "", "signal": "TERM@120",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("codes", "state", "is_requeued"),
+    [
+        ([0], "RUNNING", False), ([2], "RUNNING", False), ([75], "RUNNING", True), ([75], "COMPLETING", False),
+        ([1, 137, 0], "RUNNING", False), ([1, 75], "RUNNING", True), ([1, 1, 1], "RUNNING", False),
+    ],
+)  # fmt: skip
+def test_slurm_job(site, tmp_path, codes, state, is_requeued):
+    """Runs the batch script; the last of `codes` is what it ends with."""
+    job = tmp_path / "job.sh"
+    job.write_text(site.dry_run("slurm", MAX_FAILURES="2"))
+    site.answer("srun", *[(code, "") for code in codes])
+    site.answer("squeue", (0, f"{state}\n"))
+    done = site.run("bash", job, SLURM_JOB_ID="12")
+    assert done.returncode == codes[-1]
+    runs = site.calls_of("srun")
+    assert len(runs) == len(codes)
+    for words in runs:
+        assert options(words[:3]) == {"kill-on-bad-exit": "0", "wait": "180", "cpu-bind": "none"} and is_ours(words[3:])
+    assert site.calls_of("scontrol") == ([["requeue", "12"]] if is_requeued else [])
+
+
+def test_slurm_job_outlives_the_signal(site, tmp_path):
+    """The signal may reach the batch script as well, which has to stay until the processes have saved."""
+    job = tmp_path / "job.sh"
+    job.write_text(site.dry_run("slurm"))
+    site._program("srun", f"#!/bin/sh\ntouch {tmp_path}/started\n/bin/sleep 1\nexit 75\n")
+    site.answer("squeue", (0, "RUNNING\n"))
+    process = subprocess.Popen(["bash", str(job)], env=site.env | {"SLURM_JOB_ID": "12"}, cwd=tmp_path)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75 and site.calls_of("scontrol") == [["requeue", "12"]]
+
+
+# ---- TPU VMs ---------------------------------------------------------------------------------------------------------
+
+
+def verbs(site):
+    """What was said to gcloud: a verb of queued-resources, or for ssh what runs there."""
+    done = []
+    for words in site.calls_of("gcloud"):
+        assert words[:3] == ["compute", "tpus", "queued-resources"]
+        said = options(words[4 if words[3] == "list" else 5 :])
+        assert said["zone"] == "a" and (words[3] == "list" or words[4] == "voxcpm2")
+        if words[3] == "ssh":
+            assert said["node"] == said["worker"]
+            done.append(re.search(r"docker (start|wait|logs)", said["command"])[1] + " " + said["node"])
+        else:
+            done.append(words[3])
+    return done
+
+
+def test_tpu_vm_trains_on_all_hosts(site, tmp_path):
+    create, _, start, wait, delete = (shlex.split(line) for line in site.dry_run("tpu_vm").splitlines())
+    assert options(create[6:]) == {
+        "zone": "a", "accelerator-type": "v5litepod-256", "runtime-version": "v2-alpha-tpuv5-lite", "node-count": "2",
+        "node-prefix": "voxcpm2", "spot": "",
+    }  # fmt: skip
+    assert "--force" in delete and options(wait[6:])["node"] == options(start[6:])["worker"] == "all"
+    # What every host is told is run here: first with no container there, then with one.
+    for name in ("sudo", "mountpoint"):
+        site._program(name, STAND_IN.format(python=sys.executable))
+    site.answer("mountpoint", (1, ""), (0, ""))
+    command = options(start[6:])["command"]
+    site.answer("sudo", (0, ""), (0, ""), (0, ""), (1, "No such container"), (0, ""))
+    assert site.run("bash", "-ec", command).returncode == 0
+    *_, install, mount, found, ran = site.calls_of("sudo")
+    assert install[0] == "apt-get" and mount == ["mount", "-t", "nfs", "10.0.0.2:/share", "/mnt/work"]
+    assert found == ["docker", "start", "voxcpm2"] and ran[:2] == ["docker", "run"]
+    image = ran.index("registry.invalid/a/b:1")
+    assert is_ours(["voxcpm2-jax", *ran[image + 1 :]])
+    assert {"--detach", "--name=voxcpm2", "--network=host", "--volume=/mnt/work:/mnt/work"} < set(ran[:image])
+    assert site.run("bash", "-ec", command).returncode == 0
+    assert site.calls_of("sudo") == [["mkdir", "-p", "/mnt/work"], ["docker", "start", "voxcpm2"]]
+
+
+@pytest.mark.parametrize(
+    ("topology", "expected"),
+    [
+        ("v5e:4x4", {"accelerator-type": "v5litepod-16", "runtime-version": "v2-alpha-tpuv5-lite", "node-id": "voxcpm2"}),
+        ("v5p:8x8x8", {"accelerator-type": "v5p-1024", "runtime-version": "v2-alpha-tpuv5", "node-id": "voxcpm2"}),
+        ("3xv6e:8x8", {"accelerator-type": "v6e-64", "runtime-version": "v2-alpha-tpuv6e", "node-count": "3"}),
+    ],
+)
+def test_tpu_vm_asks_for_the_topology(site, topology, expected):
+    create = shlex.split(site.dry_run("tpu_vm", TOPOLOGY=topology, CAPACITY="reserved").splitlines()[0])
+    assert expected.items() <= options(create[6:]).items() and "--reserved" in create and "--spot" not in create
+
+
+def test_tpu_vm_comes_back(site):
+    """Queued, preempted after saving, connection lost, looking fails, VMs taken away, and then to the end."""
+    ok, lost = (0, ""), (255, "")
+
+    def state(name):
+        return (0, f"{name}\n")
+
+    site.answer(
+        "gcloud",
+        (0, ""), ok, state("WAITING_FOR_RESOURCES"), state("ACTIVE"), ok, (0, "75\nrun: 75\n75\n"),
+        state("ACTIVE"), ok, lost, lost, state("ACTIVE"), lost, state("SUSPENDED"), ok,
+        (0, ""), ok, state("ACTIVE"), ok, (0, "0\n0\n"), ok,
+    )  # fmt: skip
+    assert site.launch("tpu_vm").returncode == 0
+    assert verbs(site) == [
+        "list", "create", "list", "list", "start all", "wait all",
+        "list", "start all", "wait all", "list", "list", "start all", "list", "delete",
+        "list", "create", "list", "start all", "wait all", "delete",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("codes", "tries", "ends_with"), [("2\n2\n", 1, 2), ("0\n1\n", 3, 1), ("134\n137\n", 3, 1)])
+def test_tpu_vm_gives_up(site, codes, tries, ends_with):
+    """A mistake at once, a failure after MAX_FAILURES restarts; the logs are shown and the VMs given back."""
+    one = [(0, "ACTIVE\n"), (0, ""), (0, codes), (0, "")]
+    site.answer("gcloud", *one * tries)
+    assert site.launch("tpu_vm", MAX_FAILURES="2").returncode == ends_with
+    assert verbs(site) == ["list", "start all", "wait all", "logs 0"] * tries + ["delete"]
+
+
+# ---- SkyPilot --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("codes", "runs"), [([0], 1), ([2], 1), ([75], 1), ([1, 0], 2), ([1, 137, 1], 3)])
+def test_skypilot(site, tmp_path, codes, runs):
+    task = yaml.safe_load(site.dry_run("skypilot", MAX_FAILURES="2"))
+    setup, run = task.pop("setup"), task.pop("run")
+    assert task == {
+        "name": "voxcpm2", "workdir": str(ROOT),
+        "resources": {
+            "accelerators": "tpu-v6e-8", "use_spot": True,
+            "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75]},
+        },
+        "file_mounts": {"/mnt/work": {"source": "gs://b", "mode": "MOUNT"}},
+    }  # fmt: skip
+    assert "'.[tpu]'" in setup and "'.[cuda]'" in site.dry_run("skypilot", ACCELERATORS="H100:8")
+    installed = tmp_path / "voxcpm2" / "bin"
+    installed.mkdir(parents=True)
+    shutil.copy(site.bin / "sky", installed / "voxcpm2-jax")
+    site.answer("voxcpm2-jax", *[(code, "") for code in codes])
+    assert site.run("bash", "-c", run).returncode == codes[-1]
+    assert len(site.calls_of("voxcpm2-jax")) == runs
+    assert all(is_ours(["voxcpm2-jax", *words]) for words in site.calls_of("voxcpm2-jax"))
+
+
+def test_skypilot_submits_what_the_dry_run_shows(site):
+    site._program("sky", f'#!/bin/sh\nfor file; do :; done\n{shutil.which("cat")} "$file"\n')
+    done = site.launch("skypilot")
+    assert done.returncode == 0 and done.stdout == site.dry_run("skypilot")
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def mistake(done):
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize(("name", "variable"), [(name, v) for name, needed in NEEDED.items() for v in needed])
+def test_what_a_site_needs_is_asked_for(site, name, variable):
+    for options in ((), ("--dry-run",)):
+        assert f"{variable} is not set; expected " in mistake(site.launch(name, *options, **{variable: ""}))
+        assert site.calls == []
+
+
+def test_mistakes_are_found_before_anything_is_queued(site):
+    assert "'fast' stands before --" in mistake(site.launch("slurm", "fast"))
+    assert "no arguments for training" in mistake(site.launch("slurm", train=[]))
+    assert "unrecognized arguments: --steps=3" in mistake(site.launch("slurm", train=[*TRAIN, "--steps=3"]))
+    assert "optim.learning_rate" in mistake(site.launch("slurm", train=[*TRAIN, "--config.optim.learning_rate=-1"]))
+    assert "line break" in mistake(site.launch("slurm", train=[*TRAIN, "--data=a\nb"]))
+    assert "NAME 'a_b' is no name" in mistake(site.launch("slurm", NAME="a_b"))
+    assert "MAX_FAILURES 'many' is no number" in mistake(site.launch("slurm", MAX_FAILURES="many"))
+    assert site.calls == []
+    (site.bin / "voxcpm2-jax").unlink()
+    assert "no voxcpm2-jax here" in mistake(site.launch("slurm"))
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_every_site_checks_and_explains(site, name):
+    assert "unknown option --fast" in mistake(site.launch(name, "--fast"))
+    assert "got '3b'" in mistake(site.launch(name, train=["--config=configs/backbone.py:3b", "--workdir=x"]))
+    assert site.calls == []
+    help = site.run(f"launch/{name}.sh", "--help")
+    assert help.returncode == 0 and f"launch/{name}.sh [--dry-run] -- " in help.stdout and "MAX_FAILURES" in help.stdout
+
+
+@pytest.mark.parametrize("topology", ["v6e", "v6e:16", "v9:2x2", "0xv6e:2x2", "v6e:2x0", "v5e:2x2x2x2", "4v6e:2x2"])
+@pytest.mark.parametrize("name", ["gke", "tpu_vm"])
+def test_topologies_that_are_none(site, name, topology):
+    assert f"TOPOLOGY '{topology}' is none" in mistake(site.launch(name, TOPOLOGY=topology))
+
+
+def test_hosts_are_whole(site):
+    assert "are no whole hosts of CHIPS_PER_HOST=4" in mistake(site.launch("gke", TOPOLOGY="v6e:2x3"))
+    assert "CAPACITY 'cheap'" in mistake(site.launch("tpu_vm", CAPACITY="cheap"))
+    assert "SPOT 'maybe'" in mistake(site.launch("skypilot", SPOT="maybe"))
+    assert "CLUSTER is not set" in mistake(site.launch("gke", "--xpk"))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_scripts_pass_shellcheck():
+    scripts = sorted((ROOT / "launch").glob("*.sh"))
+    shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    done = subprocess.run([shellcheck, "--external-sources", "--severity=warning", *scripts], capture_output=True, text=True)
+    assert len(scripts) >= 7 and done.returncode == 0, done.stdout
+
+
+def extras():
+    with mock.patch("setuptools.setup"):
+        return set(runpy.run_path(str(ROOT / "setup.py"))["EXTRAS"])
+
+
+def test_dockerfile(tmp_path):
+    steps = [(step["instruction"], step["value"]) for step in DockerfileParser(str(ROOT / "launch" / "Dockerfile")).structure]
+    steps = [step for step in steps if step[0] != "COMMENT"]
+    names = [name for name, _ in steps]
+    assert names[0] == "FROM" and names.count("ENTRYPOINT") == 1
+    last = dict(steps)
+    assert json.loads(last["ENTRYPOINT"]) == ["voxcpm2-jax"] and json.loads(last["CMD"]) == ["--help"]
+    assert int(last["USER"]) > 0 and names.index("USER") < names.index("ENTRYPOINT")
+
+    # The default of EXTRA, and what the launchers tell to build with, are extras of setup.py.
+    told = {re.fullmatch("EXTRA=(.*)", last["ARG"])[1]}
+    for path in (ROOT / "launch").iterdir():
+        told |= set(re.findall(r"EXTRA=(\w+)", path.read_text())) if path.is_file() else set()
+    assert told == {"tpu", "cuda"} and told <= extras()
+
+    # What is copied before the installation is enough to install from; and all that is copied is there.
+    install = next(i for i, (name, value) in enumerate(steps) if name == "RUN" and "pip install" in value)
+    assert '".[${EXTRA}]"' in steps[install][1]
+    for i, (name, value) in enumerate(steps):
+        if name != "COPY":
+            continue
+        *sources, target = value.split()
+        for source in sources:
+            assert (ROOT / source).exists()
+            if i < install:
+                (tmp_path / target).mkdir(exist_ok=True)
+                shutil.copy(ROOT / source, tmp_path / target)
+    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,208 @@
+"""Attention of every stack: one function, and below it the kernel of the platform.
+
+    what a slot sees                        "tpu"     "gpu"                    "cpu"
+    Segments: itself and what came before   splash    cuDNN, packed offsets    XLA, dense mask
+    a mask [B, T, S] (generation's cache)   XLA       XLA                      XLA
+    None: everything (LocEnc, LocDiT)       XLA       XLA                      XLA
+
+Memory of the two kernels is linear in T, that of XLA's quadratic. Both kernels multiply in bfloat16 or float16 only:
+float32 stays with XLA wherever it runs, since float32 has to mean float32. So do patches of 5 and 11 slots: cuDNN refuses
+them, and a kernel of 128-wide blocks would compute padding for the most part.
+
+The kernels see one device's rows and heads: they run in `shard_map` over the mesh in use. Heads are split where the
+tensor axis divides the key/value heads, and computed on every device of that axis otherwise. The platform is an argument,
+never asked of jax: programs are also made for machines that are not there.
+
+Sources: splash attention (jax.experimental.pallas.ops.tpu); cuDNN's packed layout, H100 figures in README.
+"""
+
+import functools
+import inspect
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from voxcpm2_jax import sharding
+
+MIN_SEGMENT_SLOTS = 3  # of a clip as sequence.py lays it out: two marks and a patch
+_LANES = 128  # splash reads blocks of a multiple of this many slots
+_SPLASH_BLOCK_SLOTS = 512  # at most; larger ones compute more of what the causal mask throws away
+_FUSED_BACKWARD_SLOTS = 4096  # rows up to this; it keeps a partial dq for every block of keys: T^2 / 512 of memory
+
+
+class Segments(NamedTuple):
+    """The clips of packed rows: a slot sees itself and what came before it in its own segment.
+
+    A segment's slots stand side by side. Padding (id 0) is a segment like any other, whose values nobody reads.
+    """
+
+    id_BT: jax.Array
+    length_BM: jax.Array  # int32: slots of each segment, -1 where there is none
+    offset_BM: jax.Array  # int32, M + 1 wide: first slot of each segment in its row; -1 where there is none, and the last
+    is_overfull_B: jax.Array  # the row has more segments than M: cuDNN would leave the rest out
+
+
+def find_segments(segment_BT: jax.Array, max_segments: int | None = None) -> Segments:
+    """The segments of packed rows, as the kernels want them; once a step, not once a layer.
+
+    Args:
+        segment_BT: equal ids side by side are a segment.
+        max_segments: clips of a row at most, static; cuDNN's time and memory grow with it. None: as many as fit.
+    """
+    B, T = segment_BT.shape
+    M = max(2, (max_segments or T // MIN_SEGMENT_SLOTS) + 1)  # and the padding
+    is_first_BT = jnp.pad(segment_BT[:, 1:] != segment_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    rank_BT = jnp.cumsum(is_first_BT, axis=1, dtype=jnp.int32) - 1
+    # The last offset stays -1: a number there joins the rows and gives wrong results without a word.
+    put_BT = jnp.where(is_first_BT & (rank_BT < M), rank_BT, M + 1)
+    slot_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    offset_BM = jnp.full((B, M + 1), -1, jnp.int32).at[jnp.arange(B)[:, None], put_BT].set(slot_BT, mode="drop")
+    first_BM, next_BM = offset_BM[:, :-1], offset_BM[:, 1:]
+    length_BM = jnp.where(first_BM < 0, -1, jnp.where(next_BM < 0, T, next_BM) - first_BM)
+    return Segments(segment_BT, length_BM, offset_BM, rank_BT[:, -1] >= M)
+
+
+def attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sees: Segments | jax.Array | None, *, platform: str = "cpu"
+) -> jax.Array:
+    """Softmax attention of N query heads over K <= N shared key/value heads.
+
+    Args:
+        sees: `Segments`, a mask [B, T, S], or None for everything.   platform: "cpu", "gpu" or "tpu", whose kernel is used.
+    """
+    assert platform in ("cpu", "gpu", "tpu"), platform
+    if not isinstance(sees, Segments):
+        return _xla(q_BTNH, k_BSKH, v_BSKH, sees)
+    if platform == "tpu" and q_BTNH.dtype != jnp.float32:
+        return _by_device(splash, q_BTNH, k_BSKH, v_BSKH, sees)
+    if platform == "gpu" and q_BTNH.dtype != jnp.float32 and (kernel := _cudnn()):
+        return _by_device(functools.partial(_packed, kernel), q_BTNH, k_BSKH, v_BSKH, sees)
+    return _xla(q_BTNH, k_BSKH, v_BSKH, causal_mask(sees.id_BT))
+
+
+def causal_mask(segment_BT: jax.Array) -> jax.Array:
+    """[B, T, T]: a slot sees itself and what came before it in its own segment."""
+    same_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
+    T = segment_BT.shape[1]
+    return same_BTS & jnp.tri(T, dtype=bool)[None]
+
+
+# ---- XLA -------------------------------------------------------------------------------------------------------------
+
+
+def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.einsum` that multiplies float32 as float32 on every platform."""
+    return jnp.einsum(equation, x, y, precision="highest" if x.dtype == jnp.float32 else None)
+
+
+def _xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    G = N // K
+    # The heads of a group are rows of one product, and all leading dims one batch: XLA's CPU is 3.6 times slower without.
+    q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, H)
+    k_BKSH, v_BKSH = (x_BSKH.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x_BSKH in (k_BSKH, v_BSKH))
+    logits_BKGTS = einsum("BXH,BSH->BXS", q_BKXH, k_BKSH).reshape(B, K, G, T, S).astype(jnp.float32) * H**-0.5
+    if mask_BTS is not None:
+        logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
+    probs_BKXS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype).reshape(B * K, G * T, S)
+    o_BKXH = einsum("BXS,BSH->BXH", probs_BKXS, v_BKSH)
+    return o_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _by_device(kernel, q_BTNH, k_BSKH, v_BSKH, segments: Segments) -> jax.Array:
+    """Runs a kernel on every device's own rows and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q_BTNH, k_BSKH, v_BSKH, segments)
+    kv = sharding.spec(k_BSKH.shape, ("batch", None, "kv_heads", None), mesh)
+    heads = kv[2]  # a group's query heads stay with their key/value head
+    q = jax.P(kv[0], None, heads, None)
+    rows = Segments(*(jax.P(kv[0], *(None,) * (x.ndim - 1)) for x in segments))
+    split = jax.shard_map(kernel, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)
+    return split(q_BTNH, k_BSKH, v_BSKH, segments)
+
+
+def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, interpret: bool = False) -> jax.Array:
+    """TPU: Pallas kernel in blocks. Rows of any length; they are padded to whole blocks with slots that nobody sees.
+
+    `interpret` runs it anywhere, slowly.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    block = min(_SPLASH_BLOCK_SLOTS, T + -T % _LANES)
+    padding = -T % block
+
+    def by_head(x, fill=0):
+        return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+
+    # The kernel knows no scale.
+    q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
+    q_BKGTH = by_head(q_BTNH).reshape(B, T + padding, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = (by_head(x_BSKH).transpose(0, 2, 1, 3) for x_BSKH in (k_BSKH, v_BSKH))
+    id_BT = by_head(segments.id_BT, fill=-1)
+    is_fused = T <= _FUSED_BACKWARD_SLOTS
+    kernel = splash.make_splash_mqa(
+        splash.MultiHeadMask([splash.CausalMask((T + padding, T + padding))] * (N // K)),
+        block_sizes=splash.BlockSizes(
+            block_q=block, block_kv=block, block_kv_compute=block,
+            block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+            block_q_dq=None if is_fused else block, block_kv_dq=None if is_fused else block,
+            use_fused_bwd_kernel=is_fused,
+        ),
+        head_shards=1, q_seq_shards=1, interpret=interpret, residual_checkpoint_name="attention",
+    )  # fmt: skip
+
+    def row(q_KGTH, k_KSH, v_KSH, id_T):
+        ids = splash.SegmentIds(id_T, id_T)
+        return jax.vmap(lambda q, k, v: kernel(q, k, v, ids))(q_KGTH, k_KSH, v_KSH)
+
+    o_BKGTH = jax.vmap(row)(q_BKGTH, k_BKSH, v_BKSH, id_BT)
+    return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T + padding, N, H)[:, :T]
+
+
+def _packed(kernel, q_BTNH, k_BSKH, v_BSKH, segments: Segments) -> jax.Array:
+    """NVIDIA: cuDNN's flash attention over packed rows."""
+    length_BM, offset_BM = segments.length_BM, segments.offset_BM
+    return kernel(
+        q_BTNH, k_BSKH, v_BSKH, q_seqlen=length_BM, kv_seqlen=length_BM, q_offsets=offset_BM, kv_offsets=offset_BM,
+        scale=q_BTNH.shape[-1] ** -0.5,
+    )  # fmt: skip
+
+
+@functools.cache
+def _cudnn():
+    """cuDNN's attention with packed rows, which only a private module of JAX has; None, and a line on stderr, without it.
+
+    The public `jax.nn.dot_product_attention` takes no offsets: it would need a dense bias of T x T.
+    """
+    why = None
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    except ImportError as error:
+        why = str(error)
+    else:
+        known = inspect.signature(cudnn.dot_product_attention).parameters
+        if missing := {"q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "scale", "mask_type"} - set(known):
+            why = f"dot_product_attention without {', '.join(sorted(missing))}"
+        elif not cudnn.check_compute_capability("9.0"):
+            why = "no Hopper or later among the devices"
+    if why:
+        fate = "XLA with a dense mask takes its place, slower and with memory that grows with slots^2"
+        print(f"attention: no cuDNN kernel for packed rows ({why}; jax {jax.__version__}): {fate}", file=sys.stderr)
+        return None
+
+    def run(q_BTNH, k_BSKH, v_BSKH, **kwargs):
+        if jax.__version_info__ < (0, 11, 2):
+            # Offsets of keys are counted in query heads up to there: wrong results without a word unless there are as many.
+            k_BSKH, v_BSKH = (jnp.repeat(x, q_BTNH.shape[2] // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
+        return cudnn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask_type=cudnn.MaskType.PADDING_CAUSAL, **kwargs)
+
+    return run

@@ -1,0 +1,832 @@
+"""What a run would need and give on machines that are not there: `voxcpm2-jax plan`.
+
+    --topology=[SLICESx]KIND:AxB[xC][,FIELD=VALUE..]    v5e:16x16   4xv6e:8x8   v5p:8x8x8,rows=512,mesh=1x512x1
+    --topology=GPUSxKIND[,FIELD=VALUE..]                8xh100   64xh100,rows=256,mesh=8x8x1
+
+For TPU the run's own train step is compiled for the real topology, with no TPU present, in a child process for each: what
+its variables and libtpu leave behind stays there. The compiler says what fits, and its program which collectives run how
+often. GPUs are predicted without compiling. roofline.py turns both into seconds.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from voxcpm2_jax import roofline
+from voxcpm2_jax.chips import CHIPS
+from voxcpm2_jax.config import BackboneRun, BatchConfig, UserError, from_dict, to_dict
+from voxcpm2_jax.roofline import Collective, Machine
+
+# Compiling for TPU with none present: quiet, and safe for several processes at once. On a real TPU machine some of these
+# would switch the discovery of its neighbours off, so that only the child has them.
+CHILD_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+NO_LIBTPU = "libtpu is not installed, which compiles for TPU: pip install 'voxcpm2-jax[tpu]'; GPUs (such as 8xh100) need none"
+_COMPILER_OPTIONS = {"exec_time_optimization_effort": -1.0}  # a third of the time; memory and collectives hardly differ
+
+_PODS = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+TPU_SHAPES = {
+    "v5e": _PODS,
+    "v6e": _PODS,
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16",
+            "16x16x24"),
+}  # fmt: skip
+GPUS = tuple(name for name, chip in CHIPS.items() if not chip.pattern.startswith("TPU"))
+
+_HEADROOM = 0.95  # of the memory, which an estimate must leave free before a suggestion is compiled
+_MAX_TRIES = 4  # suggestions compiled for one that does not fit
+_MAX_FRONT = 6  # points of a search that are compiled
+
+
+# ---- topologies ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run on a machine."""
+
+    machine: Machine
+    config: BackboneRun
+
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        return _fill(self.config.mesh, self.machine)
+
+    @property
+    def batches(self) -> list[BatchConfig]:
+        """Distinct budgets of the run, in the order of its stages."""
+        stages = self.config.stages or ()
+        budgets = [self.config.batch if stage.batch is None else stage.batch for stage in stages] or [self.config.batch]
+        return list(dict.fromkeys(budgets))
+
+
+def parse(text: str, config: BackboneRun) -> Case:
+    """A case from --topology=TEXT.
+
+    Raises:
+        UserError: no such chip, shape or field; the message lists those there are.
+    """
+    name, *fields = text.split(",")
+    if match := re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name):
+        slices, kind, shape = int(match[1] or 1), match[2], match[3]
+        if shape not in TPU_SHAPES.get(kind, ()) or slices < 1:
+            raise UserError(f"--topology={text}: no such TPU; {_known()}")
+        torus = tuple(int(n) for n in shape.split("x"))
+        machine = Machine(name, CHIPS[kind], slices, torus, math.prod(torus))
+    elif (match := re.fullmatch(r"(\d+)x(.+)", name)) and match[2] in GPUS and int(match[1]) >= 1:
+        chip, count = CHIPS[match[2]], int(match[1])
+        domain = min(count, chip.domain)
+        if count % domain:
+            raise UserError(f"--topology={text}: {count} GPUs are no whole number of machines of {domain}")
+        machine = Machine(name, chip, count // domain, None, domain)
+    else:
+        raise UserError(f"--topology={text}: expected {_known()}")
+    return Case(machine, _with_fields(text, config, fields))
+
+
+def _known() -> str:
+    tpus = "; ".join(f"{kind}:{', '.join(shapes)}" for kind, shapes in TPU_SHAPES.items())
+    return f"TPU slices as [SLICESx]KIND:SHAPE with {tpus}; or GPUs as COUNTxKIND with {', '.join(GPUS)}"
+
+
+def _with_fields(text, config: BackboneRun, fields: Sequence[str]) -> BackboneRun:
+    def count(value):
+        if not value.isdecimal():
+            raise UserError(f"--topology={text}: expected a whole number, got {value!r}")
+        return int(value)
+
+    for field in fields:
+        name, _, value = field.partition("=")
+        if name == "rows":
+            config = with_rows(config, count(value))
+        elif name == "accumulate":
+            config = dataclasses.replace(config, accumulate=count(value))
+        elif name == "remat":
+            config = dataclasses.replace(config, remat=value)
+        elif name == "mesh" and re.fullmatch(r"(-1|\d+)x(-1|\d+)x\d+", value):
+            config = dataclasses.replace(config, mesh=tuple(int(n) for n in value.split("x")))
+        else:
+            raise UserError(
+                f"--topology={text}: {field!r} is none of rows=N, accumulate=N, remat=NAME, mesh=REPLICAxDATAxTENSOR; other "
+                "fields are set for all topologies, by --config.NAME=VALUE"
+            )
+    return config
+
+
+def with_rows(config: BackboneRun, rows: int) -> BackboneRun:
+    """The run with that many rows a batch; stages with budgets of their own keep their ratio to it."""
+
+    def scaled(batch):
+        new, rest = divmod(batch.rows * rows, config.batch.rows)
+        if rest or not new:
+            raise UserError(
+                f"rows={rows}: a stage has {batch.rows} rows where the run has {config.batch.rows}: no whole number"
+            )
+        return dataclasses.replace(batch, rows=new)
+
+    stages = tuple(s if s.batch is None else dataclasses.replace(s, batch=scaled(s.batch)) for s in config.stages)
+    return dataclasses.replace(config, batch=scaled(config.batch), stages=stages)
+
+
+def _fill(mesh: Sequence[int], machine: Machine) -> tuple[int, int, int]:
+    """The mesh with each -1 replaced, as sharding.make_mesh will."""
+    replica, data, tensor = mesh
+    if (replica, data) == (-1, -1):
+        replica = machine.slices if machine.torus else 1
+    known = math.prod(n for n in (replica, data, tensor) if n != -1)
+    left = machine.devices // max(known, 1)
+    return tuple(left if n == -1 else n for n in (replica, data, tensor))
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+def plan(config: BackboneRun, topologies: Sequence[str], *, search: bool = False) -> dict:
+    """Whether and how a run goes on each topology.
+
+    Args:
+        config: the run; each of its stages' budgets is planned.   topologies: see the module.
+        search: also the Pareto front of rows x remat x mesh x accumulation on each.
+    Returns:
+        plain data: "ok" (all fit) and one entry of "plans" for each topology and budget; with `search`, "searches".
+    Raises:
+        UserError: a topology or mesh that cannot be, or TPUs without libtpu.
+    """
+    cases = [parse(text, config) for text in topologies]
+    report = {"ok": True, "plans": [], "assumed": _assumed()}
+    for case in cases:
+        entries = [_entry(case, batch) for batch in case.batches]
+        if not all(entry["fits"] for entry in entries):
+            report["ok"] = False
+            worst = next(entry for entry in entries if not entry["fits"])
+            worst["suggestion"] = _suggest(case, worst)
+        report["plans"] += entries
+    if search:
+        report["searches"] = [{"topology": case.machine.name, "front": _search(case)} for case in cases]
+    return report
+
+
+def _assumed() -> dict:
+    return {
+        "slots_used": roofline.SLOTS_USED,
+        "patches_used": roofline.PATCHES_USED,
+        "segment_slots": roofline.SEGMENT_SLOTS,
+        "products_reach_of_peak": round(roofline.products_reached(), 3),
+        "links_reach_of_peak": roofline.LINKS_REACHED,
+    }
+
+
+def _entry(case: Case, batch: BatchConfig) -> dict:
+    """The plan of one budget of a run on its machine."""
+    machine, config, mesh = case.machine, case.config, case.mesh
+    entry = {
+        "topology": machine.name,
+        "chip": machine.chip.name,
+        "devices": machine.devices,
+        "slices": machine.slices,
+        "rows": batch.rows,
+        "slots": batch.slots,
+        "patches": batch.patches,
+        "mesh": list(mesh),
+        "remat": config.remat,
+        "accumulate": config.accumulate,
+        "compiled": False,
+        "fits": False,
+        "hbm_bytes": machine.hbm_bytes,
+    }
+    if problem := _mismatch(case, batch):
+        return entry | {"problem": problem}
+    estimate = roofline.memory(config, batch, mesh)
+    entry["estimated_memory"] = {name: round(value) for name, value in estimate.items()}
+    if machine.torus is None:
+        collectives = roofline.layer_collectives(config, batch, machine, mesh)
+        needed = sum(estimate.values())
+        entry |= {"fits": needed <= _HEADROOM * machine.hbm_bytes, "peak_bytes": round(needed)}
+        if not entry["fits"]:
+            entry["problem"] = f"needs an estimated {_gib(needed)} of {_gib(machine.hbm_bytes)} GiB"
+    else:
+        _say(f"{machine.name}: compiling {batch.rows} rows of {batch.slots} slots, mesh {_by(mesh)} ...")
+        compiled = compile_for(case, batch)
+        entry |= {"compiled": compiled["fits"], "fits": compiled["fits"], "compile_sec": compiled["compile_sec"]}
+        if not compiled["fits"]:
+            needed, there = compiled["needed_bytes"], compiled["hbm_bytes"]
+            entry |= {"peak_bytes": needed, "compiler": compiled["message"], "hbm_bytes": there or machine.hbm_bytes}
+            told = f"the compiler needs {_gib(needed)} of {_gib(there)} GiB" if needed and there else compiled["message"]
+            return entry | {"problem": told}
+        collectives = compiled["collectives"]
+        entry |= {name: compiled[name] for name in ("memory", "unknown_loops")} | {"peak_bytes": _peak(compiled["memory"])}
+    prediction = roofline.predict(config, batch, machine, mesh, collectives)
+    return entry | _figures(prediction, collectives, machine)
+
+
+def _peak(memory: dict) -> int:
+    """Bytes that the program takes: what comes in and goes out (donated once), what it makes on the way, its code."""
+    return memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] + memory["code"]
+
+
+def _figures(prediction: roofline.Prediction, collectives: Sequence[Collective], machine: Machine) -> dict:
+    traffic = {}
+    for one in collectives:
+        ici, dcn = one.wire_bytes()
+        key = f"{one.kind} over {'+'.join(one.axes) or 'one device'}"
+        old = traffic.setdefault(key, {"times": 0, "bytes": 0, "ici_bytes": 0, "dcn_bytes": 0})
+        old["times"] += one.times
+        old["bytes"] += one.times * one.whole_bytes
+        old["ici_bytes"] += round(one.times * ici)
+        old["dcn_bytes"] += round(one.times * dcn)
+
+    def result(step_sec):
+        return {
+            "step_sec": step_sec,
+            "mfu": prediction.mfu(step_sec),
+            "audio_hours_per_day": prediction.audio_hours_per_day(step_sec),
+        }
+
+    return {
+        "useful_flops": prediction.useful_flops,
+        "executed_flops": prediction.executed_flops,
+        "bound": result(prediction.bound_sec),
+        "calibrated": result(prediction.calibrated_sec),
+        "exposed_sec": prediction.exposed_sec,
+        "optimiser_sec": prediction.update_sec,
+        "passes": [
+            {
+                "part": p.part,
+                "pass": roofline.PASSES[p.backward],
+                "compute_sec": p.compute,
+                "hbm_sec": p.hbm,
+                "ici_sec": p.ici,
+                "dcn_sec": p.dcn,
+                "bound_sec": p.bound,
+                "calibrated_sec": p.calibrated,
+                "exposed_sec": p.exposed,
+            }
+            for p in prediction.passes
+        ],
+        "collectives": traffic,
+    }
+
+
+def _mismatch(case: Case, batch: BatchConfig) -> str | None:
+    """Why this batch cannot be split over this mesh, or this mesh not be laid over this machine."""
+    machine, mesh = case.machine, case.mesh
+    if math.prod(mesh) != machine.devices:
+        return f"mesh {_by(mesh)} (replica, data, tensor) has {math.prod(mesh)} devices; {machine.name} has {machine.devices}"
+    if machine.torus and mesh[0] % machine.slices:
+        return f"mesh {_by(mesh)}: replica must be a multiple of the {machine.slices} slices, nothing else may cross them"
+    pieces = roofline.row_shards(mesh) * case.config.accumulate
+    if batch.rows % pieces:
+        return f"{batch.rows} rows of {batch.slots} slots cannot be split into {pieces} parts (replica x data x accumulate)"
+    return None
+
+
+# ---- suggestions and search ------------------------------------------------------------------------------------------
+
+
+def variants(case: Case) -> list[Case]:
+    """Other ways to run the same on the same machine: rows x remat x mesh x accumulation, those that come out even."""
+    machine, config = case.machine, case.config
+    heads = config.model.lm_config.num_key_value_heads
+    meshes = []
+    for tensor in (n for n in (1, 2) if heads % n == 0 and machine.devices % n == 0):
+        left = machine.devices // tensor
+        slices = machine.slices if machine.torus else 1
+        meshes += [(r, left // r, tensor) for r in (slices * 2**i for i in range(12)) if left % r == 0]
+    widths = (config.model.tslm.width, config.model.locenc.width, config.model.locdit.width)
+    meshes = [mesh for mesh in meshes if all(width % mesh[1] == 0 for width in widths)]
+    found = []
+    rows_tried = {config.batch.rows * 2**i // 8 for i in range(7)} | {machine.devices * 2**i for i in range(4)}
+    for rows, remat, mesh, parts in itertools.product(sorted(rows_tried - {0}), roofline.REMATS, meshes, (1, 2, 4, 8)):
+        try:
+            run = dataclasses.replace(with_rows(config, rows), remat=remat, mesh=mesh, accumulate=parts)
+        except UserError:  # a stage's rows do not come out
+            continue
+        variant = Case(machine, run)
+        if not any(_mismatch(variant, batch) for batch in variant.batches):
+            found.append(variant)
+    return found
+
+
+def _needs(case: Case) -> float:
+    return max(sum(roofline.memory(case.config, batch, case.mesh).values()) for batch in case.batches)
+
+
+def _speed(case: Case) -> float:
+    """Audio hours a day, calibrated, of the run's own budgets."""
+    batch = case.config.batch
+    collectives = roofline.layer_collectives(case.config, batch, case.machine, case.mesh)
+    prediction = roofline.predict(case.config, batch, case.machine, case.mesh, collectives)
+    return prediction.audio_hours_per_day(prediction.calibrated_sec)
+
+
+def _suggest(case: Case, failed: dict) -> dict | None:
+    """The variant nearest to the run's batch, then fastest, that does fit, its entries beside it; None if none was found."""
+    estimate = sum(failed.get("estimated_memory", {}).values())
+    # How much more the compiler needs than the estimate says.
+    factor = failed["peak_bytes"] / estimate if estimate and failed.get("peak_bytes") else 1.0
+    rows = case.config.batch.rows
+    ranked = sorted(variants(case), key=lambda v: (abs(math.log2(v.config.batch.rows / rows)), -_speed(v)))
+    for _ in range(_MAX_TRIES):
+        ranked = [variant for variant in ranked if factor * _needs(variant) <= _HEADROOM * case.machine.hbm_bytes]
+        if not ranked:
+            return None
+        variant = ranked.pop(0)
+        entries = []
+        for batch in sorted(variant.batches, key=lambda b: -sum(roofline.memory(variant.config, b, variant.mesh).values())):
+            entries.append(_entry(variant, batch))
+            if not entries[-1]["fits"]:
+                break
+        else:
+            return {"topology": _in_words(variant, case), "plans": entries}
+        needed = entries[-1].get("peak_bytes")
+        estimate = sum(entries[-1]["estimated_memory"].values())
+        factor = max(factor, needed / estimate if needed else 1.1 * factor)
+    return None
+
+
+def _in_words(variant: Case, case: Case) -> str:
+    """The --topology of a variant: what differs from the run."""
+    new, old = variant.config, case.config
+    fields = {
+        "rows": (new.batch.rows, old.batch.rows),
+        "remat": (new.remat, old.remat),
+        "mesh": (_by(variant.mesh), _by(case.mesh)),
+        "accumulate": (new.accumulate, old.accumulate),
+    }
+    return ",".join([case.machine.name, *(f"{name}={ours}" for name, (ours, theirs) in fields.items() if ours != theirs)])
+
+
+def _search(case: Case) -> list[dict]:
+    """The Pareto front of speed and free memory, predicted; up to _MAX_FRONT points of it are compiled."""
+    there = _HEADROOM * case.machine.hbm_bytes
+    points = [(variant, _speed(variant), _needs(variant)) for variant in variants(case)]
+    points = sorted((p for p in points if p[2] <= there), key=lambda p: (-p[1], p[2]))
+    front, least = [], math.inf
+    for point in points:
+        if point[2] < least:
+            front.append(point)
+            least = point[2]
+    step = max(1, math.ceil(len(front) / _MAX_FRONT))
+    found = []
+    for variant, _, _ in front[::step]:
+        batch = variant.config.batch
+        found.append(_entry(variant, batch) | {"as": _in_words(variant, case)})
+    return found
+
+
+def brief(report: dict) -> dict:
+    """The report without passes, collectives and kinds of memory: one line of JSON."""
+    left_out = ("passes", "collectives", "memory", "estimated_memory")
+
+    def short(entry):
+        return {name: value for name, value in entry.items() if name not in left_out}
+
+    plans = [short(entry) for entry in report["plans"]]
+    for entry in plans:
+        if entry.get("suggestion"):
+            entry["suggestion"] = {
+                "topology": entry["suggestion"]["topology"],
+                "plans": [short(one) for one in entry["suggestion"]["plans"]],
+            }
+    searches = [one | {"front": [short(entry) for entry in one["front"]]} for one in report.get("searches", ())]
+    return report | {"plans": plans} | ({"searches": searches} if searches else {})
+
+
+# ---- for people ------------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _by(mesh: Sequence[int]) -> str:
+    return "x".join(map(str, mesh))
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f}"
+
+
+def show(report: dict) -> None:
+    """Prints the report as tables on standard error."""
+    from rich.console import Console
+
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 150)
+    console.print(_summary(report["plans"], "plan"))
+    for entry in report["plans"]:
+        if "bound" in entry:
+            console.print(_details(entry))
+        if "problem" in entry:
+            console.print(f"{entry['topology']}: does not fit: {entry['problem']}", markup=False, highlight=False)
+        if suggestion := entry.get("suggestion"):
+            console.print(_summary(suggestion["plans"], f"this fits: --topology={suggestion['topology']}"))
+        elif "suggestion" in entry:
+            console.print(f"{entry['topology']}: nothing was found that fits; it takes more chips, or larger ones")
+    for found in report.get("searches", ()):
+        console.print(_summary(found["front"], f"{found['topology']}: fastest for the memory it leaves free"))
+    for line in _explanation(report["assumed"]):
+        console.print(line, markup=False, highlight=False)
+
+
+def _summary(entries: Sequence[dict], title: str):
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in ("topology", "rows x slots", "mesh", "remat", "acc."):
+        table.add_column(name)
+    for name in ("compile s", "HBM GiB", "of", "PFLOP", "bound s", "MFU", "calibr. s", "MFU", "exposed", "audio h/day"):
+        table.add_column(name, justify="right")
+    for e in entries:
+        cells = [e["topology"], f"{e['rows']} x {e['slots']}", _by(e["mesh"]), e["remat"], str(e["accumulate"])]
+        cells += [f"{e['compile_sec']:.0f}" if "compile_sec" in e else "-"]
+        cells += [_gib(e["peak_bytes"]) if e.get("peak_bytes") else "-", _gib(e["hbm_bytes"])]
+        if "bound" in e:
+            bound, calibrated = e["bound"], e["calibrated"]
+            cells += [
+                f"{e['useful_flops'] / 1e15:.3g}",
+                f"{bound['step_sec']:.3g}",
+                f"{bound['mfu']:.1%}",
+                f"{calibrated['step_sec']:.3g}",
+                f"{calibrated['mfu']:.1%}",
+                "no" if not e["exposed_sec"] else f"{e['exposed_sec'] * 1e3:.3g} ms",
+                f"{calibrated['audio_hours_per_day']:,.0f} .. {bound['audio_hours_per_day']:,.0f}",
+            ]
+        else:
+            cells += ["does not fit"]
+        table.add_row(*cells)
+    return table
+
+
+def _details(entry: dict):
+    """Where the time, the memory and the bytes of one plan go."""
+    from rich.console import Group
+    from rich.table import Table
+
+    title = f"{entry['topology']}, {entry['rows']} x {entry['slots']}: ms of an update on each device"
+    passes = Table(title=title)
+    for name in ("part", "pass", "compute", "HBM", "ICI", "DCN", "bound", "calibrated", "exposed"):
+        passes.add_column(name, justify="left" if name in ("part", "pass") else "right")
+    for p in entry["passes"]:
+        names = ("compute", "hbm", "ici", "dcn", "bound", "calibrated", "exposed")
+        passes.add_row(p["part"], p["pass"], *(f"{1e3 * p[f'{name}_sec']:.2f}" for name in names))
+    passes.add_row("optimiser", "", "", f"{1e3 * entry['optimiser_sec']:.2f}")
+    parts = [passes]
+    if entry["collectives"]:
+        traffic = Table(title="collectives of an update, on each device")
+        for name in ("what", "times", "GB whole", "GB over ICI", "GB over DCN"):
+            traffic.add_column(name, justify="left" if name == "what" else "right")
+        for what, t in sorted(entry["collectives"].items(), key=lambda item: -item[1]["bytes"]):
+            traffic.add_row(what, str(t["times"]), *(f"{t[name] / 1e9:.3f}" for name in ("bytes", "ici_bytes", "dcn_bytes")))
+        parts.append(traffic)
+    memory = entry.get("memory") or entry["estimated_memory"]
+    kind = "HBM by the compiler" if "memory" in entry else "HBM, estimated"
+    parts.append(f"{kind}, GiB: " + ", ".join(f"{name} {_gib(value)}" for name, value in memory.items()))
+    if entry.get("unknown_loops"):
+        parts.append(f"{entry['unknown_loops']} loops of unknown length: their collectives count once")
+    return Group(*parts)
+
+
+def _explanation(assumed: dict) -> list[str]:
+    a = assumed
+    return [
+        f"Useful FLOPs: rows {a['slots_used']:.1%} full, their patches {a['patches_used']:.1%} (measured on log-normal speech "
+        "in 15 languages); padding, recomputation and attention between clips are not useful.",
+        "bound: every pass at the chip's peak, memory and links at theirs, all at once; nobody reaches it. calibrated: "
+        f"products at {a['products_reach_of_peak']:.0%} of the peak, what surrounds them at the share of the memory's bandwidth "
+        f"that one H100 reached with this model, links at {a['links_reach_of_peak']:.0%}; no TPU was measured.",
+        "exposed: transfers that take longer than the work of the layers they could hide behind.",
+    ]
+
+
+# ---- the child: compiling --------------------------------------------------------------------------------------------
+
+
+def compile_for(case: Case, batch: BatchConfig) -> dict:
+    """Compiles the train step of a case in a child process.
+
+    Returns:
+        "fits", "compile_sec", then either "memory" (bytes by kind), "hbm_bytes" if the compiler named it, "collectives" and
+        "unknown_loops"; or "needed_bytes", "hbm_bytes" and "message", the compiler's own words.
+    Raises:
+        UserError: no libtpu, a topology that libtpu does not know, a mesh or batch that cannot be.
+    """
+    machine = case.machine
+    order = {
+        "config": to_dict(dataclasses.replace(case.config, mesh=case.mesh, batch=batch, stages=())),
+        "topology": f"{machine.chip.name}:{'x'.join(map(str, machine.torus))}",
+        "slices": machine.slices,
+    }
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | CHILD_ENVIRONMENT
+    package = str(pathlib.Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-m", "voxcpm2_jax.plan"],
+        input=json.dumps(order),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-12:]
+        raise RuntimeError(f"the compiler for {machine.name} ended with code {done.returncode}:\n" + "\n".join(last))
+    result = json.loads(lines[-1])
+    if "mistake" in result:
+        raise UserError(result["mistake"])
+    if "collectives" in result:
+        result["collectives"] = [
+            Collective(**one | {"spans": one["spans"] and tuple(one["spans"]), "axes": tuple(one["axes"])})
+            for one in result["collectives"]
+        ]
+    return result
+
+
+def _child() -> None:
+    """Compiles what standard input orders; the result is the last line of standard output."""
+    order = json.load(sys.stdin)
+    try:
+        result = _compile(from_dict(BackboneRun, order["config"]), order["topology"], order["slices"])
+    except UserError as error:
+        result = {"mistake": str(error)}
+    print(json.dumps(result))
+
+
+def _compile(config: BackboneRun, topology: str, slices: int) -> dict:
+    import jax
+    from jax.experimental import topologies
+
+    from voxcpm2_jax import sharding
+    from voxcpm2_jax.train import backbone
+
+    try:
+        described = topologies.get_topology_desc(topology_name=topology, platform="tpu", num_slices=slices)
+    except (RuntimeError, ImportError) as error:
+        if "not installed" in str(error) or "libtpu" in str(error):
+            raise UserError(NO_LIBTPU) from None
+        raise UserError(f"{topology}: libtpu does not know this topology ({error})") from None
+    mesh = sharding.make_mesh(config.mesh, devices=described.devices)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(partial(backbone.init_state, config))
+        layout = sharding.param_shardings(state, mesh)
+        batch = _batch_of(config)
+        rows = sharding.batch_sharding(mesh)
+
+        def placed(shapes, layouts):
+            return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, layouts)
+
+        step = jax.jit(partial(backbone.train_step, config=config), donate_argnums=0, out_shardings=(layout, None))
+        begin = time.perf_counter()
+        lowered = step.lower(placed(state, layout), placed(batch, jax.tree.map(lambda _: rows, batch)))
+        try:
+            compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
+        except jax.errors.JaxRuntimeError as error:
+            found = parse_exhausted(str(error))
+            if found is None:
+                raise
+            return {"fits": False, "compile_sec": round(time.perf_counter() - begin, 1), **found}
+    seconds = time.perf_counter() - begin
+    stats = compiled.memory_analysis()
+    kinds = {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "aliased": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+        "peak": stats.peak_memory_in_bytes,
+    }
+    state_bytes = {
+        "parameters": _bytes_of(state.params, layout.params),
+        "optimiser": _bytes_of(state.opt_state, layout.opt_state),
+    }
+    if state.ema is not None:
+        state_bytes["average"] = _bytes_of(state.ema, layout.ema)
+    collectives, unknown_loops = read_collectives(compiled.as_text(), mesh)
+    return {
+        "fits": True,
+        "compile_sec": round(seconds, 1),
+        "memory": state_bytes | kinds,
+        "collectives": [dataclasses.asdict(one) for one in collectives],
+        "unknown_loops": unknown_loops,
+    }
+
+
+def _batch_of(config: BackboneRun):
+    import jax
+    import jax.numpy as jnp
+
+    from voxcpm2_jax.sequence import Batch
+
+    b, P, C = config.batch, config.model.patch_size, config.model.feat_dim
+    slots, patches = (b.rows, b.slots), (b.rows, b.patches)
+    return Batch(
+        tokens_BT=jax.ShapeDtypeStruct(slots, jnp.int32),
+        segment_BT=jax.ShapeDtypeStruct(slots, jnp.int32),
+        position_BT=jax.ShapeDtypeStruct(slots, jnp.int32),
+        patches_BMPC=jax.ShapeDtypeStruct((*patches, P, C), jnp.float32),
+        slot_BM=jax.ShapeDtypeStruct(patches, jnp.int32),
+        target_BM=jax.ShapeDtypeStruct(patches, bool),
+        stop_BM=jax.ShapeDtypeStruct(patches, jnp.int32),
+    )
+
+
+def _bytes_of(shapes, layouts) -> int:
+    """Bytes that a tree takes on one device."""
+    import jax
+
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(layouts))
+    return sum(math.prod(layout.shard_shape(x.shape)) * x.dtype.itemsize for x, layout in leaves)
+
+
+# ---- reading the compiler's words ------------------------------------------------------------------------------------
+
+
+def parse_exhausted(message: str) -> dict | None:
+    """Bytes needed and there, of the compiler's message about memory; None for another message."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    units = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    sizes = {}
+    for name, pattern in (
+        ("needed_bytes", r"(?:\(|Used |used )([\d.]+)([KMGTB]?)\)? (?:exceeds|of)"),
+        ("hbm_bytes", r"(?:available HBM \(|of )([\d.]+)([KMGTB]?)\)?(?: hbm)?"),
+    ):
+        found = re.search(pattern, message)
+        sizes[name] = None if found is None else int(float(found[1]) * units[found[2]])
+    return sizes | {"message": message.splitlines()[0]}
+
+
+_COLLECTIVES = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
+_COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([^\s,}]+)")
+_DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
+                "u64": 8, "f64": 8}  # fmt: skip
+# Names of modules in an operation's path.
+_PART_OF = {"base_lm": "tslm", "residual_lm": "ralm", "feat_encoder": "locenc", "feat_decoder": "locdit"}
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    name: str
+    result: str
+    op: str
+    rest: str
+
+    @property
+    def path(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+
+def read_collectives(text: str, mesh) -> tuple[list[Collective], int]:
+    """The collectives of a compiled program, those inside loops counted as often as they run.
+
+    Args:
+        text: HLO, of one slice's program where there are several slices.   mesh: whose devices it was compiled for.
+    Returns:
+        (collectives, alike ones of a part and pass added up as one with more `times`; loops whose length the text does not
+        tell, which count once).
+    """
+    computations, entry = _computations(text)
+    found, unknown = Counter(), 0
+
+    def visit(name: str, times: int, path: str) -> None:
+        nonlocal unknown
+        instructions = computations.get(name, {})
+        for one in instructions.values():
+            base = one.op.removesuffix("-done")
+            if one.op == "while":
+                length = _loop_length(one, computations)
+                unknown += length is None
+                inner = one.path if _part(one.path) != "rest" else path
+                visit(re.search(r"body=%?([^\s,}]+)", one.rest)[1], times * (length or 1), inner)
+            elif re.fullmatch(_COLLECTIVES, base):
+                start = instructions[re.match(r"\s*%?([^\s,)]+)", one.rest)[1]] if one.op.endswith("-done") else one
+                # A fusion of this name keeps its own share of what its all-reduce adds up: a reduce-scatter on TPU.
+                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else base
+                found[_placed(kind, base, _result_bytes(one.result), start, path or one.path or start.path, mesh)] += times
+            elif one.op == "send" and "_xla_megascale_transfer_type" in one.rest:
+                kind = re.search(r'transfer_type="(\w+)"', one.rest)[1].lower().replace("_", "-")
+                payload = _result_bytes(one.result) - 4  # beside it a counter of four bytes
+                found[_between_slices(kind, payload, path or one.path, mesh)] += times
+            elif one.op not in ("reduce", "all-reduce", "scatter", "sort", "map", "reduce-window", "select-and-scatter"):
+                for called in _CALLED.findall(one.rest):
+                    visit(called, times, path)
+
+    visit(entry, 1, "")
+    return [dataclasses.replace(one, times=times) for one, times in found.items()], unknown
+
+
+def _computations(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    computations, current, entry = {}, {}, ""
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = computations[head[2]] = {}
+            entry = head[2] if head[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            current[found[1]] = _Instruction(*found.groups())
+    return computations, entry
+
+
+def _loop_length(loop: _Instruction, computations) -> int | None:
+    """Times a loop runs: as the compiler notes it, or by the number its condition compares a counter from 0 with."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known[1])
+    condition = computations[re.search(r"condition=%?([^\s,}]+)", loop.rest)[1]]
+    for one in condition.values():
+        if one.op == "compare" and "direction=LT" in one.rest:
+            limit = condition.get(re.match(r"\s*%?[^\s,]+, %?([^\s,)]+)", one.rest)[1])
+            if limit is not None and limit.op == "constant":
+                return int(limit.rest.split(")")[0])
+    return None
+
+
+def _result_bytes(result: str) -> int:
+    shapes = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
+    return sum(_DTYPE_BYTES.get(d, 0) * math.prod(int(n) for n in dims.split(",") if n) for d, dims in shapes)
+
+
+def _part(path: str) -> str:
+    return next((part for module, part in _PART_OF.items() if f"/{module}/" in f"/{path}/"), "rest")
+
+
+def _placed(kind: str, op: str, num_bytes: int, start: _Instruction, path: str, mesh) -> Collective:
+    group = max(_groups(start.rest, mesh), key=len)
+    if op == "reduce-scatter":
+        num_bytes *= len(group)  # its result is one share of what is reduced
+    devices = mesh.devices.reshape(-1)
+    places_in_mesh = [_coordinates(i, mesh.devices.shape) for i in group]
+    axes = tuple(name for k, name in enumerate(mesh.axis_names) if len({c[k] for c in places_in_mesh}) > 1)
+    places = [devices[i].coords for i in group]
+    spans = tuple(len(set(along)) for along in zip(*places))
+    return Collective(kind, _part(path), "transpose(" in path, 0, num_bytes, len(group), len(group), spans, axes)
+
+
+def _coordinates(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Coordinates in the mesh of its device number `index`."""
+    coordinates = []
+    for size in reversed(shape):
+        index, at = divmod(index, size)
+        coordinates.append(at)
+    return tuple(reversed(coordinates))
+
+
+def _between_slices(kind: str, payload: int, path: str, mesh) -> Collective:
+    slices = len({device.slice_index for device in mesh.devices.flat})
+    return Collective(kind, _part(path), "transpose(" in path, 0, payload, slices, 1, None, ("replica",))
+
+
+def _groups(rest: str, mesh) -> list[list[int]]:
+    """Groups of device numbers of a collective, in each way that HLO writes them."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
+        return [_numbers(pair) for pair in re.findall(r"\{([\d,]+)", pairs[1])]
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
+        return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        return np.reshape(_iota(iota[2], iota[3]), _numbers(iota[1])).tolist()
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))? \{([^}]*)\}", rest
+    )
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        inside = re.findall(r"'(\w+)'", named[5])
+        names = list(sizes)
+        ids = _numbers(named[4]) if named[4] else _iota(named[2] or str(math.prod(sizes.values())), named[3])
+        order = [names.index(name) for name in names if name not in inside] + [names.index(name) for name in inside]
+        placed = np.reshape(ids, tuple(sizes.values())).transpose(order)
+        return placed.reshape(-1, math.prod(sizes[name] for name in inside)).tolist()
+    assert "replica_groups={}" in rest, f"replica groups in a form that is not known: {rest[:200]}"
+    return [list(range(mesh.devices.size))]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _iota(dims: str, order: str | None):
+    """The numbers 0, 1, .. as HLO's [dims]T(order) writes them in another order."""
+    numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return numbers.transpose(_numbers(order) if order else None).reshape(-1)
+
+
+if __name__ == "__main__":
+    _child()
