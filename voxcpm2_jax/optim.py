@@ -177,12 +177,13 @@ def ema_update(ema, params, decay: float):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything an update changes. `step` counts finished updates; `ema` is None without averaged weights."""
+    """Everything an update changes. `step` counts the batches gone by; `ema` is None without averaged weights."""
 
     step: jax.Array
     params: Any
     opt_state: Any
     ema: Any
+    guard: Any = None  # what train/guard.py remembers; None: updates are not judged
 
     @property
     def best_params(self):
