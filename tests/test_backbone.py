@@ -146,6 +146,17 @@ def _tolerance(name, usual):
     return 1e-2 if name.startswith("fsq") else usual
 
 
+def test_muon_learns_on_a_mesh_with_tensor_parallelism(straight, tmp_path):
+    """Its states are split, saved and restored like AdamW's; with bfloat16 moments."""
+    muon = dataclasses.replace(RUN.optim, optimizer="muon", mu_dtype="bfloat16")
+    run = dataclasses.replace(RUN, optim=muon, mesh=(1, 4, 2), num_steps=8, checkpoint=CheckpointConfig(every_steps=8))
+    backbone.train(run, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(rows_of(straight[0])[0]["loss"], rel=1e-5)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
+    assert backbone.train(run, tmp_path / "run")["loss"] == rows[-1]["loss"]
+
+
 @pytest.fixture(scope="module")
 def uneven(tiny_params):
     """Sixteen rows, in some of which nearly nothing bears loss: a mean of the micro-batches' means would be wrong."""

@@ -107,7 +107,13 @@ def _parse(argv):
         "--heldout", metavar="SHARDS[,SHARDS]", help="for the held-out loss; without it SHARDS/heldout, where prepare left one"
     )
     sub.add_argument("--dry-run", action="store_true", help="check the arguments, print the whole config, train nothing")
+    sub.add_argument("--profile-steps", metavar="A:B", help="trace updates A .. B - 1 into WORKDIR/profile, for XProf")
     _add_start(sub)
+    sub.add_argument("--init-params", metavar="CKPT", help=f"a new run starts with the weights of {_CKPT}")
+    sub.add_argument(
+        "--init-tslm", metavar="MINICPM",
+        help="a new run's text-semantic LM starts as a MiniCPM-4: directory with config.json and safetensors, or the file",
+    )  # fmt: skip
 
     sub = command(
         "train-vae", _train_vae, "train the codec; goes on by itself if the workdir holds a checkpoint",
@@ -321,9 +327,15 @@ def _train(args, overrides) -> int:
         _print({"workdir": args.workdir, "data": args.data, "config": to_dict(config)})
         return DONE
     _check_directory(args.workdir)
+    from voxcpm2_jax import metrics
     from voxcpm2_jax.train import backbone
 
-    return _run_training(lambda: backbone.train(config, args.workdir, args.data, heldout=args.heldout, **_start(args)))
+    given = [f"--{name.replace('_', '-')}" for name in ("resume_from", "init_params", "init_tslm") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: each says what a new run starts with; give one of them")
+    options = _start(args) | {"init_params": args.init_params, "init_tslm": args.init_tslm, "heldout": args.heldout}
+    options["profile_steps"] = args.profile_steps and metrics.profile_steps(args.profile_steps)
+    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **options))
 
 
 def _train_vae(args, overrides) -> int:
