@@ -241,6 +241,16 @@ class Draws(NamedTuple):
     start_BM: jax.Array | None = None  # mean mode: r <= t
 
 
+def to_compute(params: dict, dtype) -> dict:
+    """Parameters in the type they are multiplied in, once a step: else each layer casts its own on every pass over it, and
+    a device that holds a share of them fetches the others' in float32.
+
+    The embedding stays: only the rows that are looked up are cast.
+    """
+    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+    return cast | {"base_lm": cast["base_lm"] | {"embed": params["base_lm"]["embed"]}}
+
+
 def loss_terms(
     params,
     config: ModelConfig,
@@ -267,6 +277,7 @@ def loss_terms(
     if flow_config.noise_cond_scale and max(flow_config.noise_cond_prob_range):
         raise UserError("noise_cond_scale: noise on the previous patch is not supported in training; set it to 0")
     model = VoxCPM2(config, remat, platform=platform, max_segments=max_segments, remat_local=remat_local)
+    params = to_compute(params, jnp.dtype(config.dtype))
     batch = jax.tree.map(jnp.asarray, batch)
     M = batch.slot_BM.shape[1] if target_patches is None else target_patches
     P, C = config.patch_size, config.feat_dim
