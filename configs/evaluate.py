@@ -1,11 +1,13 @@
-"""How `evaluate` speaks held-out texts and has them judged.
+"""How `evaluate` speaks held-out texts and has them judged, or computes the loss of held-out clips.
 
 voxcpm2-jax evaluate --config=configs/evaluate.py:digits --checkpoint=CKPT --data=heldout.jsonl --output=DIR
+voxcpm2-jax evaluate --config=configs/evaluate.py:loss --checkpoint=CKPT --data=SHARDS/heldout --output=DIR
 
 variant   scored by
 words     word and character error rate
 digits    share of digits heard right (the demo corpus)
 tiny      digits, three steps a patch: for tests
+loss      the two training losses with standard errors, by flow time, dataset, language and mode; nothing is spoken
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from voxcpm2_jax.config import EvaluateConfig, UserError
 VARIANTS = {
     "words": EvaluateConfig(),
     "digits": EvaluateConfig(measure="digits"),
+    "loss": EvaluateConfig(measure="loss"),
     "tiny": EvaluateConfig(measure="digits", inference_timesteps=3, num_pictures=1),
 }
 

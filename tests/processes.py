@@ -1,7 +1,8 @@
 """Real processes that join into one run over loopback, for what only several of them can show.
 
 Each has one CPU device unless told otherwise: two devices of one process can wait for each other for ever in XLA's CPU
-collectives where there are but two cores.
+collectives where there are but two cores. A compilation cache that they share serves the first process alone, for the others
+look for other keys in it; a second start still is quicker.
 """
 
 import contextlib
@@ -57,20 +58,32 @@ class Process:
 
 @contextlib.contextmanager
 def start_processes(
-    argv: Sequence[str], num: int, *, devices: int = 1, env: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    num: int,
+    *,
+    program: Sequence[str] = ("-m", "voxcpm2_jax"),
+    devices: int = 1,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[list[Process]]:
     """Starts `num` times `voxcpm2-jax ARGV` as one run; what still runs at the end is killed.
 
     Args:
+        program: what Python runs instead of `voxcpm2-jax`.
         devices: CPU devices of each.   env: variables beside those of this process, such as JAX_COMPILATION_CACHE_DIR.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    shared = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    flags = [
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_backend_optimization_level=0",
+        # Otherwise a process whose program comes out of the cache may start independent collectives in another order than one
+        # that compiled it (jax 0.10.2, three times of three), and each waits for the other's first for ever.
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    ]
+    shared = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     shared |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address, "JAX_NUM_PROCESSES": str(num)}
-    command = [sys.executable, "-m", "voxcpm2_jax", *map(str, argv)]
+    command = [sys.executable, *program, *map(str, argv)]
     started: list[Process] = []
     try:
         for i in range(num):
@@ -81,12 +94,10 @@ def start_processes(
             process.kill()
 
 
-def run_processes(
-    argv: Sequence[str], num: int, *, devices: int = 1, env: Mapping[str, str] | None = None, timeout_sec: float = 120
-) -> list[Result]:
-    """`start_processes`, and waits for all of them: at most `timeout_sec` seconds, then fails with what they wrote."""
+def run_processes(argv: Sequence[str], num: int, *, timeout_sec: float = 120, **options) -> list[Result]:
+    """`start_processes` with its options, and waits for all of them: at most `timeout_sec`, then fails with what they wrote."""
     end = time.monotonic() + timeout_sec
-    with start_processes(argv, num, devices=devices, env=env) as started:
+    with start_processes(argv, num, **options) as started:
         try:
             return [process.wait(max(end - time.monotonic(), 0.01)) for process in started]
         except subprocess.TimeoutExpired:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import test_validation
 from voxcpm2_jax import checkpoint, metrics, sharding, torch_io
 from voxcpm2_jax.config import (
     MODELS,
@@ -23,6 +24,7 @@ from voxcpm2_jax.config import (
     LogConfig,
     OptimConfig,
     UserError,
+    ValidationConfig,
 )
 from voxcpm2_jax.data import packing, pipeline
 from voxcpm2_jax.data.mixing import Mix
@@ -38,7 +40,9 @@ RUN = BackboneRun(
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=2, ema_decay=0.9),
     checkpoint=CheckpointConfig(every_steps=3, keep=2),
     log=LogConfig(every_steps=1),
+    validation=ValidationConfig(every_steps=3),
 )
+HELDOUT = packing.synthetic_corpus(0, num_clips=8, vocab_size=384, patch_shape=(4, 16), max_patches=32)
 
 
 def test_trap_13_draws_are_float32_from_global_keys():
@@ -73,7 +77,9 @@ def rows_of(workdir):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    return workdir, backbone.train(RUN, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "_open_heldout", lambda *_: HELDOUT)
+        return workdir, backbone.train(RUN, workdir)
 
 
 def test_loss_falls_and_the_result_says_so(straight):
@@ -86,7 +92,8 @@ def test_loss_falls_and_the_result_says_so(straight):
 
 
 def test_resume_is_exact(straight, tmp_path, monkeypatch):
-    """Stopped after three of six updates and started again: the same losses, bit for bit."""
+    """Stopped after three of six updates and started again: the same losses, held-out ones as well, bit for bit."""
+    monkeypatch.setattr(backbone, "_open_heldout", lambda *_: HELDOUT)
     run_step = backbone.loop.run
 
     def stop_early(**kwargs):
@@ -96,9 +103,10 @@ def test_resume_is_exact(straight, tmp_path, monkeypatch):
         patch.setattr(backbone.loop, "run", stop_early)
         backbone.train(RUN, tmp_path / "run")
     backbone.train(RUN, tmp_path / "run")
-    exact = ("step", "loss", "loss_diff", "loss_stop", "grad_norm")
-    first, second = ([[row[name] for name in exact] for row in rows_of(d)] for d in (straight[0], tmp_path / "run"))
+    exact = ("step", "loss", "loss_diff", "loss_stop", "grad_norm", "val_loss_diff", "val_loss_diff_se/mode/zero-shot")
+    first, second = ([[row.get(name) for name in exact] for row in rows_of(d)] for d in (straight[0], tmp_path / "run"))
     assert first == second
+    assert [row[0] for row in first if row[-1] is not None] == [3, 6], "the held-out loss is told when it is due"
 
 
 def test_update_does_not_depend_on_the_mesh(straight):
@@ -136,6 +144,17 @@ def test_update_does_not_depend_on_the_mesh(straight):
 def _tolerance(name, usual):
     """A level that rounds the other way in another program is one of thousands."""
     return 1e-2 if name.startswith("fsq") else usual
+
+
+def test_muon_learns_on_a_mesh_with_tensor_parallelism(straight, tmp_path):
+    """Its states are split, saved and restored like AdamW's; with bfloat16 moments."""
+    muon = dataclasses.replace(RUN.optim, optimizer="muon", mu_dtype="bfloat16")
+    run = dataclasses.replace(RUN, optim=muon, mesh=(1, 4, 2), num_steps=8, checkpoint=CheckpointConfig(every_steps=8))
+    backbone.train(run, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert rows[0]["loss"] == pytest.approx(rows_of(straight[0])[0]["loss"], rel=1e-5)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
+    assert backbone.train(run, tmp_path / "run")["loss"] == rows[-1]["loss"]
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +231,23 @@ def test_shards_of_another_shape_are_refused(tmp_path, monkeypatch):
         backbone.train(RUN, tmp_path / "run", tmp_path)
     for name in ("model.patch_size", "model.feat_dim", "model.lm_config.vocab_size", "patch_sec"):
         assert name in str(error.value)
+
+
+def test_held_out_shards_are_found_beside_the_others_and_must_be_made_like_them(tmp_path):
+    clips = [test_validation.clip(i) for i in range(2)]
+    train, other = (test_validation.write(tmp_path / name, clips) for name in ("train", "other"))
+    source = pipeline.Shards(train)
+    assert backbone._open_heldout(RUN, source, train, None) is None
+    test_validation.write(train / "heldout", clips[:1])
+    assert len(backbone._open_heldout(RUN, source, train, None)) == 1
+    assert len(backbone._open_heldout(RUN, source, train, other)) == 2
+    without = dataclasses.replace(RUN, validation=ValidationConfig(every_steps=0))
+    assert backbone._open_heldout(without, source, train, None) is None
+    test_validation.write(other, clips, codec_sha256="another")
+    with pytest.raises(UserError, match="do not go together: codec_sha256 'c' and 'another'"):
+        backbone._open_heldout(RUN, source, train, other)
+    with pytest.raises(UserError, match="--heldout goes with --data"):
+        backbone._open_heldout(RUN, source, None, other)
 
 
 def test_shards_of_another_codec_or_tokenizer_are_refused(tmp_path):

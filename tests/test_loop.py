@@ -5,6 +5,9 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import jax
@@ -15,10 +18,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from voxcpm2_jax import checkpoint, optim
-from voxcpm2_jax.config import CheckpointConfig, LogConfig, OptimConfig, UserError
-from voxcpm2_jax.train import loop
+from voxcpm2_jax.config import CheckpointConfig, GuardConfig, LogConfig, OptimConfig, UserError, WatchdogConfig
+from voxcpm2_jax.train import guard, loop
 
 OPTIM = OptimConfig(learning_rate=0.1, warmup_steps=2, schedule_steps=20, ema_decay=0.9)
+GUARD = GuardConfig(window=4, spike=12.0, max_in_a_row=3, max_rollbacks=2)
 
 
 @jax.tree_util.register_dataclass
@@ -28,30 +32,32 @@ class State:
     params: Any
     opt_state: Any
     ema: Any
+    guard: Any
 
 
 class Toy:
-    """Fits a matrix to noise; row 0 of the batch is a fault that turns the loss into NaN."""
+    """Fits a matrix to noise. `faults` tells what the first row of a batch is, instead of noise of size 1."""
 
-    def __init__(self, num_devices):
+    def __init__(self, num_devices, guard_config=GUARD):
+        self.guard = guard_config
         mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",), axis_types=(AxisType.Auto,))
         self.split, self.copied = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
         self.tx = optim.make(OPTIM, num_steps=20)
-        self.fault_at = None
+        self.faults = {}
         self.seen = []
 
     def state(self):
         params = {"kernel": jax.random.normal(jax.random.key(1), (16, 8)), "bias": jnp.zeros(8)}
-        state = State(jnp.int32(0), params, self.tx.init(params), jax.tree.map(jnp.copy, params))
-        return jax.device_put(state, jax.tree.map(lambda x: self.split if x.ndim == 2 else self.copied, state))
+        state = State(jnp.int32(0), params, self.tx.init(params), jax.tree.map(jnp.copy, params), guard.init(self.guard))
+        return jax.device_put(state, jax.tree.map(lambda x: self.split if x.shape == (16, 8) else self.copied, state))
 
     def batches_from(self, start):
         step = start
         while True:
             self.seen.append(step)
             x_BD = np.random.default_rng(step).normal(size=(8, 16)).astype(np.float32)
-            if step == self.fault_at:
-                x_BD[0] = np.nan
+            if step in self.faults:
+                x_BD[0] = self.faults[step]
             yield jax.device_put(x_BD, self.split)
             step += 1
 
@@ -66,12 +72,13 @@ class Toy:
                 return error / 64.0, error
 
             (loss, error), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-            updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+            updates, opt_state = self.tx.update(grads, state.opt_state, state.params, step=state.step)
             params = optax.apply_updates(state.params, updates)
             ema = optim.ema_update(state.ema, params, OPTIM.ema_decay)
             values = {"loss": loss, "loss_diff": (error, jnp.float32(64)), "loss_stop": (jnp.float32(0), jnp.float32(0))}
             values |= {"grad_norm": optax.global_norm(grads), "audio_sec": jnp.float32(3)}
-            return State(state.step + 1, params, opt_state, ema), values
+            new = State(state.step + 1, params, opt_state, ema, None)
+            return guard.judge(self.guard, state, new, values)
 
         return train_step
 
@@ -83,6 +90,8 @@ class Toy:
             "batches_from": self.batches_from,
             "log": LogConfig(every_steps=3),
             "checkpoint": CheckpointConfig(every_steps=4, keep=2),
+            "guard": self.guard,
+            "watchdog": WatchdogConfig(),
         }
         return loop.run(workdir=workdir, num_steps=num_steps, **(arguments | changes))
 
@@ -94,7 +103,7 @@ def toy_1():
 
 @pytest.fixture
 def toy(toy_1):
-    toy_1.fault_at, toy_1.seen = None, []
+    toy_1.faults, toy_1.seen = {}, []
     return toy_1
 
 
@@ -156,9 +165,10 @@ def test_finished_run_does_nothing(tmp_path, toy):
     assert again == first and int(state.step) == 4 and toy.seen == []
 
 
-def test_broken_step_is_named_and_never_saved(tmp_path, toy):
-    """The fault sits in the very step that would be saved; the last row and checkpoint are from before it."""
-    toy.fault_at = 7
+def test_broken_step_is_named_and_never_saved(tmp_path):
+    """Without a guard. The fault sits in the very step that would be saved; the last row and checkpoint are from before."""
+    toy = Toy(1, GuardConfig(on=False))
+    toy.faults = {7: np.nan}
     with pytest.raises(loop.BrokenRun, match="step 8: not finite: grad_norm, loss, loss_diff"):
         toy.run(tmp_path, 12)
     assert checkpoint.Checkpoints(tmp_path, 2, 4).latest_step() == 4
@@ -181,6 +191,61 @@ def test_signal_saves_and_the_next_start_goes_on(tmp_path, toy):
     state, _ = toy.run(tmp_path / "parts", 10, batches_from=batches_from)
     assert int(state.step) == 10
     assert learned(tmp_path / "parts") == learned(tmp_path / "whole")
+
+
+_DEEP_IN_C = """
+import ctypes
+from voxcpm2_jax.train.loop import _signals
+with _signals():
+    lock = ctypes.create_string_buffer(64)
+    ctypes.CDLL(None).pthread_mutex_lock(lock)
+    print("ready", flush=True)
+    ctypes.CDLL(None).pthread_mutex_lock(lock)
+"""
+
+
+@pytest.mark.parametrize("first, second, code", [("SIGTERM", "SIGINT", 130), ("SIGINT", "SIGTERM", 143)])
+def test_a_second_signal_ends_the_process_at_once(first, second, code):
+    """Even where the loop waits in a call that never comes back, as for a process that is gone."""
+    command, pipes = [sys.executable, "-c", _DEEP_IN_C], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as child:
+        try:
+            assert child.stdout.readline() == "ready\n"
+            child.send_signal(signal.Signals[first])
+            assert child.stderr.readline().startswith(f"{first}: saving after this step, then stopping")
+            assert child.poll() is None
+            child.send_signal(signal.Signals[second])
+            assert child.wait(timeout=10) == code
+        finally:
+            child.kill()
+
+
+def test_goodput_counts_steps_that_last_against_all_time_since_the_first_start(tmp_path, toy):
+    """A second start goes on counting from the checkpoint: what was beyond it, and the time in between, are lost."""
+    toy.run(tmp_path, 1)  # compiled by now, here and for all that follows
+
+    def slow(state, batch):
+        time.sleep(0.02)
+        return toy.train_step(state, batch)
+
+    (tmp_path / "run").mkdir()
+    toy.run(tmp_path / "run", 8, train_step=slow)
+    first = rows(tmp_path / "run")[-1]
+    counted = checkpoint.read_meta(tmp_path / "run" / "checkpoints" / "8")["clock"]["counted_sec"]
+    assert 7 * 0.02 <= counted < 7 * 0.02 + 1 and 0 < first["goodput"] < 1  # the first step of a start compiles
+    # Saved at 4, and again after the last row.
+    assert [row["checkpoint_sec"] > 0 for row in rows(tmp_path / "run")] == [False, True, False]
+    time.sleep(0.5)
+    toy.run(tmp_path / "run", 12, train_step=slow)
+    clock = checkpoint.read_meta(tmp_path / "run" / "checkpoints" / "12")["clock"]
+    assert counted + 3 * 0.02 <= clock["counted_sec"] < counted + 3 * 0.02 + 1
+    last = rows(tmp_path / "run")[-1]
+    assert last["goodput"] * (time.time() - clock["first_start"]) == pytest.approx(clock["counted_sec"], rel=0.5)
+
+
+def test_profile_steps_leave_a_trace(tmp_path, toy):
+    toy.run(tmp_path, 5, profile_steps=(2, 4))
+    assert list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
 
 
 def test_evaluation_comes_before_the_save_and_joins_the_row(tmp_path, toy):

@@ -176,15 +176,16 @@ def backbone(monkeypatch):
     """Stands in for train/backbone.py: only what the command hands over and makes of the outcome is tested here."""
     from voxcpm2_jax.train import backbone
 
-    calls = []
+    calls, starts = [], []
 
-    def train(config, workdir, data):
+    def train(config, workdir, data, **start):
         calls.append((config, workdir, data))
+        starts.append(start)
         if isinstance(outcome.value, Exception):
             raise outcome.value
         return outcome.value
 
-    outcome = types.SimpleNamespace(value={"step": 5, "loss": 0.5, "mfu": None}, calls=calls)
+    outcome = types.SimpleNamespace(value={"step": 5, "loss": 0.5, "mfu": None}, calls=calls, starts=starts)
     monkeypatch.setattr(backbone, "train", train, raising=False)
     return outcome
 
@@ -208,6 +209,14 @@ def test_train_hands_over_dataclasses_and_ends_with_json(tmp_path, backbone, run
     assert (config.num_steps, config.model.dtype, config.optim.clip_norm) == (5, "float32", None)
     assert (workdir, data) == (f"{tmp_path}/w", "shards")
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"step": 5, "loss": 0.5, "mfu": None}
+
+
+def test_a_run_starts_with_one_thing(tmp_path, backbone, run_config, capsys):
+    argv = ["train", f"--config={run_config}", f"--workdir={tmp_path}/w", "--init-params=P"]
+    assert run(*argv, "--init-tslm=T") == 2
+    assert "--init-params and --init-tslm: each says what a new run starts with; give one" in capsys.readouterr().err
+    assert run(*argv, "--resume-from=R") == 2 and not backbone.calls
+    assert run(*argv) == 0 and backbone.starts[-1]["init_params"] == "P"
 
 
 def test_exit_codes_of_training(tmp_path, backbone, run_config, capsys):

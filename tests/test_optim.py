@@ -1,4 +1,6 @@
-"""Schedules against values worked out by hand, AdamW against PyTorch's, the decay mask, averaged weights."""
+"""Schedules against values worked out by hand, AdamW against PyTorch's, Muon against the SVD, what each parameter goes by."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import pytest
 import torch
 
 from voxcpm2_jax import optim
-from voxcpm2_jax.config import OptimConfig, UserError, from_dict
+from voxcpm2_jax.checkpoint import flatten
+from voxcpm2_jax.config import AudioVAEConfig, OptimConfig, UserError, from_dict
+from voxcpm2_jax.vae import autoencoder
 
 
 def curve(num_steps, steps, **fields):
@@ -26,6 +30,17 @@ def test_wsd_is_flat_until_its_decay():
     fields = {"learning_rate": 1.0, "warmup_steps": 10, "schedule": "wsd", "decay_fraction": 0.2, "end_ratio": 0.05}
     got = curve(100, (0, 9, 10, 50, 80, 90, 100, 101), **fields)
     np.testing.assert_allclose(got, [0.1, 1, 1, 1, 1, 0.05 + 0.95 / 2, 0.05, 0.05], rtol=1e-6)
+
+
+def test_a_branch_decays_from_its_own_start():
+    """The trunk's own decay lies at its end; until the branch leaves it, the two have the same rates to the last bit."""
+    fields = {"learning_rate": 1.0, "warmup_steps": 10, "schedule": "wsd", "end_ratio": 0.05}
+    branch = fields | {"decay_start": 50, "decay_steps": 20}
+    got = curve(70, (0, 9, 49, 50, 55, 60, 70, 71), **branch)
+    np.testing.assert_allclose(got, [0.1, 1, 1, 1, 0.05 + 0.95 * 0.75, 0.05 + 0.95 / 2, 0.05, 0.05], rtol=1e-6)
+    np.testing.assert_array_equal(curve(70, range(51), **branch), curve(1000, range(51), **fields))
+    at_the_end = curve(100, (80, 85, 90, 100), **fields, decay_steps=20)
+    np.testing.assert_allclose(at_the_end, [1, 0.05 + 0.95 * 0.75, 0.05 + 0.95 / 2, 0.05], rtol=1e-6)
 
 
 def test_constant_and_a_schedule_of_its_own_length():
@@ -46,19 +61,53 @@ def test_schedule_is_float32_inside_jit():
     assert lr.dtype == jnp.float32 and lr.shape == ()
 
 
-def test_matrices_alone_decay():
+# ---- what each parameter goes by -------------------------------------------------------------------------------------
+
+
+def by_value(tree):
+    """{value: the last two parts of the paths that have it}, layers marked."""
+    found = {}
+    for path, value in jax.tree.leaves_with_path(tree):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        found.setdefault(value, set()).add(re.sub(r".*/layers/", "layers/", path))
+    return found
+
+
+def test_matrices_alone_decay(tiny_params):
     """Scanned layers stack norm scales to [L, D]: rank says nothing, the name does."""
-    params = {
-        "base_lm": {"embed": {"embedding": 0}, "layers": {"q": {"kernel": 0, "bias": 0}, "attn_norm": {"scale": 0}}},
-        "feat_encoder": {"special_token": 0, "norm": {"scale": 0}},
-    }
-    assert optim.decay_mask(params) == {
-        "base_lm": {
-            "embed": {"embedding": True},
-            "layers": {"q": {"kernel": True, "bias": False}, "attn_norm": {"scale": False}},
-        },
-        "feat_encoder": {"special_token": False, "norm": {"scale": False}},
-    }
+    found = by_value(optim.decay_mask(tiny_params))
+    names = {decays: {path.split("/")[-1] for path in paths} for decays, paths in found.items()}
+    assert names == {True: {"kernel", "embedding"}, False: {"scale", "bias", "special_token"}}
+    assert {"layers/attn_norm/scale", "layers/mlp_norm/scale", "base_lm/norm/scale"} <= found[False]
+
+
+def test_codec_decays_by_the_same_names():
+    vae = AudioVAEConfig(encoder_dim=2, encoder_rates=(20, 32), latent_dim=16, decoder_dim=16, decoder_rates=(48, 40))
+    params = jax.eval_shape(lambda key: autoencoder.init(key, vae), jax.random.key(0))
+    found = by_value(optim.decay_mask(params))
+    names = {decays: {path.split("/")[-1] for path in paths} for decays, paths in found.items()}
+    assert names == {True: {"kernel"}, False: {"gain", "bias", "alpha", "scale"}}
+
+
+def test_muon_takes_the_matrices_of_the_layers_alone(tiny_params):
+    found = by_value(optim.methods(tiny_params))
+    assert found["muon"] == {f"layers/{name}/kernel" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert {"base_lm/embed/embedding", "stop_head/kernel", "feat_decoder/in_proj/kernel", "layers/attn_norm/scale"} <= found[
+        "adamw"
+    ]
+
+
+# ---- updates ---------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_follows_the_step_and_no_counter():
+    """An update that is passed over leaves the optimiser's state as it was, and the next one still has its own rate."""
+    config = OptimConfig(warmup_steps=10, weight_decay=0.0)
+    tx = optim.make(config, 100)
+    params, grads = {"bias": jnp.zeros(2)}, {"bias": jnp.array([0.1, -0.2])}
+    moves = [tx.update(grads, tx.init(params), params, step=jnp.int32(step))[0]["bias"] for step in (0, 6)]
+    np.testing.assert_allclose(moves[1], 7 * moves[0], rtol=1e-6)
+    assert not any("learning" in path or "schedule" in path for path in flatten(tx.init(params)))
 
 
 def test_adamw_equals_pytorch():
@@ -82,10 +131,67 @@ def test_adamw_equals_pytorch():
         for group in judge.param_groups:
             group["lr"] = float(lr(step))
         judge.step()
-        updates, state = tx.update(grad, state, params)
+        updates, state = tx.update(grad, state, params, step=step)
         params = optax.apply_updates(params, updates)
     for k, p in theirs.items():
         np.testing.assert_allclose(params[k], p.detach().numpy(), rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 40), (2, 64, 16), (2, 32, 32)])
+def test_orthogonalize(shape):
+    """Singular values over four decades come near 1, and the directions are those of the SVD."""
+    rng = np.random.default_rng(0)
+    u, _, v = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
+    values = np.logspace(0, -2, u.shape[-1])
+    got = np.asarray(optim.orthogonalize(jnp.asarray((u * values) @ v, jnp.float32)))
+    assert got.dtype == np.float32
+    found = np.linalg.svd(got, compute_uv=False)
+    assert min(found.ravel()) > 0.6 and max(found.ravel()) < 1.3, found
+    assert all(np.sum(x * y) / np.linalg.norm(x) / np.linalg.norm(y) > 0.97 for x, y in zip(got, u @ v))
+
+
+def test_muon_moves_every_matrix_alike():
+    """Each layer's matrix by itself, heads together, with AdamW's learning rate and decay; the rest goes by AdamW."""
+    config = OptimConfig(optimizer="muon", learning_rate=0.5, warmup_steps=0, schedule="constant", weight_decay=0.1)
+    rng = np.random.default_rng(0)
+    shapes = {"q": (3, 16, 4, 6), "o": (3, 4, 6, 16), "down": (3, 40, 16), "attn_norm": (3, 16)}
+    params = {"layers": {name: {"kernel": rng.normal(size=shape).astype(np.float32)} for name, shape in shapes.items()}}
+    params["layers"]["attn_norm"] = {"scale": params["layers"]["attn_norm"]["kernel"]}
+    grads = jax.tree.map(lambda x: (x + rng.normal(size=x.shape)).astype(np.float32), params)
+    for name in ("q", "o", "down"):
+        grads["layers"][name]["kernel"][1] *= 1e-4  # a layer of small gradients moves as far as the others
+    tx = optim.make(config, 10)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params, step=jnp.int32(0))
+    decayed = jax.tree.map(lambda u, p: np.asarray(u / -0.5 - 0.1 * p), updates, params)["layers"]
+    for name, rows in (("q", 16), ("o", 24), ("down", 40)):
+        for layer in decayed[name]["kernel"]:
+            found = np.linalg.svd(layer.reshape(rows, -1), compute_uv=False) / (0.2 * max(layer.reshape(rows, -1).shape) ** 0.5)
+            assert min(found.ravel()) > 0.6 and max(found.ravel()) < 1.3, (name, found)
+            assert 0.15 < np.sqrt(np.mean(layer**2)) < 0.25
+    scale, grad = updates["layers"]["attn_norm"]["scale"], grads["layers"]["attn_norm"]["scale"]
+    np.testing.assert_allclose(scale, -0.5 * np.sign(grad), rtol=1e-4)
+    paths = flatten(state)
+    assert (
+        sum(path.endswith("q/kernel") for path in paths) == 1 and sum(path.endswith("attn_norm/scale") for path in paths) == 2
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_first_moments_in_bfloat16(optimizer):
+    """Half the bytes of a moment, and nearly the same steps."""
+    rng = np.random.default_rng(0)
+    params = {"layers": {"up": {"kernel": rng.normal(size=(2, 8, 12)).astype(np.float32)}}, "bias": np.zeros(5, np.float32)}
+    grads = [jax.tree.map(lambda x: rng.normal(0.3, 1, x.shape).astype(np.float32), params) for _ in range(5)]
+    moved = {}
+    for mu_dtype in ("float32", "bfloat16"):
+        tx = optim.make(OptimConfig(optimizer=optimizer, mu_dtype=mu_dtype, warmup_steps=0, learning_rate=1.0), 100)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for step, grad in enumerate(grads):
+            moved[mu_dtype], state = update(grad, state, params, step=jnp.int32(step))
+        for moment, dtype in (("mu/", mu_dtype), ("nu/", "float32")):
+            assert {leaf.dtype.name for path, leaf in flatten(state).items() if moment in path} == {dtype}
+    for a, b in zip(*map(jax.tree.leaves, moved.values())):
+        assert 0 < np.linalg.norm(a - b) < 0.06 * np.linalg.norm(a)
 
 
 def test_ema_follows_the_weights():
@@ -95,8 +201,26 @@ def test_ema_follows_the_weights():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("schedule", "linear"), ("learning_rate", 0), ("beta2", 1.0), ("clip_norm", 0.0), ("ema_decay", 1.5), ("end_ratio", -1)],
+    [
+        ("schedule", "linear"),
+        ("learning_rate", 0),
+        ("beta2", 1.0),
+        ("clip_norm", 0.0),
+        ("ema_decay", 1.5),
+        ("end_ratio", -1),
+        ("optimizer", "sgd"),
+        ("mu_dtype", "float16"),
+        ("muon_beta", 1.0),
+        ("decay_steps", 5),
+        ("decay_start", 2000),
+    ],
 )
 def test_impossible_values_are_refused(field, value):
     with pytest.raises(UserError, match=f"optim.{field}"):
         from_dict(OptimConfig, {field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("decay_steps", 0), ("decay_start", 999)])
+def test_a_branch_has_a_decay_after_the_warm_up(field, value):
+    with pytest.raises(UserError, match=f"optim.{field}"):
+        from_dict(OptimConfig, {"schedule": "wsd", field: value})

@@ -140,6 +140,49 @@ def test_torn_files_are_named(tmp_path, clips):
             pipeline.Shards(directory)
 
 
+@pytest.mark.parametrize("where", [7, 9, 13])
+def test_a_flipped_bit_in_a_shard_is_found_and_named(tmp_path, clips, where):
+    """In the first, a middle and the last record of the second shard; its other clips are still read."""
+    directory = write(tmp_path / "a", clips)
+    shard = directory / pipeline.read_header(directory).shards[1]
+    data = bytearray(shard.read_bytes())
+    data[data.index(f"line {where}".encode()) + 40] ^= 4
+    shard.write_bytes(data)
+    shards = pipeline.Shards(directory)
+    for i in range(7, 14):
+        if i != where:
+            same(shards[i], clips[i])
+    with pytest.raises(
+        UserError, match=rf"00001-of-00005\.array_record: clip {where - 7} \(number {where} of the corpus\) can"
+    ):
+        shards[where]
+
+
+def test_shards_that_were_mixed_up_are_found(tmp_path, clips):
+    directory = write(tmp_path / "a", clips)
+    first, second = (directory / name for name in pipeline.read_header(directory).shards[:2])
+    aside = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    first.write_bytes(aside)
+    with pytest.raises(UserError, match=r"shard-00000-of-00005\.array_record: clip 0 .* is another one than lengths\.npy"):
+        pipeline.Shards(directory)[0]
+
+
+@pytest.mark.parametrize("name", [pipeline.LENGTHS_FILE, pipeline.PAIRS_FILE])
+def test_a_flipped_bit_in_an_index_is_found_and_named(tmp_path, clips, name):
+    directory = write(tmp_path / "a", clips, pairs={"encoder": "some"})
+    np.save(directory / pipeline.PAIRS_FILE, np.full((30, 2), -1, np.int32))
+    header = pipeline.read_header(directory)
+    sums = {name: pipeline.crc32(directory / name) for name in (pipeline.LENGTHS_FILE, pipeline.PAIRS_FILE)}
+    pipeline.write_header(directory, dataclasses.replace(header, crc32=sums))
+    pipeline.Shards(directory)
+    data = bytearray((directory / name).read_bytes())
+    data[-4] ^= 1
+    (directory / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name}: altered since it was made \(CRC-32\)"):
+        pipeline.Shards(directory)
+
+
 def test_a_full_disk_is_the_disks_fault(tmp_path, clips, monkeypatch):
     """array_record reports it as a RuntimeError; one of the codec, on the way to the record, stays what it is."""
     from array_record.python import array_record_module

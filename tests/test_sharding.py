@@ -1,5 +1,6 @@
 """The mesh, the rule of every parameter, and that no mesh changes a loss or a gradient."""
 
+import os
 import re
 from functools import partial
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from voxcpm2_jax import sequence, sharding
+from voxcpm2_jax import optim, sequence, sharding
+from voxcpm2_jax.chips import CHIPS
 from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig, OptimConfig, UserError
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.train import backbone
@@ -25,6 +27,60 @@ def flat(tree):
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+# ---- the processes of a run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What `connect` asks of JAX, which is not done; a process that nothing surrounds."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **told: calls.append(told))
+    for name in list(os.environ):
+        if name.startswith(("JAX_COORD", "JAX_NUM_PROC", "JAX_PROC", "SLURM_", "OMPI_", "TPU_", "KUBERNETES_")):
+            monkeypatch.delenv(name)
+    return calls
+
+
+def test_a_process_by_itself_joins_nothing(joined):
+    sharding.connect()
+    assert joined == []
+
+
+def test_processes_that_are_told_join(joined, monkeypatch):
+    for name, value in zip(sharding._PROCESS_VARIABLES, ("host:1234", "4", "3")):
+        monkeypatch.setenv(name, value)
+    sharding.connect()
+    assert joined == [{"coordinator_address": "host:1234", "num_processes": 4, "process_id": 3}]
+
+
+def test_on_a_cluster_that_jax_knows_it_is_told_nothing(joined, monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.setenv(name, "2")
+    sharding.connect()
+    assert joined == [{}]
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    sharding.connect()
+    assert joined == [{}]
+
+
+@pytest.mark.parametrize("values", [("", "2", "0"), ("host:1", "two", "0"), ("host:1", "2", "2"), ("host:1", "2", "")])
+def test_half_of_what_a_process_must_be_told(joined, monkeypatch, values):
+    for name, value in zip(sharding._PROCESS_VARIABLES, values):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID: expected HOST:PORT"):
+        sharding.connect()
+
+
+def test_processes_that_do_not_come(joined, monkeypatch):
+    def fail():
+        raise RuntimeError("DEADLINE_EXCEEDED")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1:34911")
+    with pytest.raises(UserError, match="do not come together: DEADLINE_EXCEEDED"):
+        sharding.connect()
 
 
 # ---- mesh ------------------------------------------------------------------------------------------------------------
@@ -175,9 +231,10 @@ def test_a_parameter_that_the_mesh_does_not_divide_is_refused(shape, message):
         sharding.param_shardings(shapes_of(MODELS["2b"]), mesh)
 
 
-def test_optimiser_state_lies_where_its_parameters_lie():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimiser_state_lies_where_its_parameters_lie(optimizer):
     mesh = sharding.make_mesh((1, 4, 2))
-    config = BackboneRun(model=TINY, optim=OptimConfig(ema_decay=0.9), batch=BatchConfig(8, 64, 32))
+    config = BackboneRun(model=TINY, optim=OptimConfig(optimizer, ema_decay=0.9), batch=BatchConfig(8, 64, 32))
     state = jax.eval_shape(partial(backbone.init_state, config))
     layout = sharding.param_shardings(state, mesh)
     assert jax.tree.structure(layout) == jax.tree.structure(state)
@@ -186,9 +243,40 @@ def test_optimiser_state_lies_where_its_parameters_lie():
     moments = {path: s.spec for path, s in flat(layout.opt_state).items()}
     for moment in ("mu", "nu"):
         found = {path.split(f"{moment}/")[1]: spec for path, spec in moments.items() if f"{moment}/" in path}
-        assert found == wanted
+        by_adamw = {path for path, method in flat(optim.methods(layout.params)).items() if method == "adamw"}
+        assert found == (wanted if moment == "mu" or optimizer == "adamw" else {path: wanted[path] for path in by_adamw})
     others = [spec for path, spec in moments.items() if "mu/" not in path and "nu/" not in path]
     assert others and set(others) == {PartitionSpec()} and layout.step.spec == PartitionSpec()
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_a_device_are_what_devices_hold():
+    config = BackboneRun(model=TINY, optim=OptimConfig(ema_decay=0.9), batch=BatchConfig(8, 64, 32))
+    state = jax.eval_shape(partial(backbone.init_state, config))
+    for shape in [(1, 8, 1), (2, 2, 2), (8, 1, 1)]:
+        mesh = sharding.make_mesh(shape)
+        held = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state),
+                       out_shardings=sharding.param_shardings(state, mesh))()  # fmt: skip
+        expected = sum(leaf.addressable_shards[3].data.nbytes for leaf in jax.tree.leaves(held))
+        assert sharding.device_bytes(state, mesh) == expected
+
+
+def test_the_figures_in_the_docstring():
+    text = " ".join(sharding.__doc__.split())
+    for name, layout in [("v5e", (16, 16)), ("v6e", (16, 16)), ("v5p", (8, 8, 8)), ("v6e", (8, 8)), ("v5e", (4, 8))]:
+        positions = sharding.positions_to_hide(CHIPS[name], layout)
+        assert f"{name} {'x'.join(map(str, layout))} {positions:,.0f}" in text
+    for num in (8, 64):
+        assert f"H100 {sharding.positions_to_hide(CHIPS['h100'], (num,)):,.0f}" in text
+    state = jax.eval_shape(partial(backbone.init_state, BackboneRun(model=MODELS["2b"])))
+    mesh = jax.sharding.AbstractMesh((1, 256, 1), sharding.MESH_AXES)
+    gradients = sharding.device_bytes(state.params, mesh)
+    assert f"on 256 devices {(sharding.device_bytes(state, mesh) + gradients) / 1e9:.2f} GB each" in text
+    two = jax.sharding.AbstractMesh((2, 128, 1), sharding.MESH_AXES)
+    assert sharding.replica_bytes(state.params, mesh) == 0
+    assert sharding.replica_bytes(state.params, two) == sharding.device_bytes(state.params, two)
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------

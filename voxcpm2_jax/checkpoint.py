@@ -466,6 +466,11 @@ def kind(path) -> str:
     )
 
 
+def has_steps(workdir) -> bool:
+    """Whether a run in this directory goes on instead of starting."""
+    return bool(_steps(pathlib.Path(workdir).absolute() / "checkpoints"))
+
+
 def load_params(path):
     """The weights of a training workdir (its latest step) or of one step directory; averaged ones if it has them.
 

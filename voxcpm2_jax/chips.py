@@ -2,13 +2,13 @@
 
 All figures are peaks, of one chip (`devices` tells how many JAX devices it shows as), none measured here. Memory is the
 nominal one: a program gets a little less (15.75 of 16 GiB on v5e, 31.25 of 32 on v6e, as the TPU compiler says).
-Collectives over ICI reach about nine tenths of the links' peak (jax-ml/scaling-book, chapter "TPUs").
 
 Sources: [tpu] docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, key specifications. [book] jax-ml/scaling-book,
 chapters "TPUs" and "GPUs". [sheet] NVIDIA's data sheet of the card. [dgx] NVIDIA's data sheet of the DGX or NVL system with
 it, whose network (one port for each GPU) is meant by `dcn`; other clusters have other networks.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -26,6 +26,11 @@ class Chip:
     domain: int | None  # chips that these links join; None: a TPU slice, which says itself
     devices: int  # that JAX shows for a chip
     source: str
+
+    @property
+    def ring(self) -> int:
+        """A dimension of a TPU slice is a closed ring if it is a multiple of this many chips."""
+        return 16 if self.name in ("v5e", "v6e") else 4
 
     @property
     def device_flops(self) -> float:
@@ -72,3 +77,24 @@ CHIPS = {chip.name: chip for chip in _TABLE}
 def of_kind(device_kind: str) -> Chip | None:
     """The chip of a device by `jax.Device.device_kind`; None for one that the table does not have (a CPU)."""
     return next((chip for chip in _TABLE if re.search(chip.pattern, device_kind)), None)
+
+
+REACHED = 0.9  # share of the links' peak that large collectives get [book]
+
+
+def gather_bytes_per_sec(chip: Chip, layout: tuple[int, ...]) -> float:
+    """Bytes a second that come into a chip in an all-gather over all chips of a layout; a reduce-scatter takes as long.
+
+    A closed dimension of a torus brings them over two links, an open one over one. GPUs get them over NVLink, and from other
+    domains no faster than all network ports of their own domain together.
+
+    Args:
+        layout: the dimensions of a TPU slice, such as (16, 16); of GPUs their number, such as (64,).
+    """
+    if chip.domain is None:
+        return REACHED * chip.ici_bytes_per_sec * sum(2 if n % chip.ring == 0 else 1 for n in layout if n > 1)
+    rate = chip.ici_bytes_per_sec * chip.ici_links
+    if math.prod(layout) > chip.domain:
+        assert chip.dcn_bytes_per_sec, f"{chip.name}: the table has no network for more than {chip.domain}"
+        rate = min(rate, chip.dcn_bytes_per_sec * chip.domain)
+    return REACHED * rate

@@ -510,17 +510,22 @@ def _paths(tree, prefix=""):
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule; see optim.py for the curves."""
+    """The optimiser and its schedule; see optim.py for the curves and for what each parameter goes by."""
 
-    learning_rate: float = 1e-4  # peak
+    optimizer: str = "adamw"  # "adamw"; "muon": matrices of the layers by Muon, everything else by AdamW
+    learning_rate: float = 1e-4  # peak; one for both
     warmup_steps: int = 1000  # updates of linear warm-up
     schedule: str = "cosine"  # after the warm-up: "cosine", "wsd" (stable, then linear decay), "constant"
     schedule_steps: int | None = None  # updates until the schedule ends; None: as long as the run
-    decay_fraction: float = 0.1  # "wsd": share of the schedule that decays, at its end
+    decay_fraction: float = 0.1  # "wsd": share of the schedule that decays
+    decay_steps: int | None = None  # "wsd": updates that decay; None: decay_fraction of the schedule
+    decay_start: int | None = None  # "wsd": first update that decays, for a branch; None: so that it ends with the schedule
     end_ratio: float = 0.05  # of the peak, at the schedule's end and after
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    muon_beta: float = 0.95  # momentum of Muon
+    mu_dtype: str = "float32"  # what first moments are kept in: "float32", "bfloat16" (2 bytes less a parameter)
     weight_decay: float = 0.01  # x learning rate, matrices only
     clip_norm: float | None = 1.0  # global gradient norm; None: no clip
     ema_decay: float | None = None  # averaged weights, per update; None: none are kept
@@ -530,15 +535,24 @@ class OptimConfig:
             if not ok:
                 raise UserError(f"optim.{name}: expected {expected}, got {getattr(self, name)!r}")
 
+        check("optimizer", self.optimizer in ("adamw", "muon"), "adamw or muon")
         check("learning_rate", self.learning_rate > 0, "a number over 0")
         check("warmup_steps", self.warmup_steps >= 0, "0 or more updates")
         check("schedule", self.schedule in ("cosine", "wsd", "constant"), "cosine, wsd or constant")
         check("schedule_steps", self.schedule_steps is None or self.schedule_steps >= 1, "None or at least 1 update")
         check("decay_fraction", 0 <= self.decay_fraction <= 1, "a share in [0, 1]")
+        for name in ("decay_steps", "decay_start"):
+            value = getattr(self, name)
+            check(name, value is None or self.schedule == "wsd", f"None, as the schedule is {self.schedule} and not wsd")
+        check("decay_steps", self.decay_steps is None or self.decay_steps >= 1, "None or at least 1 update")
+        is_warm = self.decay_start is None or self.decay_start >= self.warmup_steps
+        check("decay_start", is_warm, f"None or an update after the warm-up of {self.warmup_steps}")
         check("end_ratio", 0 <= self.end_ratio <= 1, "a share in [0, 1]")
         check("beta1", 0 <= self.beta1 < 1, "a number in [0, 1)")
         check("beta2", 0 <= self.beta2 < 1, "a number in [0, 1)")
         check("eps", self.eps > 0, "a number over 0")
+        check("muon_beta", 0 <= self.muon_beta < 1, "a number in [0, 1)")
+        check("mu_dtype", self.mu_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         check("weight_decay", self.weight_decay >= 0, "0 or more")
         check("clip_norm", self.clip_norm is None or self.clip_norm > 0, "None or a number over 0")
         check("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "None or a number in [0, 1)")
@@ -571,6 +585,47 @@ class LogConfig:
     def __post_init__(self):
         if self.every_steps < 1:
             raise UserError(f"log.every_steps must be at least 1, got {self.every_steps}")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Which updates are skipped, and what happens when they do not end; see train/guard.py."""
+
+    on: bool = True  # False: a figure that is not finite ends the run
+    window: int = 128  # kept updates that a spike is told by; none is before there are as many
+    spike: float | None = 12.0  # median absolute deviations of log loss or log gradient norm over their median; None: any
+    max_in_a_row: int = 8  # skipped updates after which the run goes back to its last checkpoint
+    max_rollbacks: int = 3  # to the same checkpoint; then the run ends
+
+    def __post_init__(self):
+        def check(name, ok, expected):
+            if not ok:
+                raise UserError(f"guard.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        check("window", self.window >= 2, "at least 2 updates")
+        check("spike", self.spike is None or self.spike > 0, "None or a number over 0")
+        check("max_in_a_row", self.max_in_a_row >= 1, "at least 1 update")
+        check("max_rollbacks", self.max_rollbacks >= 0, "0 or more")
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """When a run counts as stuck; see train/watchdog.py."""
+
+    factor: float = 20.0  # x the median step; a step or a wait for data that lasts longer is a stall
+    min_sec: float = 300.0  # shorter ones are none
+    slow_sec: float = 3600.0  # limit of what is no step: compiling, reading and writing checkpoints, evaluating
+    action: str = "report"  # "report": where every thread stands, once a stall; "exit": then also leave with code 75
+
+    def __post_init__(self):
+        def check(name, ok, expected):
+            if not ok:
+                raise UserError(f"watchdog.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        check("factor", self.factor > 1, "a number over 1")
+        check("min_sec", self.min_sec > 0, "seconds over 0")
+        check("slow_sec", self.slow_sec > 0, "seconds over 0")
+        check("action", self.action in ("report", "exit"), "report or exit")
 
 
 # ---- backbone run ----------------------------------------------------------------------------------------------------
@@ -631,6 +686,29 @@ class SampleConfig:
     texts: tuple[str, ...] = ("one two three",)
 
 
+# What the backward pass finds ready besides each layer's input, by name; all else in a layer it computes again. "attention"
+# is the kernel's own state and exists on TPU alone. The figures of each policy stand in the README.
+REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
+    "full": (),
+    "narrow": ("q", "k", "v", "attention", "o"),  # gate and up again: the widest arrays, most of the products' work
+    "products": ("q", "k", "v", "attention", "o", "gate", "up"),  # only norms, activations and softmax again
+    "none": None,  # all that XLA wants to keep
+}
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """The loss of held-out clips; evaluate/validation.py."""
+
+    every_steps: int = 1000  # updates between two times; 0: never
+    max_clips: int = 512  # that are heard, spread evenly over all held-out ones
+    seed: int = 0  # of noise, flow times and layouts, which a clip keeps for good; runs to be compared share it
+
+    def __post_init__(self):
+        if self.every_steps < 0 or self.max_clips < 1:
+            raise UserError(f"validation: every_steps must be 0 or more, max_clips at least 1; got {self}")
+
+
 @dataclass(frozen=True)
 class BackboneRun:
     """One training run of the backbone; configs/backbone.py has the variants."""
@@ -638,7 +716,8 @@ class BackboneRun:
     model: ModelConfig
     seed: int = 0  # of parameters, order and noise
     num_steps: int = 1000  # updates
-    remat: str = "full"  # what the backward pass recomputes: "full" (every layer) or "none"
+    remat: str = "full"  # what the backward pass recomputes: one of REMAT_POLICIES
+    remat_local: str | None = None  # the same for LocEnc and LocDiT, whose products are worth less for their bytes; None: remat
     diff_weight: float = 1.0  # x flow-matching loss
     stop_weight: float = 1.0  # x stop loss
     batch: BatchConfig = BatchConfig()
@@ -650,15 +729,20 @@ class BackboneRun:
     mesh: tuple[int, int, int] = (-1, -1, 1)
     patch_sec: float = 0.16  # seconds of a patch; the shards' header is checked against it
     stages: tuple[StageConfig, ...] = ()  # curriculum; none: all clips, as they are
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     samples: SampleConfig = SampleConfig()
+    validation: ValidationConfig = ValidationConfig()  # of held-out shards, if there are any
 
     def __post_init__(self):
         if self.num_steps < 1:
             raise UserError(f"num_steps must be at least 1, got {self.num_steps}")
+        for name in ("remat", "remat_local"):
+            policy = getattr(self, name)
+            if policy not in REMAT_POLICIES and not (name == "remat_local" and policy is None):
+                raise UserError(f"{name} must be one of {', '.join(REMAT_POLICIES)}; got {policy!r}")
         if self.accumulate < 1:
             raise UserError(f"accumulate must be at least 1, got {self.accumulate}")
-        if self.remat not in ("full", "none"):
-            raise UserError(f"remat must be full or none, got {self.remat!r}")
         for batch in (self.batch, *(stage.batch for stage in self.stages if stage.batch)):
             if batch.slots > self.model.max_length:
                 raise UserError(f"batch.slots {batch.slots} exceed model.max_length {self.model.max_length}")
@@ -673,8 +757,9 @@ CHANGES: tuple[tuple[str, str, str], ...] = (
     (r"(num_steps|remat|accumulate|mesh)\b", FREE, ""),
     (r"(checkpoint|log|samples|sample_every_steps|num_samples|validation|guard|watchdog|profile)\b", FREE, ""),
     # What another learning rate would be a surprise for in a run that goes on, and is the purpose of a branch.
-    (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_fraction|end_ratio|weight_decay|clip_norm)\b",
-     SCHEDULE, "how far an update goes"),
+    (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_(fraction|steps|start)|end_ratio)\b", SCHEDULE,
+     "how far an update goes"),
+    (r"optim\.(weight_decay|clip_norm)\b", SCHEDULE, "how far an update goes"),
     (r"optim\b", FIXED, "what the optimiser's moments and the averages are of"),
     (r"(model|vae)\b", FIXED, "what the weights are of"),
     (r"seed\b", FIXED, "order of the data, noise of every update"),
@@ -845,6 +930,8 @@ class VAERun:
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     sample_every_steps: int = 1000  # updates between two reconstructions of held-out clips
     num_samples: int = 4  # held-out clips that are reconstructed
 
@@ -864,17 +951,21 @@ class VAERun:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How `evaluate` speaks and judges; configs/evaluate.py has the variants."""
+    """What `evaluate` measures, and how; configs/evaluate.py has the variants."""
 
-    measure: str = "words"  # what the judge's transcripts are scored by: "words" (1 - WER) or "digits"
+    # "words" (1 - WER) or "digits": what a judge's transcripts of the model's speech are scored by. "loss": of held-out
+    # shards; the fields from `validation` on are for it, the others for speech.
+    measure: str = "words"
     seed: int = 0  # of the first text's noise; text i takes seed + i
     cfg_value: float = 2.0  # guidance
     inference_timesteps: int = 10  # Euler steps a patch
     batch_texts: int = 16  # spoken together
     num_pictures: int = 4  # spectrograms of recording and speech side by side
+    validation: ValidationConfig = ValidationConfig(max_clips=4096)
+    batch: BatchConfig = BatchConfig(rows=4, slots=1024, patches=768)  # clips are heard in such batches
 
     def __post_init__(self):
-        if self.measure not in ("words", "digits"):
-            raise UserError(f"measure must be words or digits, got {self.measure!r}")
+        if self.measure not in ("words", "digits", "loss"):
+            raise UserError(f"measure must be words, digits or loss, got {self.measure!r}")
         if self.batch_texts < 1 or self.num_pictures < 0:
             raise UserError(f"batch_texts must be at least 1 and num_pictures 0 or more; got {self}")

@@ -103,8 +103,17 @@ def _parse(argv):
     )  # fmt: skip
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files")
     sub.add_argument("--data", metavar="SHARDS[,SHARDS]", help="directories made by prepare; :tiny has data of its own")
+    sub.add_argument(
+        "--heldout", metavar="SHARDS[,SHARDS]", help="for the held-out loss; without it SHARDS/heldout, where prepare left one"
+    )
     sub.add_argument("--dry-run", action="store_true", help="check the arguments, print the whole config, train nothing")
+    sub.add_argument("--profile-steps", metavar="A:B", help="trace updates A .. B - 1 into WORKDIR/profile, for XProf")
     _add_start(sub)
+    sub.add_argument("--init-params", metavar="CKPT", help=f"a new run starts with the weights of {_CKPT}")
+    sub.add_argument(
+        "--init-tslm", metavar="MINICPM",
+        help="a new run's text-semantic LM starts as a MiniCPM-4: directory with config.json and safetensors, or the file",
+    )  # fmt: skip
 
     sub = command(
         "train-vae", _train_vae, "train the codec; goes on by itself if the workdir holds a checkpoint",
@@ -134,11 +143,13 @@ def _parse(argv):
     sub.add_argument("--stream", action="store_true", help="write the audio patch by patch as it is drawn")
 
     sub = command(
-        "evaluate", _evaluate, "speak held-out texts and have them judged beside the recordings",
+        "evaluate", _evaluate, "speak held-out texts and have them judged beside the recordings, or compute a held-out loss",
         config="configs/evaluate.py:words",
     )  # fmt: skip
     sub.add_argument("--checkpoint", required=True, metavar="CKPT", help=_CKPT)
-    sub.add_argument("--data", required=True, metavar="F", help=f"held-out recordings: {_RECORDINGS}")
+    sub.add_argument(
+        "--data", required=True, metavar="F", help=f"held-out recordings: {_RECORDINGS}; for :loss a directory of shards"
+    )
     sub.add_argument("--output", required=True, metavar="DIR", help="result.json, audio, spectrograms")
 
     sub = command(
@@ -316,9 +327,15 @@ def _train(args, overrides) -> int:
         _print({"workdir": args.workdir, "data": args.data, "config": to_dict(config)})
         return DONE
     _check_directory(args.workdir)
+    from voxcpm2_jax import metrics
     from voxcpm2_jax.train import backbone
 
-    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **_start(args)))
+    given = [f"--{name.replace('_', '-')}" for name in ("resume_from", "init_params", "init_tslm") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: each says what a new run starts with; give one of them")
+    options = _start(args) | {"init_params": args.init_params, "init_tslm": args.init_tslm, "heldout": args.heldout}
+    options["profile_steps"] = args.profile_steps and metrics.profile_steps(args.profile_steps)
+    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **options))
 
 
 def _train_vae(args, overrides) -> int:
@@ -470,6 +487,12 @@ def _stream(model, path, text, settings) -> None:
 
 def _evaluate(args, overrides) -> int:
     config = from_dict(EvaluateConfig, load_config(args.config, overrides))
+    if config.measure == "loss":
+        from voxcpm2_jax.evaluate import validation
+
+        result = validation.evaluate(config, args.checkpoint, args.data, args.output)
+        _print({name: value for name, value in result.items() if name != "config"})
+        return DONE
     from voxcpm2_jax.evaluate import report
 
     result = report.evaluate(config, args.checkpoint, args.data, args.output)

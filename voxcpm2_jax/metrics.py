@@ -399,7 +399,7 @@ def _number(value) -> float | int | None:
 
 
 def _in_words(row: dict) -> str:
-    shown = ("loss", "loss_diff", "loss_stop", "step_sec", "audio_sec_per_sec", "mfu")
+    shown = ("loss", "loss_diff", "loss_stop", "val_loss_diff", "step_sec", "audio_sec_per_sec", "mfu", "goodput")
     return "  ".join(f"{name} {row[name]:.4g}" for name in shown if row.get(name) is not None)
 
 

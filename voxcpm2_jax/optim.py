@@ -1,4 +1,4 @@
-"""What an update does: learning-rate schedules, AdamW that decays matrices only, global-norm clip, averaged weights.
+"""What an update does: learning-rate schedules, AdamW or Muon, decay of matrices only, global-norm clip, averaged weights.
 
     lr
     |     ____________            "constant"  ends flat
@@ -7,13 +7,21 @@
     |__/________________\\_______ updates
 
 Update number i (from 0) uses lr(i); the warm-up's first update already moves (lr / warmup_steps), and from the end of
-the schedule on lr stays at `end_ratio * learning_rate`.
+the schedule on lr stays at `end_ratio * learning_rate`. The stable part of "wsd" is a trunk: from any checkpoint of it a
+branch may start whose decay is set by `decay_start` and `decay_steps`.
 
-Sources: AdamW, arXiv 1711.05101; WSD, MiniCPM, arXiv 2404.06395.
+    direction     of what                                           state a parameter, first moments in float32 | bfloat16
+    AdamW         everything, or with "muon" all but the layers     8 bytes | 6
+    Muon          q, k, v, o, gate, up, down of all layers          4 bytes | 2
+    decay         kernels and embeddings (DECAYED)
+
+Sources: AdamW, arXiv 1711.05101; WSD, MiniCPM, arXiv 2404.06395; Muon, Keller Jordan, 2024; its update scaled to AdamW's,
+arXiv 2502.16982.
 """
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +42,12 @@ def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
         num_steps: length of the run, and of the schedule unless `config.schedule_steps` sets it.
     """
     end = config.schedule_steps or num_steps
-    if config.schedule == "wsd":
-        start = end - round(config.decay_fraction * end)
-    else:
+    if config.schedule != "wsd":
         start = config.warmup_steps
+    else:
+        steps = config.decay_steps or round(config.decay_fraction * end)
+        start = end - steps if config.decay_start is None else config.decay_start
+        end = start + steps
     start = min(max(start, config.warmup_steps), end)
 
     def lr(step):
@@ -57,28 +67,106 @@ def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 def decay_mask(params):
     """True at the leaves that weight decay shrinks: those whose last path component is in DECAYED."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: str(getattr(path[-1], "key", "")) in DECAYED, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _keys(path)[-1] in DECAYED, params)
 
 
-def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW: what `config` describes, for a run of `num_steps` updates."""
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    adamw = optax.adamw(
-        schedule(config, num_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
+def methods(params):
+    """What "muon" does with each leaf: "muon" for the matrices of the layers, "adamw" for everything else."""
+
+    def method(path, _):
+        match _keys(path)[-3:]:
+            case ["layers", name, "kernel"] if name in MUON:
+                return "muon"
+        return "adamw"
+
+    return jax.tree_util.tree_map_with_path(method, params)
+
+
+def _keys(path) -> list[str]:
+    return [str(getattr(key, "key", "")) for key in path]
+
+
+def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+    """What `config` describes, for a run of `num_steps` updates: clip by global norm, AdamW or Muon, decay, learning rate.
+
+    Its `update` takes the number of the update as `step`. The learning rate follows it and no counter of the optimiser's
+    own, so that an update that is passed over does not shift the schedule.
+    """
+    mu_dtype = jnp.dtype(config.mu_dtype)
+    direction = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=mu_dtype)
+    if config.optimizer == "muon":
+        direction = optax.partition({"muon": scale_by_muon(config.muon_beta, mu_dtype), "adamw": direction}, methods)
+    chain = optax.chain(
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        direction,
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
     )
-    chain = optax.chain(clip, adamw)
+    lr = schedule(config, num_steps)
 
-    def update(grads, state, params=None):
+    def update(grads, state, params, *, step):
         # optax mixes float and int32 scalars (bias correction), which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
-            return chain.update(grads, state, params)
+            directions, state = chain.update(grads, state, params)
+        scale = -lr(step)
+        return jax.tree.map(lambda x: scale.astype(x.dtype) * x, directions), state
 
-    return optax.GradientTransformation(chain.init, update)
+    return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+# The layers' matrices, stacked to [L, inputs.., outputs..], and how many dims their inputs are. All heads are one matrix.
+MUON = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at 0; drives singular values to 0.7 .. 1.2, not to 1
+_RMS = 0.2  # of an update's entries, as AdamW's are in practice
+
+
+class MuonState(NamedTuple):
+    mu: Any  # averaged gradients
+
+
+def scale_by_muon(beta: float, mu_dtype=jnp.float32) -> optax.GradientTransformation:
+    """Nesterov momentum, made orthogonal: every direction of a matrix is taken equally far.
+
+    Entries have an RMS of 0.2, whatever the shape: about that of AdamW's updates, so one learning rate and one weight
+    decay serve both.
+    """
+
+    def init(params):
+        return MuonState(jax.tree.map(lambda x: jnp.zeros(x.shape, mu_dtype), params))
+
+    def update(grads, state, params=None):
+        mu = jax.tree.map(lambda g, m: beta * m.astype(g.dtype) + (1 - beta) * g, grads, state.mu)
+        ahead = jax.tree.map(lambda g, m: beta * m + (1 - beta) * g, grads, mu)
+        directions = jax.tree_util.tree_map_with_path(lambda path, x: _muon_direction(x, MUON[_keys(path)[-2]]), ahead)
+        return directions, MuonState(jax.tree.map(lambda x: x.astype(mu_dtype), mu))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _muon_direction(x, num_inputs: int):
+    x_LIO = x.reshape(len(x), math.prod(x.shape[1 : 1 + num_inputs]), -1)
+    return (_RMS * max(x_LIO.shape[1:]) ** 0.5 * orthogonalize(x_LIO)).reshape(x.shape)
+
+
+def orthogonalize(x_LIO: jax.Array, num_steps: int = 5) -> jax.Array:
+    """The matrices U V' of x = U S V', nearly: singular values come out between 0.7 and 1.2. Products are bfloat16."""
+    is_tall = x_LIO.shape[1] > x_LIO.shape[2]
+    y_LIO = jnp.swapaxes(x_LIO, 1, 2) if is_tall else x_LIO  # the square products are of the short side
+    y_LIO = y_LIO / (jnp.linalg.norm(y_LIO, axis=(1, 2), keepdims=True) + 1e-8)
+    y_LIO = y_LIO.astype(jnp.bfloat16)
+    a, b, c = (jnp.bfloat16(k) for k in _QUINTIC)
+
+    def closer(_, y_LIO):
+        square_LII = jnp.einsum("LIO,LJO->LIJ", y_LIO, y_LIO)
+        poly_LII = b * square_LII + c * jnp.einsum("LIJ,LJK->LIK", square_LII, square_LII)
+        return a * y_LIO + jnp.einsum("LIJ,LJO->LIO", poly_LII, y_LIO)
+
+    y_LIO = jax.lax.fori_loop(0, num_steps, closer, y_LIO)
+    return (jnp.swapaxes(y_LIO, 1, 2) if is_tall else y_LIO).astype(x_LIO.dtype)
+
+
+# ---- state -----------------------------------------------------------------------------------------------------------
 
 
 def ema_update(ema, params, decay: float):
@@ -89,12 +177,13 @@ def ema_update(ema, params, decay: float):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything an update changes. `step` counts finished updates; `ema` is None without averaged weights."""
+    """Everything an update changes. `step` counts the batches gone by; `ema` is None without averaged weights."""
 
     step: jax.Array
     params: Any
     opt_state: Any
     ema: Any
+    guard: Any = None  # what train/guard.py remembers; None: updates are not judged
 
     @property
     def best_params(self):
@@ -110,7 +199,8 @@ def init_state(config: OptimConfig, num_steps: int, params) -> TrainState:
 
 def update(config: OptimConfig, num_steps: int, state: TrainState, grads) -> tuple[TrainState, dict]:
     """One update -> (state, norms of gradient and update, whole and by part, and learning rate)."""
-    updates, opt_state = make(config, num_steps).update(grads, state.opt_state, state.params)
+    tx = make(config, num_steps)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else ema_update(state.ema, params, config.ema_decay)
     figures = {"learning_rate": schedule(config, num_steps)(state.step)}

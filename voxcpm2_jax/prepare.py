@@ -372,6 +372,7 @@ class _Maker:
             pairs_NK = speaker.choose(np.concatenate(origins), sec_N, num_embeddings, read, config.pairs)
             _save_array(directory / pipeline.PAIRS_FILE, pairs_NK)
             pairs = to_dict(config.pairs) | {"clips": int((pairs_NK[:, 0] >= 0).sum()), "compared": sum(num_embeddings)}
+        indexes = (pipeline.LENGTHS_FILE, *[pipeline.PAIRS_FILE] * bool(pairs))
         if skipped:
             lines = [dict(zip(("audio", "start_sec", "reason", "message"), line)) for line in skipped]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -403,6 +404,7 @@ class _Maker:
             versions=_versions(),
             models=self._models,
             pairs=pairs,
+            crc32={name: pipeline.crc32(directory / name) for name in indexes},
         )
         pipeline.write_header(directory, header)
         return header

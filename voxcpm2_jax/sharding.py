@@ -2,6 +2,23 @@
 
 Mesh axes are ("replica", "data", "tensor"): parameters are copied over replica, split over data (FSDP) and tensor;
 a batch is split over replica and data. Model code names logical dims only, through `constrain`.
+
+The arithmetic, for a part of p parameters that a device runs over n positions (slots of TSLM and RALM; rows x 5 of LocEnc,
+rows x 11 of LocDiT), of what the axes cost. Functions at the end of this file compute it.
+
+    memory      float32 weights, two moments and gradients: 16 p / (data tensor) bytes, plus 4 for averaged weights; the
+                released shape (2.29 B) takes 36.6 GB, on 256 devices 0.15 GB each
+    data        forward gathers 2 p bytes (bfloat16) for 2 p n FLOP: n FLOP a byte. It hides behind them from
+                n = FLOP/s / (bytes/s) positions on. Backward gathers once more and scatters gradients, for twice the FLOP
+                (three times with remat): the same bound with bfloat16 gradients, a little less with remat.
+    tensor      each layer sums 2 n D bytes twice, forward and backward, in nobody's shadow: only where data alone would
+                leave a device less than a row. Two key/value heads allow tensor = 2.
+    replica     one all-reduce of 4 p / (data tensor) bytes of gradients a step: the only traffic that may cross slices
+
+    positions a device needs      closed torus                  open                     NVLink, 8      8 GPUs a host
+    for `data` to hide            v5e 16x16        1,094        v6e 8x8     5,100        H100  2,443    H100  2,748
+                                  v6e 16x16        2,550        v5e 4x8     2,189
+                                  v5p 8x8x8          850
 """
 
 import math
@@ -16,6 +33,7 @@ from jax._src.clusters import ClusterEnv  # no public function tells whether JAX
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from voxcpm2_jax.chips import Chip, gather_bytes_per_sec
 from voxcpm2_jax.config import UserError
 
 MESH_AXES = ("replica", "data", "tensor")
@@ -178,16 +196,16 @@ def _axes(dim, size, mesh):
 
 
 def param_shardings(tree, mesh: Mesh):
-    """A NamedSharding for every leaf: parameters by PARAM_AXES, their optimiser moments likewise, scalars copied.
+    """A NamedSharding for every leaf: parameters by PARAM_AXES, their optimiser moments likewise; scalars and the guard copied.
 
     Raises:
         UserError: an axis of the mesh does not divide what it has to split; nothing is copied in silence instead.
     """
 
     def one(path, leaf):
-        if leaf.ndim == 0:
-            return NamedSharding(mesh, PartitionSpec())
         name = _name(path)
+        if leaf.ndim == 0 or name.startswith("guard/"):
+            return NamedSharding(mesh, PartitionSpec())
         dims = param_dims(name, leaf.ndim)
         for dim, size in zip(dims, leaf.shape):
             if _axes(dim, size, mesh) != RULES[dim]:
@@ -242,3 +260,32 @@ def global_batch(tree, mesh: Mesh, num_rows: int):
         return jax.make_array_from_process_local_data(layout, np.asarray(x), (num_rows, *x.shape[1:]))
 
     return jax.tree.map(one, tree)
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def device_bytes(tree, mesh) -> int:
+    """Bytes that a device holds of parameters, moments or gradients; shapes and an AbstractMesh will do."""
+    shards = jax.tree.map(lambda x, layout: math.prod(layout.shard_shape(x.shape)), tree, param_shardings(tree, mesh))
+    return sum(n * x.dtype.itemsize for n, x in zip(jax.tree.leaves(shards), jax.tree.leaves(tree), strict=True))
+
+
+def gather_flop_per_byte(positions: float, weight_bytes: int = 2) -> float:
+    """FLOP of a forward pass over `positions` of a device for each byte of weights that it gathers."""
+    return 2 * positions / weight_bytes
+
+
+def positions_to_hide(chip: Chip, layout: tuple[int, ...]) -> float:
+    """Positions of a device from which on the forward pass at full speed lasts longer than the gathering of its weights.
+
+    Args:
+        layout: chips along which `data` runs, as `chips.gather_bytes_per_sec` takes them.
+    """
+    return chip.peak_bf16_flops / gather_bytes_per_sec(chip, layout) / gather_flop_per_byte(1)
+
+
+def replica_bytes(params, mesh) -> float:
+    """Bytes that a device sends in the sum of gradients over replicas, once an update."""
+    replicas = mesh.shape["replica"]
+    return 2 * (replicas - 1) / replicas * device_bytes(params, mesh)

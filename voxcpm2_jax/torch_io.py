@@ -18,7 +18,9 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import shutil
+import sys
 import uuid
 import warnings
 import zipfile
@@ -34,7 +36,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 
 from voxcpm2_jax import checkpoint
-from voxcpm2_jax.config import AudioVAEConfig, ModelConfig, UserError, from_dict, read_released, to_dict, to_released
+from voxcpm2_jax.config import AudioVAEConfig, LMConfig, ModelConfig, UserError, from_dict, read_released, to_dict, to_released
 from voxcpm2_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 BACKBONE_FILE, VAE_FILE = "model.safetensors", "audiovae.safetensors"
@@ -369,6 +371,154 @@ def _stack(tensors, group, empty=np.empty) -> np.ndarray:
     return array
 
 
+# ---- weights to start a training from --------------------------------------------------------------------------------
+
+
+class Weights(NamedTuple):
+    """Parameters on disk, found to be whole; one is read at a time."""
+
+    shapes: dict[str, tuple[int, ...]]  # by path
+    read: Callable[[str], np.ndarray]  # path -> array, in the dtype of the file
+
+
+def open_weights(path: str | os.PathLike, config: ModelConfig) -> Weights:
+    """The backbone of any checkpoint (averaged weights if it has them), for a training of the model `config`.
+
+    Raises:
+        UserError: no checkpoint, a model of other fields (each is named), or parameters that its config does not describe.
+    """
+    if checkpoint.kind(path) == checkpoint.RELEASED:
+        source = _Source(path)
+        theirs, groups = source.released.model, _by_path(source.backbone_rows)
+        read = lambda key: _stack(source.backbone, groups[key])  # noqa: E731
+    else:
+        meta = checkpoint.read_meta(checkpoint.step_directory(path))["config"]
+        if "model" not in meta:
+            raise UserError(f"{path}: a checkpoint of a codec; expected one of the backbone")
+        theirs = from_dict(ModelConfig, meta["model"], where=f"{path}: config.model")
+        groups = _by_path(backbone_table(theirs))
+        _check_params(checkpoint.array_specs(path), groups, str(path))
+        read = functools.partial(checkpoint.read_array, path)
+    _check_same_model(path, theirs, config)
+    return Weights(_shapes(groups), read)
+
+
+# Fields of a model that may change between two trainings: how it computes and draws, not what its weights are of.
+_MAY_CHANGE = ("dtype", "max_length", "dit_config.cfm_config", "lm_config.dim_model_base", "lm_config.bos_token_id",
+               "lm_config.eos_token_id")  # fmt: skip
+_MUP = ("lm_config.scale_emb", "lm_config.scale_depth")  # count with use_mup alone
+
+
+def _check_same_model(path, theirs: ModelConfig, ours: ModelConfig) -> None:
+    may_change = _MAY_CHANGE if theirs.lm_config.use_mup or ours.lm_config.use_mup else (*_MAY_CHANGE, *_MUP)
+    pairs = zip(_flat(to_dict(theirs)).items(), _flat(to_dict(ours)).values(), strict=True)
+    wrong = [
+        f"model.{name} {_short(there)} there, {_short(here)} here"
+        for (name, there), here in pairs
+        if there != here and not name.startswith(may_change)
+    ]
+    if wrong:
+        hint = "; a vocabulary cannot be resized" if any("vocab_size" in w for w in wrong) else ""
+        raise UserError(f"{path}: weights of another model than the config's: {'; '.join(wrong)}{hint}")
+
+
+def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _short(value) -> str:
+    return f"{value!r:.40}"
+
+
+def _shapes(groups: Mapping[str, list[Row]]) -> dict[str, tuple[int, ...]]:
+    return {path: group[0].shape if group[0].layer is None else (len(group), *group[0].shape) for path, group in groups.items()}
+
+
+# What a MiniCPM-4 config.json must say, and what of it must equal the TSLM's; other fields do not concern the weights.
+_TSLM_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "vocab_size", "rms_norm_eps", "max_position_embeddings")  # fmt: skip
+_TSLM_OPTIONAL = {"rope_theta": "rope_theta", "head_dim": "kv_channels"}
+_TSLM_UNUSED = r"lm_head\.weight|.*\.rotary_emb\.inv_freq"  # the model has no text output; angles are computed
+
+
+def load_tslm(path: str | os.PathLike, config: ModelConfig) -> Weights:
+    """The text-semantic LM out of a MiniCPM-4 checkpoint as Hugging Face keeps it: every parameter under `base_lm/`.
+
+    MiniCPM-4 multiplies its embeddings by `scale_emb` and its residual branches by `scale_depth / sqrt(layers)`. What of
+    that the config's own scales do not do (without `use_mup` they are 1) is folded into the embedding and into the
+    kernels o and down, so that the LM computes what it computed there.
+
+    Args:
+        path: directory with config.json and model.safetensors (or shards and their index), or such a file beside its
+            config.json.
+    Raises:
+        UserError: a file is missing or unreadable, the LM has another shape or RoPE than the config's, or tensors differ
+            from the table; each difference is named.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory; expected a MiniCPM-4 checkpoint")
+    directory = path if path.is_dir() else path.parent
+    theirs = _read_minicpm(directory / "config.json")
+    ours = config.lm_config
+    ours = dataclasses.replace(ours, kv_channels=config.tslm.head_dim)
+    names = (*_TSLM_FIELDS, "rope_theta", "kv_channels", "rope_scaling")
+    wrong = [
+        f"{name} {_short(getattr(theirs, name))} there, model.lm_config has {_short(getattr(ours, name))}"
+        for name in names
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
+    if wrong:
+        raise UserError(f"{directory / 'config.json'}: another LM than the config's: {'; '.join(wrong)}")
+
+    tensors = _open(directory, BACKBONE_FILE, f"{BACKBONE_FILE}.index.json") if path.is_dir() else _open_safetensors(path)
+    unused = sorted(name for name in tensors if re.fullmatch(_TSLM_UNUSED, name))
+    if unused:
+        print(f"{path}: not used: {', '.join(unused[:3])}{' ..' if unused[3:] else ''}", file=sys.stderr)
+    rows = [
+        row._replace(name=f"model.{row.name.removeprefix('base_lm.')}")
+        for row in backbone_table(config)
+        if row.name.startswith("base_lm.")
+    ]
+    differences = _differences({name: tensor for name, tensor in tensors.items() if name not in unused}, rows)
+    if differences:
+        raise UserError(f"{path}: {len(differences)} tensors differ from MiniCPM-4's: {'; '.join(differences)}")
+    groups = _by_path(rows)
+    residual = theirs.scale_depth / math.sqrt(theirs.num_hidden_layers) / config.tslm.residual_scale
+    factors = {"base_lm/embed/embedding": theirs.scale_emb / config.embed_scale}
+    factors |= {f"base_lm/layers/{name}/kernel": residual for name in ("o", "down")}
+
+    def read(key):
+        array = _stack(tensors, groups[key])
+        return array.astype(np.float32) * np.float32(factors[key]) if factors.get(key, 1.0) != 1.0 else array
+
+    return Weights(_shapes(groups), read)
+
+
+def _read_minicpm(path: pathlib.Path) -> LMConfig:
+    """What a MiniCPM-4 config.json says of the LM, in our words."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; it says how a MiniCPM-4 scales its weights") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    needed = (*_TSLM_FIELDS, "scale_emb", "scale_depth")
+    if missing := [name for name in needed if name not in content]:
+        raise UserError(f"{path}: no {', '.join(missing)}; expected the config.json of a MiniCPM-4")
+    fields = {name: content[name] for name in needed}
+    fields |= {ours: content[name] for name, ours in _TSLM_OPTIONAL.items() if content.get(name) is not None}
+    fields.setdefault("kv_channels", content["hidden_size"] // content["num_attention_heads"])
+    rope = dict(content.get("rope_scaling") or {})
+    kind = rope.pop("rope_type", rope.pop("type", "longrope"))
+    if kind != "longrope":
+        raise UserError(f"{path}: rope_scaling of type {kind!r}; only longrope is supported")
+    return from_dict(LMConfig, fields | {"rope_scaling": {"type": kind} | rope}, where=str(path))
+
+
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
@@ -618,6 +768,14 @@ def codec_sha256(vae_params: Mapping, vae_config: AudioVAEConfig) -> str:
         digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
         digest.update(leaf.tobytes())
     return digest.hexdigest()
+
+
+def makers_sha256(path: str | os.PathLike) -> dict[str, str]:
+    """What identifies the codec and the tokenizer of any checkpoint of the backbone, by the names that shards give them."""
+    path = pathlib.Path(path).absolute()
+    tokenizer = load_tokenizer(path if checkpoint.kind(path) == checkpoint.RELEASED else _root(path) / "tokenizer")
+    vae_config, vae_params = load_codec(path)
+    return {"codec_sha256": codec_sha256(vae_params, vae_config), "tokenizer_sha256": tokenizer.sha256}
 
 
 def _open_codec(directory: pathlib.Path) -> tuple[AudioVAEConfig, dict[str, Stored]]:

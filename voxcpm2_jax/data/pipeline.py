@@ -8,6 +8,9 @@
 
 A record is one line of JSON (names, types and shapes of its arrays, then everything else about the clip) and the bytes of
 the arrays after it. Latents are stored in the type the header names and given back as float32.
+
+Nothing altered is trained on: ArrayRecord keeps a hash of every record, which is compared when it is read, the header has
+those of lengths.npy and pairs.npy, and a clip's sizes are compared with lengths.npy, which tells shards that were mixed up.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import math
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +29,9 @@ import ml_dtypes  # noqa: F401  # numpy then knows "bfloat16" by name
 import numpy as np
 
 from voxcpm2_jax import metrics
-from voxcpm2_jax.config import UserError, from_dict
+from voxcpm2_jax.config import ModelConfig, UserError, from_dict
 from voxcpm2_jax.data.mixing import Mix
-from voxcpm2_jax.data.packing import GROUP, Clip, Index, Source, assemble
+from voxcpm2_jax.data.packing import GROUP, PATCHES, TEXT, Clip, Index, Source, assemble
 from voxcpm2_jax.sequence import Batch
 
 # Flow matching starts from noise of standard deviation 1; latents far from that scale are not learned.
@@ -66,6 +70,7 @@ class Header:
     trim: str | None = None  # what was cut at the ends: "none", "silence", "vad"; None: made before it was written down
     models: dict = field(default_factory=dict)  # "vad", "speaker": names and hashes of what cut and what compared voices
     pairs: dict = field(default_factory=dict)  # how references were chosen, and how many clips have one; empty: none were
+    crc32: dict = field(default_factory=dict)  # of lengths.npy and pairs.npy; empty: made before they were written down
 
 
 HEADER_FILE, LENGTHS_FILE, PAIRS_FILE = "header.json", "lengths.npy", "pairs.npy"
@@ -93,6 +98,11 @@ def read_header(directory: str | os.PathLike) -> Header:
 def write_header(directory: str | os.PathLike, header: Header) -> None:
     text = json.dumps(dataclasses.asdict(header), ensure_ascii=False, indent=1) + "\n"
     metrics.replace_file(pathlib.Path(directory) / HEADER_FILE, text)
+
+
+def crc32(path: pathlib.Path) -> int:
+    """Checksum of a file, as the header has it."""
+    return zlib.crc32(path.read_bytes())
 
 
 class Moments:
@@ -195,7 +205,7 @@ class Shards:
         if len({path.resolve() for path in paths}) < max(len(paths), 1):
             raise UserError(f"shards {directories}: expected one or more directories, each once")
         headers = [read_header(path) for path in paths]
-        _check_alike(paths, headers)
+        check_alike(paths, headers)
         lengths, pairs, groups, clips = [], [], {}, 0
         for path, header in zip(paths, headers):
             lengths_N6, pairs_NK = _read_index(path, header)
@@ -208,7 +218,7 @@ class Shards:
         widest = max(pairs_NK.shape[1] for pairs_NK in pairs)
         pairs = [np.pad(pairs_NK, ((0, 0), (0, widest - pairs_NK.shape[1])), constant_values=-1) for pairs_NK in pairs]
         self.index = Index(np.concatenate(lengths), header.groups, np.concatenate(pairs) if widest else None)
-        self._name = str(directories)
+        self._headers = headers
         self._records = grain_source(paths, headers)
         if len(self._records) != clips:
             raise UserError(
@@ -223,10 +233,26 @@ class Shards:
         return len(self.index.lengths)
 
     def __getitem__(self, index: int) -> Clip:
+        index = int(index)
         try:
-            return from_record(self._records[int(index)])
+            record = self._records[index]
         except RuntimeError as error:  # of array_record
-            raise UserError(f"{self._name}: clip {index} cannot be read ({error}); prepare the shards again") from None
+            raise UserError(f"{self._place(index)} cannot be read ({error}); prepare the shards again") from None
+        clip = from_record(record)
+        if (len(clip.text_ids), len(clip.patches_MPC)) != tuple(self.index.lengths[index, [TEXT, PATCHES]]):
+            raise UserError(f"{self._place(index)} is another one than {LENGTHS_FILE} tells of; prepare the shards again")
+        return clip
+
+    def _place(self, index: int) -> str:
+        """Which clip of which file this is, for messages."""
+        first = 0
+        for path, header in zip(self.paths, self._headers):
+            for name in header.shards:
+                count = len(grain_source([path], [dataclasses.replace(header, shards=(name,))]))
+                if index < first + count:
+                    return f"{path / name}: clip {index - first} (number {index} of the corpus)"
+                first += count
+        raise AssertionError(index)
 
 
 _ALIKE = (
@@ -234,7 +260,21 @@ _ALIKE = (
 )  # fmt: skip
 
 
-def _check_alike(paths: list[pathlib.Path], headers: list[Header]) -> None:
+def check_fit(shards: Shards, model: ModelConfig, patch_sec: float | None = None, *, where: str) -> None:
+    """Raises UserError, naming every difference, if the model cannot read the shards."""
+    header = shards.header
+    pairs = {
+        "patch size (model.patch_size)": (header.patch_size, model.patch_size),
+        "latent channels (model.feat_dim)": (header.latent_dim, model.feat_dim),
+        "vocabulary (model.lm_config.vocab_size)": (header.vocab_size, model.lm_config.vocab_size),
+        "seconds of a patch (patch_sec)": (header.patch_sec, header.patch_sec if patch_sec is None else patch_sec),
+    }
+    wrong = [f"{name}: shards {theirs}, config {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if wrong:
+        raise UserError(f"{where} does not fit this config: {'; '.join(wrong)}")
+
+
+def check_alike(paths: list[pathlib.Path], headers: list[Header]) -> None:
     """Shards that share a training must have been made alike."""
     for path, header in zip(paths[1:], headers[1:]):
         unlike = [
@@ -267,6 +307,9 @@ def _read_index(path: pathlib.Path, header: Header) -> tuple[np.ndarray, np.ndar
     missing = [name for name in files if not (path / name).is_file()]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing; prepare the shards again")
+    for name, crc in header.crc32.items():
+        if crc32(path / name) != crc:
+            raise UserError(f"{path / name}: altered since it was made (CRC-32); prepare the shards again")
     lengths_N6 = load_array(path / LENGTHS_FILE)
     if len(lengths_N6) != header.num_clips:
         raise UserError(

@@ -12,6 +12,7 @@ The Chinese rule: a piece of two or more characters, all in U+4E00..U+9FFF once 
 its characters if what is left is itself a piece. A character that is not a piece becomes <unk>, not bytes.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -109,6 +110,11 @@ class Tokenizer:
             elif any(re.fullmatch(r"<0x[0-9A-F]{2}>", piece) for piece in pieces):
                 spelt.add(character)
         return sorted(unknown), sorted(spelt)
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokenizer.json that `save` writes."""
+        return hashlib.sha256(self._backend.to_str(pretty=True).encode()).hexdigest()
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and tokenizer.model if there is one.

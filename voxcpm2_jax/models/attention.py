@@ -157,7 +157,7 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, interpret: bool = Fals
             block_q_dq=None if is_fused else block, block_kv_dq=None if is_fused else block,
             use_fused_bwd_kernel=is_fused,
         ),
-        head_shards=1, q_seq_shards=1, interpret=interpret,
+        head_shards=1, q_seq_shards=1, interpret=interpret, residual_checkpoint_name="attention",
     )  # fmt: skip
 
     def row(q_KGTH, k_KSH, v_KSH, id_T):

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from voxcpm2_jax.config import TransformerConfig
+from voxcpm2_jax.config import REMAT_POLICIES, TransformerConfig
 from voxcpm2_jax.models.attention import attention, einsum
 from voxcpm2_jax.sharding import constrain
 
@@ -141,14 +142,17 @@ class Block(nn.Module):
             if cache is not None:
                 cache = cache.write(k, v, start_B)
                 k, v = cache
+            q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
             o_BTNH = constrain(attention(q, k, v, sees, platform=self.platform), "batch", None, "heads", None)
-            x_BTD += linear("o", c.width, num_in=2)(o_BTNH) * jnp.asarray(c.residual_scale, x_BTD.dtype)
+            y_BTD = checkpoint_name(linear("o", c.width, num_in=2)(o_BTNH), "o")
+            x_BTD += y_BTD * jnp.asarray(c.residual_scale, x_BTD.dtype)
         with jax.named_scope("mlp"):
             y_BTD = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x_BTD)
             if self.fused:
                 gate, up = jnp.moveaxis(linear("gate_up", 2, F)(y_BTD), 2, 0)
             else:
                 gate, up = linear("gate", F)(y_BTD), linear("up", F)(y_BTD)
+            gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
             h_BTF = constrain(nn.silu(gate) * up, "batch", None, "mlp")
             x_BTD += linear("down", c.width)(h_BTF) * jnp.asarray(c.residual_scale, x_BTD.dtype)
         self.sow("figures", "activation_max", largest(x_BTD))
@@ -171,7 +175,7 @@ def run_layers(
 
     Args:
         position_BT: for RoPE.   sees: what each slot sees (`attention`); with a cache a mask, S is the cache's length.
-        remat: what the backward pass recomputes: "full" (every layer) or "none".
+        remat: what the backward pass recomputes, one of REMAT_POLICIES.
         unrolled: separate `layers_0`, `layers_1` .. with fused matrices (see `unstack`); needed for a cache.
         platform: whose attention, see `attention`.
         cache: one KV a layer, written from slot `start_B` of each row on.
@@ -189,7 +193,9 @@ def run_layers(
         cache = None if cache is None else tuple(layers)
     else:
         assert cache is None, "a cache needs unrolled layers"
-        block = Block if remat == "none" else nn.remat(Block, prevent_cse=False)
+        block, kept = Block, REMAT_POLICIES[remat]
+        if kept is not None:
+            block = nn.remat(Block, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*kept))
         stacked = nn.scan(
             block,
             variable_axes={"params": 0, "figures": 0},

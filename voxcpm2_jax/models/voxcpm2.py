@@ -106,6 +106,7 @@ class VoxCPM2(nn.Module):
     """The backbone; every method is a pure function of its parameters. Training sets `remat`, generation `unrolled`.
 
     Attributes:
+        remat, remat_local: of the language models and of the local ones (None: alike), of REMAT_POLICIES.
         platform: whose attention kernels, see attention.py.   max_segments: of a packed row, see `find_segments`.
     """
 
@@ -114,6 +115,7 @@ class VoxCPM2(nn.Module):
     unrolled: bool = False
     platform: str = "cpu"
     max_segments: int | None = None
+    remat_local: str | None = None
 
     def setup(self):
         c = self.config
@@ -121,6 +123,7 @@ class VoxCPM2(nn.Module):
         form = {"remat": self.remat, "unrolled": self.unrolled, "platform": self.platform}
         self.base_lm = TextSemanticLM(c, **form)
         self.residual_lm = ResidualAcousticLM(c, **form)
+        form["remat"] = self.remat_local or self.remat
         self.feat_encoder = LocEnc(c.locenc, **form)
         self.feat_decoder = LocDiT(c.locdit, **form)
         self.fsq_layer = FSQ(c.scalar_quantization_latent_dim, c.scalar_quantization_scale, width)
@@ -250,6 +253,7 @@ def loss_terms(
     target_patches: int | None = None,
     max_segments: int | None = None,
     remat: str = "full",
+    remat_local: str | None = None,
     platform: str = "cpu",
     with_figures: bool = False,
 ) -> dict:
@@ -265,7 +269,7 @@ def loss_terms(
     flow_config = config.dit_config.cfm_config
     if flow_config.noise_cond_scale and max(flow_config.noise_cond_prob_range):
         raise UserError("noise_cond_scale: noise on the previous patch is not supported in training; set it to 0")
-    model = VoxCPM2(config, remat, platform=platform, max_segments=max_segments)
+    model = VoxCPM2(config, remat, platform=platform, max_segments=max_segments, remat_local=remat_local)
     batch = jax.tree.map(jnp.asarray, batch)
     M = batch.slot_BM.shape[1] if target_patches is None else target_patches
     P, C = config.patch_size, config.feat_dim
@@ -366,6 +370,7 @@ def loss(
     target_patches: int | None = None,
     max_segments: int | None = None,
     remat: str = "full",
+    remat_local: str | None = None,
     platform: str = "cpu",
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The two training losses of a packed batch as (sum, count), not yet divided.
@@ -375,15 +380,16 @@ def loss(
             vectors are dropped; the previous-patch condition stays.   start_BM: r of mean mode.
         target_patches: only the first that many patches of a row may bear loss; LocDiT runs on them alone. Static.
         max_segments: clips of a row at most; the loss of a row with more is not a number. None: as many as fit. Static.
-        remat: what the backward pass recomputes: "full" (every layer) or "none".
+        remat: what the backward pass recomputes, one of REMAT_POLICIES.   remat_local: of LocEnc and LocDiT; None: alike.
         platform: "cpu", "gpu" or "tpu": whose attention kernels (attention.py).
     Returns:
         "diff": squared velocity error, mean over channels, summed over target frames; count in frames.
         "stop": cross-entropy summed over target patches; count in patches.
     """
     draws = Draws(time_BM, noise_BMPC, drop_BM, start_BM)
-    form = {"target_patches": target_patches, "max_segments": max_segments, "remat": remat, "platform": platform}
-    of_patches = patch_figures(loss_terms(params, config, batch, draws, **form), batch.stop_BM)
+    form = {"target_patches": target_patches, "max_segments": max_segments, "platform": platform}
+    terms = loss_terms(params, config, batch, draws, remat=remat, remat_local=remat_local, **form)
+    of_patches = patch_figures(terms, batch.stop_BM)
     return {name: tuple(jnp.sum(x_BM) for x_BM in of_patches[f"loss_{name}"]) for name in ("diff", "stop")}
 
 

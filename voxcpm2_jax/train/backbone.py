@@ -11,7 +11,7 @@ import hashlib
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -19,21 +19,51 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from voxcpm2_jax import metrics, optim, sharding
+from voxcpm2_jax import checkpoint, metrics, optim, sharding
 from voxcpm2_jax.checkpoint import Start
 from voxcpm2_jax.config import CHANGES, BackboneRun, UserError, to_dict
 from voxcpm2_jax.data import packing
 from voxcpm2_jax.data.mixing import Mix
+from voxcpm2_jax.evaluate.validation import Validation
 from voxcpm2_jax.models import flow, voxcpm2
 from voxcpm2_jax.sequence import Batch
-from voxcpm2_jax.train import loop
+from voxcpm2_jax.train import guard, loop
 
 
 def init_state(config: BackboneRun, params=None) -> optim.TrainState:
     """A fresh state, from `params` if given, else from scratch by the run's seed."""
     if params is None:
         params = voxcpm2.init(jax.random.key(config.seed), config.model)
-    return optim.init_state(config.optim, config.num_steps, params)
+    state = optim.init_state(config.optim, config.num_steps, params)
+    return dataclasses.replace(state, guard=guard.init(config.guard))
+
+
+def initial_params(config: BackboneRun, layout, *, init_params=None, init_tslm=None):
+    """Parameters to start from, float32, one at a time laid out as `layout` says; None: neither is given, so from scratch.
+
+    Args:
+        layout: a sharding for every parameter.
+        init_params: any checkpoint of the same model: its weights, averaged ones if it has them, and nothing else.
+        init_tslm: a MiniCPM-4 for the text-semantic LM (`torch_io.load_tslm`); all other parts are from scratch.
+    Raises:
+        UserError: what they hold does not fit the model (every difference is named).
+    """
+    assert init_params is None or init_tslm is None, "one of them says what the text-semantic LM is"
+    if init_params is None and init_tslm is None:
+        return None
+    from voxcpm2_jax import torch_io
+
+    if init_params is not None:
+        weights, params = torch_io.open_weights(init_params, config.model), {}
+    else:
+        weights = torch_io.load_tslm(init_tslm, config.model)
+        scratch = jax.jit(lambda: voxcpm2.init(jax.random.key(config.seed), config.model), out_shardings=layout)
+        params = checkpoint.flatten(scratch())
+    for path, place in checkpoint.flatten(layout).items():
+        if path in weights.shapes:
+            array = np.asarray(weights.read(path), np.float32)
+            params[path] = jax.make_array_from_callback(array.shape, place, lambda index, array=array: array[index])
+    return checkpoint.nest(params)
 
 
 def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2.Draws:
@@ -81,6 +111,7 @@ def objective(
         target_patches=config.batch.target_patches,
         max_segments=config.batch.segments,
         remat=config.remat,
+        remat_local=config.remat_local,
         platform=platform,
         with_figures=True,
     )
@@ -152,11 +183,12 @@ def train_step(
     platform: str = "cpu",
     labels: metrics.Labels | None = None,
 ) -> tuple[optim.TrainState, dict]:
-    """One update -> (state, metrics).
+    """One update, which train/guard.py may skip -> (state, metrics).
 
     Args:
         platform: as in `voxcpm2.loss`.   labels: the losses are also told by dataset, language and mode.
     """
+    before = state
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     progress = state.step.astype(jnp.float32) / config.num_steps
     draws = draw(key, config, batch.patches_BMPC, progress)
@@ -177,19 +209,33 @@ def train_step(
         "slots_used": slots / batch.segment_BT.size,
         "patches_used": patches / is_patch_BM.size,
     }
-    return state, figures | figures_of_update
+    return guard.judge(config.guard, before, state, figures | figures_of_update)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: BackboneRun, workdir, data=None, *, resume_from=None, accept_changes: bool = False) -> dict:
+def train(
+    config: BackboneRun,
+    workdir,
+    data=None,
+    *,
+    heldout=None,
+    resume_from=None,
+    init_params=None,
+    init_tslm=None,
+    accept_changes: bool = False,
+    profile_steps=None,
+) -> dict:
     """Trains in `workdir`, from where it stopped if it holds a checkpoint -> the last row of metrics.jsonl.
 
     Args:
         data: directory of shards, or several with commas between; None: a seeded corpus in memory, of the model's own shape.
+        heldout: the same, for the held-out loss; None: what `prepare` held out of `data`.
         resume_from: another run's workdir or one step of it, whose whole state a new run starts with.
+        init_params, init_tslm: what a new run's parameters are, see `initial_params`; the rest of its state is fresh.
         accept_changes: fields of the config may differ from the checkpoint's that must not (`config.CHANGES`).
+        profile_steps: (a, b): updates a .. b - 1 are traced for XProf.
     Raises:
         UserError: shards that this model cannot read (every difference is named), a batch that suits no mesh, or what
             `checkpoint.begin` refuses.
@@ -203,11 +249,19 @@ def train(config: BackboneRun, workdir, data=None, *, resume_from=None, accept_c
         if batch.rows % (row_shards * config.accumulate):
             parts = f" x {config.accumulate} micro-batches" if config.accumulate > 1 else ""
             raise UserError(f"batch.rows {batch.rows} cannot be split over {row_shards} devices{parts} (mesh {config.mesh})")
+    unheard = _open_heldout(config, source, data, heldout)
     if data is not None and jax.process_index() == 0:
         _keep_makers(workdir, source.paths, source.header)
     with jax.set_mesh(mesh):
         layout = sharding.param_shardings(jax.eval_shape(partial(init_state, config)), mesh)
-        state = jax.jit(partial(init_state, config), out_shardings=layout)()
+        fresh = f"scratch (seed {config.seed})"
+        params = None
+        if not checkpoint.has_steps(workdir) and resume_from is None:
+            _check_makers(init_params, source)
+            params = initial_params(config, layout.params, init_params=init_params, init_tslm=init_tslm)
+            fresh = f"the weights of {init_params} (--init-params)" if init_params else fresh
+            fresh = f"the text-semantic LM of {init_tslm} (--init-tslm), else {fresh}" if init_tslm else fresh
+        state = jax.jit(partial(init_state, config), out_shardings=layout, donate_argnums=0)(params)
         state, row = loop.run(
             workdir=workdir,
             config=to_dict(config) | {"data": _made_of(source)},
@@ -217,10 +271,14 @@ def train(config: BackboneRun, workdir, data=None, *, resume_from=None, accept_c
             num_steps=config.num_steps,
             log=config.log,
             checkpoint=config.checkpoint,
-            evaluators=[] if data is None or not config.samples.every_steps else [_speaker(config, workdir)],
+            guard=config.guard,
+            watchdog=config.watchdog,
+            evaluators=_evaluators(config, workdir, data, unheard, mesh),
             flops_of=partial(_flops, config),
-            counters_at=lambda step: _heard(mix, step, config.patch_sec),
-            origin=Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes),
+            counters_at=lambda step, without: _heard(mix, step, config.patch_sec, without),
+            clips_at=partial(_clips, mix, source.index),
+            origin=Start(resume_from, fresh, CHANGES, accept_changes),
+            profile_steps=profile_steps,
         )
     names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
     return {name: row.get(name) for name in names}
@@ -252,12 +310,28 @@ def _by_shape(config: BackboneRun, batches, layout, platform: str, labels: metri
     return run
 
 
-def _heard(mix: Mix, step: int, patch_sec: float) -> dict:
-    """What the run has heard before a step: clips and hours by "dataset/language/mode"."""
+def _heard(mix: Mix, step: int, patch_sec: float, without: Iterable[int] = ()) -> dict:
+    """What the run has heard before a step: clips and hours by "dataset/language/mode".
+
+    Args:
+        without: batches before it that no update came of.
+    """
+    heard = {name: np.array(counts) for name, counts in mix.heard(step).items()}
+    for batch in without:
+        for sign, end in ((-1, batch + 1), (1, batch)):
+            for name, counts in mix.heard(end).items():
+                heard[name] = heard[name] + sign * np.array(counts)
     return {
-        "/".join(name): {"clips": clips, "hours": round(patches * patch_sec / 3600, 6)}
-        for name, (clips, patches) in mix.heard(step).items()
+        "/".join(name): {"clips": int(clips), "hours": round(int(patches) * patch_sec / 3600, 6)}
+        for name, (clips, patches) in heard.items()
+        if clips
     }
+
+
+def _clips(mix: Mix, index: packing.Index, batch: int) -> list[str]:
+    """The clips of a batch as "dataset/language:number", numbers as in the shards, one directory after the other."""
+    clips = sorted({draw.clip for row in mix.rows(batch) for draw in row})
+    return ["/".join(index.groups[index.lengths[clip, packing.GROUP]]) + f":{clip}" for clip in clips]
 
 
 def _open(config: BackboneRun, data) -> packing.Source:
@@ -274,17 +348,24 @@ def _open(config: BackboneRun, data) -> packing.Source:
     from voxcpm2_jax.data import pipeline
 
     shards = pipeline.Shards(data)
-    pairs = {
-        "patch size (model.patch_size)": (shards.header.patch_size, model.patch_size),
-        "latent channels (model.feat_dim)": (shards.header.latent_dim, model.feat_dim),
-        "vocabulary (model.lm_config.vocab_size)": (shards.header.vocab_size, model.lm_config.vocab_size),
-        "seconds of a patch (patch_sec)": (shards.header.patch_sec, config.patch_sec),
-    }
-    wrong = [f"{name}: shards {theirs}, config {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
-    if wrong:
-        raise UserError(f"{data} does not fit this config: {'; '.join(wrong)}")
+    pipeline.check_fit(shards, model, config.patch_sec, where=str(data))
     if shards.dead_channels and jax.process_index() == 0:
         print(f"{data}: latent channels {shards.dead_channels} hardly vary; the codec does not use them", file=sys.stderr)
+    return shards
+
+
+def _open_heldout(config: BackboneRun, source: packing.Source, data, heldout) -> packing.Source | None:
+    """The clips of the held-out loss, found to be made like those that are trained on."""
+    if data is None and heldout is not None:
+        raise UserError("--heldout goes with --data: held-out clips must be made like those that are trained on")
+    if heldout is None and data is not None:
+        heldout = ",".join(str(path / "heldout") for path in source.paths if (path / "heldout").is_dir())
+    if not heldout or not config.validation.every_steps:
+        return None
+    from voxcpm2_jax.data import pipeline
+
+    shards = pipeline.Shards(heldout)
+    pipeline.check_alike([*source.paths[:1], shards.paths[0]], [source.header, shards.header])
     return shards
 
 
@@ -326,6 +407,22 @@ def _keep_makers(workdir: pathlib.Path, directories: Sequence[pathlib.Path], hea
         )
 
 
+def _check_makers(init_params, source) -> None:
+    """Refuses shards whose latents or ids mean something else than those that the weights were trained on."""
+    header = getattr(source, "header", None)
+    if init_params is None or header is None:
+        return
+    from voxcpm2_jax import torch_io
+
+    theirs = torch_io.makers_sha256(init_params)
+    wrong = [name.removesuffix("_sha256") for name in theirs if theirs[name] != getattr(header, name)]
+    if wrong:
+        raise UserError(
+            f"the shards were not made with the {' and '.join(wrong)} of --init-params={init_params}: prepare them with "
+            f"--vae={init_params} and --config.tokenizer set to its tokenizer"
+        )
+
+
 def _batches(source, mix: Mix, mesh, start_step: int) -> Iterator[Batch]:
     """Batches over all devices; each process reads the clips of the rows that its own devices hold."""
     from voxcpm2_jax.data import pipeline
@@ -338,6 +435,27 @@ def _batches(source, mix: Mix, mesh, start_step: int) -> Iterator[Batch]:
 def _flops(config: BackboneRun, row: dict) -> dict[str, float]:
     used = {name: row[name] for name in ("slots", "patches", "targets", "squares")}
     return {part: 3.0 * flops for part, flops in metrics.forward_flops(config.model, **used).items()}
+
+
+def _evaluators(config: BackboneRun, workdir: pathlib.Path, data, unheard, mesh) -> list[loop.Evaluator]:
+    evaluators = []
+    if unheard is not None:
+        evaluators.append(_validator(config, unheard, mesh))
+    if data is not None and config.samples.every_steps:
+        evaluators.append(_speaker(config, workdir))
+    return evaluators
+
+
+def _validator(config: BackboneRun, unheard: packing.Source, mesh) -> loop.Evaluator:
+    """The held-out loss of the weights to listen to: the averaged ones where there are any, as checkpoints are read."""
+    budgets = dataclasses.replace(config.batch, rows=config.batch.rows // config.accumulate)
+    validation = Validation(config.model, unheard, budgets, config.validation, mesh)
+
+    def run(state: optim.TrainState):
+        for name, value in validation.figures(state.best_params).items():
+            yield f"val_{name}", value
+
+    return loop.Evaluator(config.validation.every_steps, run)
 
 
 def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:

@@ -4,31 +4,35 @@
 
 The host is never more than one step ahead: a step's metrics are fetched when the next one has been dispatched. They are
 fetched at once, before anything else happens, when a step is evaluated or saved, so that no broken state reaches the
-disk and metrics.jsonl is complete up to every checkpoint. A run resumes by itself from its work directory.
+disk and metrics.jsonl is complete up to every checkpoint. A run resumes by itself from its work directory, and goes back
+to its last checkpoint in the same way, without leaving the process, when its numbers stay bad (train/guard.py).
 
-On several processes a signal has to reach all of them between the same two steps; nothing here sees to that yet.
+A signal at any one process reaches all of them between the same two steps: with every step goes a maximum over what the
+processes have heard, fetched with the step's metrics, one step late.
 """
 
 import contextlib
 import dataclasses
 import json
-import math
+import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from voxcpm2_jax import metrics
 from voxcpm2_jax.checkpoint import Checkpoints, Start, begin
-from voxcpm2_jax.config import CheckpointConfig, LogConfig
-
-
-class BrokenRun(RuntimeError):  # noqa: N818
-    """A metric of some step is not finite; its message is the one line to show."""
+from voxcpm2_jax.config import CheckpointConfig, GuardConfig, LogConfig, WatchdogConfig
+from voxcpm2_jax.train.guard import VERDICT, BrokenRun, Ledger, complaint, not_finite
+from voxcpm2_jax.train.watchdog import Watchdog
 
 
 class Preempted(RuntimeError):  # noqa: N818
@@ -50,104 +54,201 @@ def run(
     num_steps: int,
     log: LogConfig,
     checkpoint: CheckpointConfig,
+    guard: GuardConfig,
+    watchdog: WatchdogConfig,
     evaluators: Sequence[Evaluator] = (),
     flops_of: Callable[[dict], dict[str, float]] | None = None,
-    counters_at: Callable[[int], dict] | None = None,
+    counters_at: Callable[[int, frozenset[int]], dict] | None = None,
+    clips_at: Callable[[int], list[str]] | None = None,
     origin: Start | None = None,
+    profile_steps: tuple[int, int] | None = None,
 ) -> tuple[Any, dict]:
     """Trains until `num_steps` updates are finished, counting those of an earlier start.
 
     Args:
         config: plain data; goes into WORKDIR/config.json and into every checkpoint.
-        state: dataclass of arrays where they belong; consumed. `state.step` counts finished updates. Only its layout is
-            used when the run resumes.
-        train_step: jitted, donates the state. Its metrics are scalars or (sum, count); with the gradient norm among them
-            no state can break unseen.
-        batches_from: update number -> iterator of the batches from there on, on the devices.
+        state: dataclass of arrays where they belong; consumed. `state.step` counts the batches that have gone by, those
+            that no update came of among them. Only its layout is used when the run resumes.
+        train_step: jitted, donates the state. Its metrics are scalars or (sum, count); with guard.VERDICT among them it
+            leaves bad updates out by itself, else a figure that is not finite ends the run.
+        batches_from: batch number -> iterator of the batches from there on, on the devices.
         flops_of: means of a row -> useful FLOPs of a step by part, over all devices; None: no MFU.
-        counters_at: update number -> what the data had given by then; kept in the checkpoint.
+        counters_at: step, batches before it that no update came of -> what the data had given by then; kept in the
+            checkpoint.
+        clips_at: batch number -> names of what is in it, for messages and records.
         origin: where to start if the workdir holds no checkpoint, and which fields of the config may differ from one's.
             None: afresh, and any.
+        profile_steps: (a, b): updates a .. b - 1 are traced, into WORKDIR/profile.
     Returns:
         state: after the last update.   row: the last row of metrics.jsonl.
     Raises:
         BrokenRun: the step is named; that state is not saved.
-        Preempted: SIGTERM or SIGINT came; the state is saved.
+        Preempted: SIGTERM or SIGINT came to some process; the state is saved.
     """
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_signals())
+        dog = stack.enter_context(Watchdog(watchdog))
         checkpoints = Checkpoints(workdir, **dataclasses.asdict(checkpoint))
         stack.callback(checkpoints.close)
-        state, meta = begin(checkpoints, state, config, origin or Start())
-        start = step = int(state.step)
-        if jax.process_index() == 0:
-            metrics.replace_file(workdir / "config.json", json.dumps(config, indent=2) + "\n")
-        writer = stack.enter_context(metrics.Writer(workdir, start_step=start, num_steps=num_steps))
-        stop = stack.enter_context(_signals())
-        meter = metrics.Meter(meta.get("meter"))
-        clock = _Clock()
-        batches = batches_from(start) if start < num_steps else iter(())
-        stack.callback(getattr(batches, "close", lambda: None))
-        pending = None  # metrics of the newest step, still on the devices
+        bad: list[int] = []  # batches that the run goes back for
+        while True:  # once, and once more for every way back
+            dog.slow("reading a checkpoint")
+            is_own = checkpoints.latest_step() is not None
+            if bad and not is_own:
+                raise BrokenRun(f"step {bad[-1] + 1}: {len(bad)} bad updates in a row, and no checkpoint yet to go back to")
+            state, meta = begin(checkpoints, state, config, origin or Start())
+            start = step = int(state.step)
+            if jax.process_index() == 0:
+                metrics.replace_file(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+            ledger = Ledger(workdir, guard, meta.get("ledger"))
+            if bad:
+                _say(ledger.step_over(bad, start, clips_at))
+            meter = metrics.Meter(meta.get("meter"))
+            clock = _Clock(meta.get("clock") if is_own else None)
+            with (
+                metrics.Writer(workdir, start_step=start, num_steps=num_steps) as writer,
+                metrics.Profiler(profile_steps, workdir / "profile") as profiler,
+                contextlib.closing(_Feed(batches_from, start, num_steps)) as feed,
+            ):
+                settle = partial(_settle, clock=clock, ledger=ledger, stop=stop, clips_at=clips_at)
+                write = partial(_log, clock=clock, ledger=ledger, writer=writer, log=log, flops_of=flops_of)
+                pending = None  # the newest step, still on the devices
+                is_owed = False  # a save is due; it waits for an update that is kept
 
-        while True:
-            is_new = step > start
-            is_last = step >= num_steps or stop.signal is not None
-            due = [e for e in evaluators if is_new and step % e.every_steps == 0]
-            is_save = is_new and (is_last or checkpoints.is_due(step))
-            if due or is_save:
-                with clock.busy():
-                    _settle(step, pending, meter, clock)
-                pending = None
-                figures = {name: value for e in due for name, value in e.run(state)}
-                meter = _log(step, meter, clock, writer, log, flops_of, figures, is_forced=bool(due) or step == num_steps)
-            if is_save:
-                counters = counters_at(step) if counters_at else {}
-                meta = {"config": config, "data": counters, "meter": meter.state}
-                checkpoints.save(step, state, meta, figures)
-            if is_last:
-                checkpoints.wait()
+                while True:
+                    is_new = step > start
+                    is_last = step >= num_steps or stop.number != 0
+                    due = [e for e in evaluators if is_new and step % e.every_steps == 0]
+                    is_owed = is_new and (is_owed or is_last or checkpoints.is_due(step))
+                    figures = {}
+                    if due or is_owed:
+                        if pending is not None:
+                            with clock.busy():
+                                settle(step, pending, meter)
+                            pending = None
+                        if ledger.is_stuck:
+                            break
+                        dog.slow(f"evaluating step {step}")
+                        figures = {name: value for e in due for name, value in e.run(state)}
+                        meter = write(step, meter, figures, is_forced=bool(due) or step == num_steps)
+                    if is_owed and (is_last or ledger.is_sound):
+                        dog.slow(f"saving step {step}")
+                        with clock.saving():
+                            counters = counters_at(step, ledger.without_update(step)) if counters_at else {}
+                            kept = {"meter": meter.state, "ledger": ledger.state, "clock": clock.state}
+                            checkpoints.save(step, state, {"config": config, "data": counters} | kept, figures)
+                        is_owed = False
+                    if is_last:
+                        checkpoints.wait()
+                        break
+                    checkpoints.check()
+                    dog.waiting(step)
+                    with clock.waiting():
+                        batch, is_strange = feed.next()
+                    dog.stepping(step + 1, is_compiling=is_strange)
+                    profiler.at(step, pending and pending.figures)
+                    with clock.compiling() if is_strange else clock.busy():
+                        if ledger.is_over(step):
+                            state, new = dataclasses.replace(state, step=_next(state.step)), {}
+                        else:
+                            state, new = train_step(state, batch)
+                        asked = stop.ask()
+                    if pending is not None:
+                        with clock.busy():
+                            settle(step, pending, meter)
+                        if ledger.is_stuck:
+                            break
+                        meter = write(step, meter, {}, is_forced=False)
+                    dog.stepped()
+                    pending = _Pending(new, asked)
+                    step += 1
+                    writer.advance(step)
+
+            bad = ledger.bad
+            if not bad:
                 break
-            checkpoints.check()
-            with clock.busy():
-                with clock.waiting():
-                    batch = next(batches)
-                state, new = train_step(state, batch)
-                if pending is not None:
-                    _settle(step, pending, meter, clock)
-            if pending is not None:
-                meter = _log(step, meter, clock, writer, log, flops_of, {}, is_forced=False)
-            pending = new
-            step += 1
-            writer.advance(step)
+            dog.slow("waiting for a save, to go back to it")
+            checkpoints.wait()
 
         if step < num_steps:
-            name = signal.Signals(stop.signal).name
+            name = signal.Signals(stop.number).name
             raise Preempted(f"{name} at step {step} of {num_steps}: saved; start the same command again to go on")
         return state, writer.last_row or {"step": step}
 
 
-def _settle(step, pending, meter, clock):
-    """Waits for `step`, checks its metrics and counts them."""
-    values = metrics.fetch(pending)
-    broken = [name for name, (total, count) in values.items() if not math.isfinite(total) or not math.isfinite(count)]
-    if broken:
-        raise BrokenRun(f"step {step}: not finite: {', '.join(broken)}; the run stops, this state is not saved")
-    meter.add(values)
-    clock.settled()
+class _Pending(NamedTuple):
+    """A step that is on its way."""
+
+    figures: dict  # of the update; {} of a batch that is passed over
+    asked: Any  # what `_Stop.ask` gave
 
 
-def _log(step, meter, clock, writer, log, flops_of, figures, *, is_forced):
+_next = jax.jit(lambda step: step + 1)
+
+
+class _Feed:
+    """The batches from `start` on."""
+
+    def __init__(self, batches_from, start: int, num_steps: int):
+        self._batches = batches_from(start) if start < num_steps else iter(())
+        self._shapes: set[tuple] = set()
+
+    def next(self) -> tuple[Any, bool]:
+        """The next batch, and whether it is the first of its shape: the step will have to be compiled for it."""
+        batch = next(self._batches)
+        shape = tuple(x.shape for x in jax.tree.leaves(batch))
+        is_strange = shape not in self._shapes
+        self._shapes.add(shape)
+        return batch, is_strange
+
+    def close(self) -> None:
+        getattr(self._batches, "close", lambda: None)()
+
+
+def _settle(step, pending, meter, *, clock, ledger, stop, clips_at) -> None:
+    """Waits for update `step`, checks its figures and counts them."""
+    values = metrics.fetch(pending.figures)
+    stop.settle(pending.asked)
+    verdict = {name: values.pop(name)[0] for name in VERDICT if name in values}
+    is_skipped = bool(verdict.get("skipped"))
+    clock.settled(is_kept=bool(values) and not is_skipped)
+    if is_skipped:
+        ledger.skip(step - 1, int(verdict["skipped_in_a_row"]))
+        meter.add(dict.fromkeys(values, (0.0, 0.0)))
+        clips = f"; clips {_listing(clips_at(step - 1))}" if clips_at and jax.process_index() == 0 else ""
+        _say(f"step {step}: update skipped, {ledger.in_a_row} in a row: {complaint(values, verdict)}; batch {step - 1}{clips}")
+    elif values:
+        if broken := not_finite(values):
+            raise BrokenRun(f"step {step}: not finite: {', '.join(broken)}; the run stops, this state is not saved")
+        ledger.keep()
+        meter.add(values)
+    else:
+        ledger.pass_over()
+
+
+def _listing(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _log(step, meter, figures, *, is_forced, clock, ledger, writer, log, flops_of):
     """Writes a row if one is due -> the meter to go on with; a row out of turn leaves the turn's own means alone."""
     is_turn = step % log.every_steps == 0
     if not (is_turn or is_forced):
         return meter
-    row = dict(sorted(meter.means().items(), key=lambda item: ("/" in item[0], not item[0].startswith("loss"), item[0])))
+    means = meter.means() or {name: None for name in writer.last_row or {} if name.startswith("loss")}
+    row = dict(sorted(means.items(), key=lambda item: ("/" in item[0], not item[0].startswith("loss"), item[0])))
+    is_counted = row.get("loss") is not None  # some update of these steps was kept
     for name in [name for name in row if name.endswith("_sec")]:
-        row[f"{name}_per_sec"] = row[name] / clock.step_sec
-    row |= {"step_sec": clock.step_sec, "data_wait_sec": clock.wait_sec}
-    parts = flops_of(row) if flops_of else {}
+        row[f"{name}_per_sec"] = row[name] / clock.step_sec if is_counted else None
+    row |= clock.row | {"skipped": len(ledger.without_update(step))}
+    parts = flops_of(row) if flops_of and is_counted else {}
     row["mfu"] = metrics.mfu(sum(parts.values()), clock.step_sec) if parts else None
     row |= {f"tflop/{part}": flops / 1e12 for part, flops in parts.items()}
     writer.write(step, row | figures)
@@ -158,73 +259,146 @@ def _log(step, meter, clock, writer, log, flops_of, figures, *, is_forced):
 
 
 class _Clock:
-    """Wall time of steps, without evaluations, saves and, where there is another step to tell from, compilation."""
+    """Where wall time goes.
 
-    def __init__(self):
-        self._compiled = False
+    A step's time is what it costs the host, waiting for data and devices included; compiling, evaluating and saving are
+    none of it. Goodput is the share of the time since the run's first start that went into updates which still count:
+    what a kill or a way back undoes, starting, compiling, data, saves, evaluations and standing still are the rest.
+
+    Args:
+        saved: `state` of the checkpoint that the run goes on from; None: it starts.
+    """
+
+    def __init__(self, saved: dict | None):
+        self.state = saved or {"first_start": time.time(), "counted_sec": 0.0}
+        self._unsettled_sec = self._last_wait_sec = 0.0
         self.reset()
 
     def reset(self) -> None:
-        self._busy = self._wait = self._first_busy = self._first_wait = 0.0
-        self._steps = self._first_steps = 0
+        self._busy_sec = self._wait_sec = self._save_sec = 0.0
+        self._steps = 0
 
     @contextlib.contextmanager
     def busy(self):
-        """Around everything a step costs the host, waiting for the devices included."""
+        """Around what a step costs the host beside the wait for its batch."""
         begin = time.perf_counter()
         yield
-        self._busy += time.perf_counter() - begin
-        if self._steps and not self._compiled:
-            self._compiled = True
-            self._first_busy, self._first_wait, self._first_steps = self._busy, self._wait, self._steps
+        sec = time.perf_counter() - begin
+        self._busy_sec += sec
+        self._unsettled_sec += sec
 
     @contextlib.contextmanager
     def waiting(self):
         """Around the wait for a batch."""
         begin = time.perf_counter()
         yield
-        self._wait += time.perf_counter() - begin
+        self._last_wait_sec = time.perf_counter() - begin
+        self._wait_sec += self._last_wait_sec
 
-    def settled(self) -> None:
+    @contextlib.contextmanager
+    def compiling(self):
+        """In place of `busy` where the step meets a new shape: the feed started as well, so that this wait counts neither."""
+        self._wait_sec -= self._last_wait_sec
+        yield
+
+    @contextlib.contextmanager
+    def saving(self):
+        """Around what a save holds the loop up."""
+        begin = time.perf_counter()
+        yield
+        self._save_sec += time.perf_counter() - begin
+
+    def settled(self, *, is_kept: bool) -> None:
+        """A step is over; its time counts if its update does."""
         self._steps += 1
+        if is_kept:
+            self.state["counted_sec"] += self._unsettled_sec
+        self._unsettled_sec = 0.0
 
     @property
     def step_sec(self) -> float:
-        return self._mean(self._busy, self._first_busy)
+        return (self._busy_sec + self._wait_sec) / max(self._steps, 1)
 
     @property
-    def wait_sec(self) -> float:
-        return self._mean(self._wait, self._first_wait)
-
-    def _mean(self, total, first):
-        if self._steps > self._first_steps:
-            return (total - first) / (self._steps - self._first_steps)
-        return total / max(self._steps, 1)
+    def row(self) -> dict:
+        return {
+            "step_sec": self.step_sec,
+            "data_wait_sec": self._wait_sec / max(self._steps, 1),
+            "checkpoint_sec": self._save_sec,
+            "goodput": self.state["counted_sec"] / max(time.time() - self.state["first_start"], 1e-9),
+        }
 
 
 class _Stop:
-    signal: int | None = None
+    """A signal to any of the processes.
+
+    Attributes:
+        number: of the signal, once every process knows it; 0: none.
+    """
+
+    def __init__(self):
+        self._heard = 0  # by this process
+        self._agreed = 0
+        if jax.process_count() > 1:
+            devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
+            mesh = Mesh(devices, ("process", "device"))
+            self._split = NamedSharding(mesh, PartitionSpec("process"))
+            self._highest = jax.jit(lambda heard: heard.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    @property
+    def number(self) -> int:
+        return self._heard if jax.process_count() == 1 else self._agreed
+
+    def ask(self):
+        """With every step: what any process has heard by now, still on the devices."""
+        if jax.process_count() == 1:
+            return None
+        heard = np.array([self._heard], np.int32)
+        return self._highest(jax.make_array_from_process_local_data(self._split, heard, (jax.process_count(),)))
+
+    def settle(self, asked) -> None:
+        """When that step is settled."""
+        if asked is not None:
+            self._agreed = int(asked)
+
+    def hear(self, number: int, _frame=None) -> None:
+        self._heard = self._heard or number
+
+    def listen(self, pipe: int) -> None:
+        """Counts signals, from a thread: the loop's own may be deep in a call that does not come back."""
+        numbers = (n for n in iter(lambda: os.read(pipe, 1), b"") if n[0] in _SIGNALS)
+        for count, (number,) in enumerate(numbers):
+            if count:
+                os._exit(128 + number)  # what is on disk is whole at any time
+            self.hear(number)
+            name = signal.Signals(number).name
+            print(f"{name}: saving after this step, then stopping; a second signal stops at once", file=sys.stderr, flush=True)
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
 def _signals():
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one acts as usual."""
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one ends the process at once."""
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    names = (signal.SIGTERM, signal.SIGINT)
-    usual = {name: signal.getsignal(name) for name in names}
-
-    def note(number, _frame):
-        stop.signal = number
-        for name, handler in usual.items():
-            signal.signal(name, handler)
-
-    for name in names:
-        signal.signal(name, note)
+    usual = {number: signal.getsignal(number) or signal.SIG_DFL for number in _SIGNALS}
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    thread = threading.Thread(target=stop.listen, args=(out,), name="signals", daemon=True)
+    thread.start()
+    usual_pipe = signal.set_wakeup_fd(into)
+    for number in _SIGNALS:
+        signal.signal(number, stop.hear)
     try:
         yield stop
     finally:
-        for name, handler in usual.items():
-            signal.signal(name, handler)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(usual_pipe)
+        os.close(into)
+        thread.join()
+        os.close(out)

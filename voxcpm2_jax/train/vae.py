@@ -8,6 +8,7 @@ trained with its own rate as the listener's; other buckets of a rate-conditioned
 Clips are held in memory. There is no discriminator yet: spectral distances alone give intelligible, metallic speech.
 """
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,15 @@ from voxcpm2_jax import metrics, optim, sharding
 from voxcpm2_jax.checkpoint import Start
 from voxcpm2_jax.config import CHANGES, UserError, VAERun, to_dict
 from voxcpm2_jax.data import audio, corpus
-from voxcpm2_jax.train import loop
+from voxcpm2_jax.train import guard, loop
 from voxcpm2_jax.vae import autoencoder, losses
 
 
 def init_state(config: VAERun, key=None) -> optim.TrainState:
     """A fresh state; the key is the run's seed unless given."""
     params = autoencoder.init(jax.random.key(config.seed) if key is None else key, config.vae)
-    return optim.init_state(config.optim, config.num_steps, params)
+    state = optim.init_state(config.optim, config.num_steps, params)
+    return dataclasses.replace(state, guard=guard.init(config.guard))
 
 
 def objective(params, config: VAERun, batch: dict, key):
@@ -58,6 +60,7 @@ def train_step(state: optim.TrainState, batch: dict, *, config: VAERun) -> tuple
     Args:
         batch: `input_BA` at the encoder's rate and `target_BA` at the decoder's, the same whole hops of sound.
     """
+    before = state
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, key)
     state, figures_of_update = optim.update(config.optim, config.num_steps, state, grads)
@@ -66,7 +69,7 @@ def train_step(state: optim.TrainState, batch: dict, *, config: VAERun) -> tuple
         "loss": loss,
         "audio_sec": jnp.float32(seconds),
     }
-    return state, figures | figures_of_update
+    return guard.judge(config.guard, before, state, figures | figures_of_update)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -166,6 +169,8 @@ def train(config: VAERun, workdir, data=None, *, resume_from=None, accept_change
             num_steps=config.num_steps,
             log=config.log,
             checkpoint=config.checkpoint,
+            guard=config.guard,
+            watchdog=config.watchdog,
             evaluators=[_listener(config, samples)] if samples else [],
             origin=Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes),
         )

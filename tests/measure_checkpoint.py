@@ -1,0 +1,85 @@
+"""What a save costs the loop, and what checksums and their verification cost.
+
+    python tests/measure_checkpoint.py [BLOCKS]          BLOCKS: pairs of blocks of 100 steps, by default 5
+
+Trains configs/backbone.py:tiny in blocks of 100 steps, every other one of which begins with a save: the time that `save`
+keeps the loop waiting, and how much longer such a block takes, background work included. Then writes and verifies the
+checksums of 1 GB in files as Orbax leaves them.
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+
+import jax
+import numpy as np
+
+from voxcpm2_jax import checkpoint
+from voxcpm2_jax.config import BackboneRun, from_dict
+from voxcpm2_jax.data import pipeline
+from voxcpm2_jax.data.mixing import Mix
+from voxcpm2_jax.main import load_config
+from voxcpm2_jax.train import backbone
+
+STEPS = 100
+
+
+def save_cost(directory: pathlib.Path, blocks: int) -> dict:
+    config = from_dict(BackboneRun, load_config("configs/backbone.py:tiny"))
+    source = backbone._open(config, None)
+    batch = jax.device_put(pipeline.host_rows(source, Mix(0, source.index, source.patch_sec, config.batch), 0))
+    step = jax.jit(partial(backbone.train_step, config=config), donate_argnums=0)
+    state = jax.jit(partial(backbone.init_state, config))()
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    checkpoints = checkpoint.Checkpoints(directory, keep=2, every_steps=STEPS)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    blocked, durable = [], []
+    for block in range(2 * blocks + 2):
+        is_saved = block % 2 == 1
+        begin = time.perf_counter()
+        if is_saved:
+            checkpoints.save(block, state, {"config": {}})
+            blocked.append(time.perf_counter() - begin)
+        for _ in range(STEPS):
+            state, figures = step(state, batch)
+            jax.block_until_ready(figures)
+            checkpoints.check()
+            if is_saved and len(durable) < len(blocked) and checkpoints.latest_step() == block:
+                durable.append(time.perf_counter() - begin)
+        seconds[is_saved].append(time.perf_counter() - begin)
+    checkpoints.close()
+    plain, saved = (statistics.median(times[1:]) for times in (seconds[False], seconds[True]))  # the first ones compile
+    return {
+        "state_mb": round(size / 1e6, 2),
+        "step_ms": round(1e3 * plain / STEPS, 1),
+        "save_blocks_ms": round(1e3 * statistics.median(blocked[1:]), 1),
+        "save_blocks_percent": round(100 * statistics.median(blocked[1:]) / plain, 2),
+        "block_longer_percent": round(100 * (saved / plain - 1), 2),
+        "durable_after_ms": round(1e3 * statistics.median(durable[1:]), 1),
+    }
+
+
+def checksum_cost(directory: pathlib.Path) -> dict:
+    step = directory / "checkpoints" / "1"
+    (step / "params").mkdir(parents=True)
+    for i in range(8):
+        (step / "params" / str(i)).write_bytes(os.urandom(1 << 27))
+    figures = {}
+    for name, work in (("write_checksums", checkpoint.write_checksums), ("verify", checkpoint._damage)):
+        begin, cpu = time.perf_counter(), time.process_time()
+        assert not work(step)
+        figures[f"{name}_gb_per_sec"] = round((1 << 30) / 1e9 / (time.perf_counter() - begin), 2)
+        figures[f"{name}_gb_per_cpu_sec"] = round((1 << 30) / 1e9 / (time.process_time() - cpu), 2)
+    return figures
+
+
+if __name__ == "__main__":
+    blocks = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = save_cost(pathlib.Path(scratch) / "saves", blocks) | checksum_cost(pathlib.Path(scratch) / "sums")
+    print(json.dumps(figures | {"load": os.getloadavg()[0], "numpy": np.__version__}))

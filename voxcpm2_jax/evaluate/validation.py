@@ -1,0 +1,260 @@
+"""A held-out loss that can be trusted: it depends on the weights and the clips, and on nothing else.
+
+    clip -> (by a hash of what is in it) layout, flow times, noise -> loss of each of its patches -> sums of the clip
+    figure = sum over clips / count over clips, standard error over clips
+
+A clip keeps its draws for good: whichever clips it is heard with, wherever it stands in a batch, on any mesh, in any run
+and after any resume. Its flow times are stratified: n target patches take one time from each n-th of the distribution that
+training draws from. Conditioning is never dropped, and mean mode is heard with r = t. A clip that can be laid out in several
+ways (with a reference, with its description) takes one of them. Prompt clips bear no loss and are left out.
+
+Sums of patches go to the host and are added up there in float64.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import sys
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+
+from voxcpm2_jax import metrics, sharding
+from voxcpm2_jax.config import BatchConfig, EvaluateConfig, ModelConfig, UserError, ValidationConfig, to_dict
+from voxcpm2_jax.data import packing
+from voxcpm2_jax.data.packing import DESCRIBED, IS_PROMPT, NO_REFERENCE, OWN_REFERENCE, REFERENCE, Draw
+from voxcpm2_jax.models import voxcpm2
+from voxcpm2_jax.sequence import Batch, Sequence, pack
+
+RESULT_FILE = "result.json"
+LOSSES = ("loss_diff", "loss_stop")
+
+
+class Item(NamedTuple):
+    """A held-out clip as it is always heard."""
+
+    label: int  # dataset, language and mode, see `packing.label`
+    sequence: Sequence
+    time_M: np.ndarray  # float32
+    noise_MPC: np.ndarray  # float32
+
+
+class Rows(NamedTuple):
+    """A batch with its draws; `batch.label_BM` numbers the items."""
+
+    batch: Batch
+    time_BM: jax.Array
+    noise_BMPC: jax.Array
+
+
+class Validation:
+    """The held-out loss of any weights of one model.
+
+    Args:
+        source: held-out clips.   budgets: of a batch; clips that fit no row of it are left out, with a line that says so.
+        mesh: where batches are spread; each process reads all clips and keeps the rows of its own devices.
+    Raises:
+        UserError: no clip that fits.
+    """
+
+    def __init__(self, model: ModelConfig, source: packing.Source, budgets: BatchConfig, config: ValidationConfig, mesh):
+        self._mesh = mesh
+        scheduler = model.dit_config.cfm_config.t_scheduler
+        items = [_item(source, number, config.seed, scheduler) for number in _chosen(source.index, config.max_clips)]
+        limits = np.array([budgets.slots, budgets.patches, budgets.target_patches or budgets.patches])
+        sizes_N3 = np.array([(s.num_slots, s.num_patches, s.num_targets) for _, s, _, _ in items]).reshape(-1, 3)
+        fits_N = (sizes_N3 <= limits).all(axis=1)
+        if not fits_N.any():
+            slots, patches, targets = limits
+            raise UserError(
+                f"held-out clips: none of {len(items)} bears loss and fits a row of {slots} slots, {patches} patches and "
+                f"{targets} target patches"
+            )
+        if not fits_N.all() and jax.process_index() == 0:
+            print(f"validation: {(~fits_N).sum()} of {len(items)} clips fit no row and are left out", file=sys.stderr)
+        self._items = [item for item, fits in zip(items, fits_N) if fits]
+        self._labels = metrics.name_labels(
+            packing.label_names(source.index),
+            np.bincount([item.label for item in self._items], minlength=len(source.index.groups) * len(packing.MODES)),
+        )
+        row_N, num_rows = packing.share_rows(sizes_N3[fits_N] / limits)
+        shards = mesh.shape["replica"] * mesh.shape["data"]
+        self._num_rows = shards * math.ceil(min(budgets.rows, num_rows) / shards)
+        rows = [np.flatnonzero(row_N == row).tolist() for row in range(num_rows)]
+        rows += [[]] * (-num_rows % self._num_rows)
+        mine = sharding.local_rows(mesh, self._num_rows)
+        self._batches = [
+            self._pack([rows[start + row] for row in mine], budgets, source.patch_shape)
+            for start in range(0, len(rows), self._num_rows)
+        ]
+        form = {
+            "target_patches": budgets.target_patches,
+            "max_segments": max(map(len, rows)),
+            "platform": mesh.devices.flat[0].platform,
+        }
+        program = partial(_of_patches, config=model, form=form)
+        whole = jax.NamedSharding(mesh, jax.P())  # on every device, for every process adds up all of it
+        self._program = jax.jit(program, out_shardings=whole)
+
+    @property
+    def num_clips(self) -> int:
+        return len(self._items)
+
+    def figures(self, params) -> dict[str, float | None]:
+        """Losses with their standard errors ("loss_diff_se"), in all, by flow time, dataset, language and mode; stop head.
+
+        None where nothing was counted, and for the error of fewer than two clips.
+        """
+        totals: dict[str, np.ndarray] = {}
+        by_time = np.zeros((2, len(metrics.TIME_BINS)))
+        for rows in self._batches:
+            pairs, item_BM, time_BM = jax.device_get(
+                self._program(params, sharding.global_batch(rows, self._mesh, self._num_rows))
+            )
+            is_used_BM = item_BM >= 0
+            for name, pair in pairs.items():
+                sums_2N = [np.bincount(item_BM[is_used_BM], x_BM[is_used_BM], self.num_clips) for x_BM in pair]
+                totals[name] = totals.get(name, 0.0) + np.stack(sums_2N)
+            bins = np.minimum(time_BM[is_used_BM] * len(metrics.TIME_BINS), len(metrics.TIME_BINS) - 1).astype(int)
+            by_time += [np.bincount(bins, x_BM[is_used_BM], len(metrics.TIME_BINS)) for x_BM in pairs["loss_diff"]]
+        return self._told(totals, by_time)
+
+    def _told(self, totals, by_time) -> dict[str, float | None]:
+        found = {}
+        for name in LOSSES:
+            found |= {name: _mean(totals[name]), f"{name}_se": _standard_error(totals[name])}
+        found |= {name: _mean(totals[name]) for name in ("stop_precision", "stop_recall")}
+        found |= {f"loss_diff/time/{name}": _mean(pair) for name, pair in zip(metrics.TIME_BINS, by_time.T[..., None])}
+        member_N3 = np.array(self._labels.members)[[item.label for item in self._items]]
+        for number, group in enumerate(self._labels.names):
+            is_in_N = (member_N3 == number).any(axis=1)
+            if is_in_N.any():
+                for name in LOSSES:
+                    pair_2N = totals[name][:, is_in_N]
+                    found |= {f"{name}/{group}": _mean(pair_2N), f"{name}_se/{group}": _standard_error(pair_2N)}
+        return found
+
+    def _pack(self, rows: list[list[int]], budgets: BatchConfig, patch_shape) -> Rows:
+        """These rows of items."""
+        form = {"num_slots": budgets.slots, "num_patches": budgets.patches}
+        items = [[self._items[number] for number in row] for row in rows]
+        times = [[item.sequence._replace(patches_MPC=item.time_M[:, None, None]) for item in row] for row in items]
+        noises = [[item.sequence._replace(patches_MPC=item.noise_MPC) for item in row] for row in items]
+        sequences = [[item.sequence for item in row] for row in items]
+        return Rows(
+            pack(sequences, **form, patch_shape=patch_shape, labels=rows),
+            pack(times, **form, patch_shape=(1, 1)).patches_BMPC[..., 0, 0],
+            pack(noises, **form, patch_shape=patch_shape).patches_BMPC,
+        )
+
+
+def _of_patches(params, rows: Rows, *, config: ModelConfig, form: dict):
+    """Sums and counts of every patch, with its item and flow time; `form`: options of `voxcpm2.loss_terms`."""
+    draws = voxcpm2.Draws(rows.time_BM, rows.noise_BMPC, jnp.zeros(rows.time_BM.shape, bool))
+    terms = voxcpm2.loss_terms(params, config, rows.batch, draws, **form, remat="none")
+    M = terms["target_BM"].shape[1]
+    return voxcpm2.patch_figures(terms, rows.batch.stop_BM), rows.batch.label_BM[:, :M], rows.time_BM[:, :M]
+
+
+def evaluate(
+    config: EvaluateConfig, checkpoint: str | os.PathLike, shards: str | os.PathLike, output: str | os.PathLike
+) -> dict:
+    """The held-out loss of a checkpoint, averaged weights if it has them -> the content of OUTPUT/result.json.
+
+    Args:
+        shards: made by `prepare`, with the checkpoint's codec and tokenizer.
+    Raises:
+        UserError: no checkpoint, no shards, shards of another model, or an output directory that cannot be written to.
+    """
+    from voxcpm2_jax import torch_io
+    from voxcpm2_jax.data import pipeline
+
+    loaded = torch_io.load_model(checkpoint)
+    source = pipeline.Shards(shards)
+    pipeline.check_fit(source, loaded.config, where=str(shards))
+    tokenizer = (loaded.tokenizer_dir / "tokenizer.json").read_bytes()
+    made_with = {
+        "codec": (source.header.codec_sha256, torch_io.codec_sha256(loaded.vae_params, loaded.vae_config)),
+        "tokenizer": (source.header.tokenizer_sha256, hashlib.sha256(tokenizer).hexdigest()),
+    }
+    wrong = [f"{part}: {ours:.12}, shards {theirs:.12}" for part, (theirs, ours) in made_with.items() if theirs != ours]
+    if wrong:
+        raise UserError(f"{shards} was not made with the codec and tokenizer of {checkpoint} ({'; '.join(wrong)}, SHA-256)")
+    output = pathlib.Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error})") from None
+    mesh = sharding.make_mesh((1, -1, 1))
+    with jax.set_mesh(mesh):
+        validation = Validation(loaded.config, source, config.batch, config.validation, mesh)
+        params = jax.device_put(loaded.params, sharding.param_shardings(loaded.params, mesh))
+        figures = validation.figures(params)
+    result = {
+        "checkpoint": str(checkpoint), "data": str(shards), "clips": validation.num_clips, "config": to_dict(config)
+    } | figures  # fmt: skip
+    (output / RESULT_FILE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
+
+
+# ---- clips -----------------------------------------------------------------------------------------------------------
+
+
+def _chosen(index: packing.Index, max_clips: int) -> list[int]:
+    """Clips that bear loss, at most so many, evenly spread over all."""
+    clips = np.flatnonzero(index.lengths[:, IS_PROMPT] == 0)
+    return clips[np.linspace(0, len(clips) - 1, min(max_clips, len(clips))).astype(int)].tolist()
+
+
+def _item(source: packing.Source, number: int, seed: int, scheduler: str) -> Item:
+    clip = source[number]
+    content = hashlib.sha256(clip.text_ids.astype("<i4").tobytes() + clip.patches_MPC.astype("<f4").tobytes())
+    rng = np.random.default_rng((seed, int.from_bytes(content.digest()[:16], "little")))
+    ways = _ways(source.index, number)
+    draw = ways[rng.integers(len(ways))]
+    sequence = packing.lay_out_draw(source, draw)
+    noise_MPC = rng.standard_normal(sequence.patches_MPC.shape, np.float32)
+    time_M = np.zeros(sequence.num_patches, np.float32)
+    n = sequence.num_targets
+    time_M[sequence.target_M] = _quantile((rng.permutation(n) + rng.random(n)) / n, scheduler)
+    return Item(packing.label(source.index, draw), sequence, time_M, noise_MPC)
+
+
+def _ways(index: packing.Index, number: int) -> list[Draw]:
+    """How a clip can be laid out: with no reference, its own or each of its pairs, with and without its description."""
+    lengths = index.lengths[number]
+    descriptions = [False, True] if lengths[DESCRIBED] else [False]
+    references = [NO_REFERENCE]
+    if lengths[REFERENCE]:
+        references.append(OWN_REFERENCE)
+    elif index.pairs is not None:
+        references += [int(pair) for pair in index.pairs[number] if pair >= 0]
+    return [Draw(number, reference, is_described) for reference in references for is_described in descriptions]
+
+
+def _quantile(share, scheduler: str):
+    """Flow times by their share in `flow.draw_times`."""
+    return share if scheduler == "uniform" else scipy.special.expit(scipy.special.ndtri(share) - 0.4)
+
+
+# ---- sums ------------------------------------------------------------------------------------------------------------
+
+
+def _mean(pair_2N: np.ndarray) -> float | None:
+    total, count = pair_2N.sum(axis=1)
+    return float(total / count) if count else None
+
+
+def _standard_error(pair_2N: np.ndarray) -> float | None:
+    """Of a ratio of sums over clips, by how far each clip's sum is from the mean times its count."""
+    (sum_N, count_N), n = pair_2N, pair_2N.shape[1]
+    if n < 2:
+        return None
+    residual_N = sum_N - sum_N.sum() / count_N.sum() * count_N
+    return float(np.sqrt(n / (n - 1) * np.sum(residual_N**2)) / count_N.sum())
