@@ -9,6 +9,7 @@ often. GPUs are predicted without compiling. roofline.py turns both into seconds
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -172,6 +173,8 @@ def plan(config: BackboneRun, topologies: Sequence[str], *, search: bool = False
         UserError: a topology or mesh that cannot be, or TPUs without libtpu.
     """
     cases = [parse(text, config) for text in topologies]
+    if any(case.machine.torus for case in cases) and importlib.util.find_spec("libtpu") is None:
+        raise UserError(NO_LIBTPU)
     report = {"ok": True, "plans": [], "assumed": _assumed()}
     for case in cases:
         entries = [_entry(case, batch) for batch in case.batches]
@@ -235,7 +238,7 @@ def _entry(case: Case, batch: BatchConfig) -> dict:
         collectives = compiled["collectives"]
         entry |= {name: compiled[name] for name in ("memory", "unknown_loops")} | {"peak_bytes": _peak(compiled["memory"])}
     prediction = roofline.predict(config, batch, machine, mesh, collectives)
-    return entry | _figures(prediction, collectives, machine)
+    return entry | _figures(prediction, collectives)
 
 
 def _peak(memory: dict) -> int:
@@ -243,16 +246,17 @@ def _peak(memory: dict) -> int:
     return memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] + memory["code"]
 
 
-def _figures(prediction: roofline.Prediction, collectives: Sequence[Collective], machine: Machine) -> dict:
-    traffic = {}
-    for one in collectives:
-        ici, dcn = one.wire_bytes()
-        key = f"{one.kind} over {'+'.join(one.axes) or 'one device'}"
-        old = traffic.setdefault(key, {"times": 0, "bytes": 0, "ici_bytes": 0, "dcn_bytes": 0})
-        old["times"] += one.times
-        old["bytes"] += one.times * one.whole_bytes
-        old["ici_bytes"] += round(one.times * ici)
-        old["dcn_bytes"] += round(one.times * dcn)
+def _figures(prediction: roofline.Prediction, collectives: Sequence[Collective]) -> dict:
+    def traffic(ours, name_of):
+        """Collectives by name: how often an update runs them, and bytes on each device."""
+        by_name = {}
+        for one in ours:
+            ici, dcn = one.wire_bytes()
+            old = by_name.setdefault(name_of(one), {"times": 0, "bytes": 0, "ici_bytes": 0, "dcn_bytes": 0})
+            old["times"] += one.times
+            for name, num_bytes in (("bytes", one.whole_bytes), ("ici_bytes", ici), ("dcn_bytes", dcn)):
+                old[name] += round(one.times * num_bytes)
+        return by_name
 
     def result(step_sec):
         return {
@@ -279,10 +283,13 @@ def _figures(prediction: roofline.Prediction, collectives: Sequence[Collective],
                 "bound_sec": p.bound,
                 "calibrated_sec": p.calibrated,
                 "exposed_sec": p.exposed,
+                "collectives": traffic(
+                    [one for one in collectives if (one.part, one.backward) == (p.part, p.backward)], lambda one: one.kind
+                ),
             }
             for p in prediction.passes
         ],
-        "collectives": traffic,
+        "collectives": traffic(collectives, lambda one: f"{one.kind} over {'+'.join(one.axes) or 'one device'}"),
     }
 
 
@@ -511,8 +518,8 @@ def _explanation(assumed: dict) -> list[str]:
         f"Useful FLOPs: rows {a['slots_used']:.1%} full, their patches {a['patches_used']:.1%} (measured on log-normal speech "
         "in 15 languages); padding, recomputation and attention between clips are not useful.",
         "bound: every pass at the chip's peak, memory and links at theirs, all at once; nobody reaches it. calibrated: "
-        f"products at {a['products_reach_of_peak']:.0%} of the peak, what surrounds them at the share of the memory's bandwidth "
-        f"that one H100 reached with this model, links at {a['links_reach_of_peak']:.0%}; no TPU was measured.",
+        f"products at {a['products_reach_of_peak']:.0%} of the peak, what surrounds them at the share of the memory's "
+        f"bandwidth that one H100 reached with this model, links at {a['links_reach_of_peak']:.0%}; no TPU was measured.",
         "exposed: transfers that take longer than the work of the layers they could hide behind.",
     ]
 
@@ -579,10 +586,8 @@ def _compile(config: BackboneRun, topology: str, slices: int) -> dict:
 
     try:
         described = topologies.get_topology_desc(topology_name=topology, platform="tpu", num_slices=slices)
-    except (RuntimeError, ImportError) as error:
-        if "not installed" in str(error) or "libtpu" in str(error):
-            raise UserError(NO_LIBTPU) from None
-        raise UserError(f"{topology}: libtpu does not know this topology ({error})") from None
+    except RuntimeError as error:
+        raise UserError(f"{topology}: libtpu cannot be loaded, or does not know this topology ({error})") from None
     mesh = sharding.make_mesh(config.mesh, devices=described.devices)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(partial(backbone.init_state, config))
@@ -593,7 +598,8 @@ def _compile(config: BackboneRun, topology: str, slices: int) -> dict:
         def placed(shapes, layouts):
             return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, layouts)
 
-        step = jax.jit(partial(backbone.train_step, config=config), donate_argnums=0, out_shardings=(layout, None))
+        program = partial(backbone.train_step, config=config, platform="tpu")
+        step = jax.jit(program, donate_argnums=0, out_shardings=(layout, layout.step))
         begin = time.perf_counter()
         lowered = step.lower(placed(state, layout), placed(batch, jax.tree.map(lambda _: rows, batch)))
         try:
@@ -825,7 +831,7 @@ def _numbers(text: str) -> list[int]:
 def _iota(dims: str, order: str | None):
     """The numbers 0, 1, .. as HLO's [dims]T(order) writes them in another order."""
     numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-    return numbers.transpose(_numbers(order) if order else None).reshape(-1)
+    return (numbers.transpose(_numbers(order)) if order else numbers).reshape(-1)
 
 
 if __name__ == "__main__":
