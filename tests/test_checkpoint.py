@@ -6,6 +6,7 @@ import pathlib
 import resource
 import shutil
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -89,7 +90,9 @@ def test_round_trip_onto_another_mesh(tmp_path, state, shape):
 def test_train_state_goes_onto_any_mesh_and_is_read_array_by_array(tmp_path, tiny_params):
     """As FSDP over eight devices writes it; every device of another mesh gets exactly its part."""
     on = sharding.make_mesh((1, 8, 1))
-    state = optim.init_state(OptimConfig(ema_decay=0.9), 10, jax.tree.map(jnp.asarray, tiny_params))
+    shapes = jax.eval_shape(partial(optim.init_state, OptimConfig(ema_decay=0.9), 10), tiny_params)
+    draw = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: (100 * draw.random(x.shape)).astype(x.dtype), shapes)
     checkpoints = Checkpoints(tmp_path, keep=1, every_steps=1)
     checkpoints.save(1, jax.device_put(state, sharding.param_shardings(state, on)), {"config": {}})
     checkpoints.wait()

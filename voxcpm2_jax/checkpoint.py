@@ -496,6 +496,12 @@ def step_directory(path) -> pathlib.Path:
     return path if _is_step(path) else path / "checkpoints" / str(max(_steps(path / "checkpoints")))
 
 
+def saved_config(path) -> dict:
+    """The config that a workdir's latest step, or a step, was saved with; raises UserError if it is damaged."""
+    verify(path, _META)
+    return read_meta(step_directory(path))["config"]
+
+
 def _weights(path) -> pathlib.Path:
     """The item that holds the weights to use."""
     step = step_directory(path)
