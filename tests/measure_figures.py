@@ -46,7 +46,7 @@ def main(shape: str = "demo", slots: int = 512) -> dict:
     for _ in range(ROUNDS + 1):  # the first compiles
         for name, step in steps.items():
             begin = time.process_time()
-            state, figures = jax.block_until_ready(step(state, batch))
+            state, _ = jax.block_until_ready(step(state, batch))
             sec[name].append(time.process_time() - begin)
     least = {name: min(times[1:]) for name, times in sec.items()}
     return {"shape": shape, "slots": slots} | least | {"cost": least["all"] / least["plain"] - 1}
