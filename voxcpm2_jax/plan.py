@@ -240,11 +240,16 @@ def _entry(case: Case, batch: BatchConfig) -> dict:
             needed, there = compiled["needed_bytes"], compiled["hbm_bytes"]
             entry |= {"peak_bytes": needed, "compiler": compiled["message"], "hbm_bytes": there or machine.hbm_bytes}
             told = f"the compiler needs {_gib(needed)} of {_gib(there)} GiB" if needed and there else compiled["message"]
+            _say(f"{machine.name}: {told}")
             return entry | {"problem": told}
         collectives = compiled["collectives"]
         entry |= {name: compiled[name] for name in ("memory", "unknown_loops")} | {"peak_bytes": _peak(compiled["memory"])}
     prediction = roofline.predict(config, batch, machine, mesh, collectives)
-    return entry | _figures(prediction, collectives)
+    entry |= _figures(prediction, collectives)
+    if entry["compiled"]:
+        mfu = f"at most {entry['bound']['mfu']:.1%} MFU, calibrated {entry['calibrated']['mfu']:.1%}"
+        _say(f"{machine.name}: compiled in {entry['compile_sec']:.0f} s, {_gib(entry['peak_bytes'])} GiB, {mfu}")
+    return entry
 
 
 def _peak(memory: dict) -> int:
