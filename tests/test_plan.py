@@ -52,6 +52,14 @@ def test_rows_scale_the_stages_too():
         plan.with_rows(BackboneRun(model=MODELS["2b"], batch=RUN.batch, stages=stages), 1)
 
 
+def test_the_largest_of_a_ramp_stands_for_it():
+    sizes = ((0, 64, 4096), (5, 256, 4096), (9, 128, 8192))
+    stages = tuple(StageConfig(first_step=s, batch=BatchConfig(rows=b, slots=t, patches=t // 2)) for s, b, t in sizes)
+    run = BackboneRun(model=MODELS["2b"], batch=RUN.batch, stages=stages)
+    assert [batch.rows for batch in plan.parse("64xh100", run).batches] == [256, 128]
+    assert [batch.rows for batch in plan.parse("128xh100", run).batches] == [64, 256, 128]  # 64 rows on 128 GPUs
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
