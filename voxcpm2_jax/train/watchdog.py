@@ -16,7 +16,7 @@ import traceback
 
 from voxcpm2_jax.config import WatchdogConfig
 
-EXIT_CODE = 75
+EXIT_CODE = 1
 
 _REMEMBERED_STEPS = 101
 
