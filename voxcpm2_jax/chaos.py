@@ -1,4 +1,5 @@
-"""Faults, injected into real child processes of `voxcpm2-jax train`, whose results are compared with a run left in peace.
+"""Faults, injected into real child processes of `voxcpm2-jax train`, on the CPU of this machine, whose results are compared
+with those of a run left in peace.
 
     kills        SIGKILL during start-up, at a step, during a save; the run goes on each time, and ends as the other did
     signals      SIGTERM, SIGINT: saved, exit code 75;  a second one: out at once, nothing durable harmed
@@ -225,6 +226,7 @@ class _Lab:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1",
             "PYTHONPATH": f"{pathlib.Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            "JAX_PLATFORMS": "cpu",
             "JAX_NUM_PROCESSES": str(num),
         }
         if num > 1:
@@ -261,7 +263,7 @@ class _Lab:
                 return condition()
             if time.monotonic() > end:
                 raise _Fell(f"nothing happened for {_PATIENCE_SEC:.0f} s: {children[0].said[-2000:]}")
-            time.sleep(0.003)
+            time.sleep(0.01)
         return True
 
     def differences(self, workdir, *, peace=None, arrays: bool = True, close: float = 0.0, steps: int = _STEPS) -> list[str]:
@@ -278,7 +280,7 @@ class _Lab:
                     found.append(f"{name} of step {row['step']}: {a} instead of {b}")
         if arrays:
             layout = jax.eval_shape(partial(backbone.init_state, self.run))
-            place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
             layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), layout)
             (state, meta), (other, expected_meta) = (
                 checkpoint.restore(checkpoint.step_directory(path), layout) for path in (workdir, peace)
@@ -301,11 +303,17 @@ class _Fell(RuntimeError):  # noqa: N818
     """A child did not do what it should; the fault is not survived."""
 
 
-def rows_of(workdir) -> list[dict]:
-    """The rows of metrics.jsonl that are whole."""
+def rows_of(workdir, newest: int = 0) -> list[dict]:
+    """The rows of metrics.jsonl that are whole; all of them, or some of the newest."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in [line for line in lines if line.endswith("\n")][-newest:]]
+
+
+def _newest(workdir) -> int:
+    """Step of the last row of metrics.jsonl; 0 without one."""
+    rows = rows_of(workdir, newest=1)
+    return rows[0]["step"] if rows else 0
 
 
 def _saved(workdir) -> list[int]:
@@ -324,30 +332,27 @@ def _verdict(name: str, injected: int, problems: Sequence[str], note: str = "", 
 
 def _kills(lab: _Lab, kind: str, kills: int) -> Fault:
     """Kills a run again and again until there were enough kills, and lets it come to its end."""
-    name = f"SIGKILL during {kind}"
     problems, lost_steps, lost_data, done, lap = [], 0, 0, 0, 0
-    saved = last = 0  # newest save and newest row of the life before
-    while done < kills or lap == 0:
+    while not problems and (done < kills or not lap):
         workdir = lab.directory / f"killed_{kind.replace(' ', '_')}_{lap}"
-        saved = last = 0
-        has_ended = False
-        while not has_ended:
+        saved = last = 0  # newest save and newest row of the life before
+        is_over = False
+        while not is_over:
             with lab.children(workdir) as (child,):
                 if done < kills:
                     _await(lab, kind, workdir, child)
-                    has_ended = not child.is_running
+                    is_over = not child.is_running
+                    done += not is_over
                 else:
-                    has_ended = child.wait() == 0 or problems.append(f"exit code: {child.said[-1000:]}") is None
-                child.kill()
-                if child.start is not None:
-                    lost_steps += max(last - child.start, 0)
-                    lost_data += child.start < saved
-                done += not has_ended
-                saved = max(_saved(workdir), default=0)
-                last = rows_of(workdir)[-1]["step"] if rows_of(workdir) else last
-        problems += problems or lab.differences(workdir)
+                    child.wait()
+                    is_over = True
+            if child.start is not None:
+                lost_steps += max(last - child.start, 0)
+                lost_data += child.start < saved
+            saved, last = max(_saved(workdir), default=0), _newest(workdir)
+        problems = lab.differences(workdir)
         lap += 1
-    return _verdict(name, kills, problems, lost_steps=lost_steps, lost_data=lost_data)
+    return _verdict(f"SIGKILL during {kind}", kills, problems, lost_steps=lost_steps, lost_data=lost_data)
 
 
 def _await(lab: _Lab, kind: str, workdir, child: _Child) -> None:
@@ -360,7 +365,7 @@ def _await(lab: _Lab, kind: str, workdir, child: _Child) -> None:
     start = child.start
     if kind == "a step":
         goal = start + int(lab.rng.integers(1, _SAVE_EVERY + 4))
-        lab.until(lambda: any(row["step"] >= goal for row in rows_of(workdir)[-1:]), [child])
+        lab.until(lambda: _newest(workdir) >= goal, [child])
         time.sleep(lab.rng.uniform(0, 0.1))
         return
     directory = pathlib.Path(workdir) / "checkpoints"
@@ -375,11 +380,11 @@ def _signal(lab: _Lab, name: str) -> Fault:
     problems = []
     with lab.children(workdir) as (child,):
         goal = int(lab.rng.integers(2, _STEPS // 2))
-        lab.until(lambda: len(rows_of(workdir)) >= goal, [child])
+        lab.until(lambda: _newest(workdir) >= goal, [child])
         begin = time.monotonic()
         child.send(signal.Signals[name])
         code, sec = child.wait(), time.monotonic() - begin
-        last = rows_of(workdir)[-1]["step"]
+        last = _newest(workdir)
         if code != 75 or max(_saved(workdir), default=0) < last:
             problems.append(f"exit code {code}, step {last} done, saved {_saved(workdir)}: {child.said[-500:]}")
     lab.finish(workdir)
@@ -390,14 +395,14 @@ def _second_signal(lab: _Lab) -> Fault:
     workdir = lab.directory / "stopped_twice"
     problems = []
     with lab.children(workdir) as (child,):
-        lab.until(lambda: len(rows_of(workdir)) >= _SAVE_EVERY + 2, [child])
+        lab.until(lambda: _newest(workdir) >= _SAVE_EVERY + 2, [child])
         saved = max(_saved(workdir))
         child.send(signal.SIGTERM)
         lab.until(lambda: "a second signal stops at once" in child.said, [child])
         begin = time.monotonic()
         child.send(signal.SIGTERM)
         code, sec = child.wait(), time.monotonic() - begin
-        last = rows_of(workdir)[-1]["step"]
+        last = _newest(workdir)
         if code not in (128 + signal.SIGTERM, 75):  # 75: it was saved before the second came
             problems.append(f"exit code {code}: {child.said[-500:]}")
     with lab.children(workdir) as (child,):
@@ -415,12 +420,12 @@ def _processes(lab: _Lab, numbers: Sequence[int]) -> Fault:
     workdir, problems, steps = lab.directory / "processes", [], 4 * len(numbers)
     for turn, num in enumerate(numbers[:-1]):
         with lab.children(workdir, num=num) as children:
-            lab.until(lambda goal=4 * (turn + 1) - 1: len(rows_of(workdir)) >= goal, children)
+            lab.until(lambda goal=4 * (turn + 1) - 1: _newest(workdir) >= goal, children)
             children[int(lab.rng.integers(num))].send(signal.SIGTERM)
             codes = [child.wait() for child in children]
             if set(codes) != {75}:
                 problems.append(f"{num} processes: exit codes {codes}: {children[0].said[-1000:]}")
-    steps = max(steps, rows_of(workdir)[-1]["step"] + 2)
+    steps = max(steps, _newest(workdir) + 2)
     lab.finish(workdir, f"--config.num_steps={steps}", num=numbers[-1])
     problems += lab.differences(workdir, arrays=False, close=_CLOSE, steps=steps)
     return _verdict(f"{' -> '.join(map(str, numbers))} processes", len(numbers) - 1, problems)
@@ -430,7 +435,7 @@ def _killed_peer(lab: _Lab, victim: int) -> Fault:
     """One of two; the other has to end by itself, for a launcher to start both again."""
     workdir, problems, steps = lab.directory / f"killed_peer_{victim}", [], 2 * _SAVE_EVERY
     with lab.children(workdir, num=2) as children:
-        lab.until(lambda: len(rows_of(workdir)) >= _SAVE_EVERY + 1 and _saved(workdir), children)
+        lab.until(lambda: _newest(workdir) > _SAVE_EVERY and _saved(workdir), children)
         children[victim].send(signal.SIGKILL)
         begin = time.monotonic()
         try:
@@ -441,7 +446,7 @@ def _killed_peer(lab: _Lab, victim: int) -> Fault:
         sec = time.monotonic() - begin
         if not code:
             problems.append("the other ended as if all were well")
-        last = rows_of(workdir)[-1]["step"]
+        last = _newest(workdir)
     said = lab.finish(workdir, f"--config.num_steps={steps}", num=2)
     start = int(re.search(r"starting from step (\d+)", said)[1])
     problems += lab.differences(workdir, arrays=False, close=_CLOSE, steps=steps)
@@ -479,7 +484,7 @@ def _full_disk(lab: _Lab) -> Fault:
         limit = 4 * (workdir / "metrics.jsonl").stat().st_size  # rows still fit, and parameters do not
         child.limit(max(limit, 1 << 18))
         code = child.wait()
-        saved, last = max(_saved(workdir)), rows_of(workdir)[-1]["step"]
+        saved, last = max(_saved(workdir)), _newest(workdir)
         if code != 1 or "could not be saved" not in child.said or f"step {saved} is whole" not in child.said:
             problems.append(f"exit code {code}: {child.said[-1000:]}")
     said = lab.finish(workdir)
