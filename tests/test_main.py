@@ -126,6 +126,7 @@ def test_help_names_every_command_and_flag(capsys):
         "generate": ["--checkpoint", "--text", "--control", "--reference-audio", "--prompt-audio", "--prompt-text",
                      "--cfg-value", "--inference-timesteps", "--seed", "--stream", "--output", "--input", "--output-dir"],
         "bench": ["data"],
+        "chaos": ["--config", "--workdir", "--kills", "--quick", "3"],
         "import-torch": ["SRC_DIR", "DST_DIR"],
         "export-torch": ["CKPT", "DST_DIR"],
     }  # fmt: skip

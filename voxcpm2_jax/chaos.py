@@ -77,6 +77,13 @@ class Fault(NamedTuple):
     note: str = ""  # what went otherwise than it should, or how long it took
 
 
+class _Outcome(NamedTuple):
+    problems: Sequence[str]  # none: the fault was survived
+    note: str = ""
+    lost_steps: int = 0
+    lost_data: int = 0
+
+
 def chaos(run: BackboneRun, workdir=None, *, kills: int = 20, seed: int = 0, quick: bool = False) -> dict:
     """Runs everything -> {"ok", "faults": the table, ..}; a line on standard error for each fault as it is done.
 
@@ -90,16 +97,35 @@ def chaos(run: BackboneRun, workdir=None, *, kills: int = 20, seed: int = 0, qui
     begin = time.monotonic()
     _say(f"a run left in peace, {_STEPS} updates, in {lab.directory}")
     lab.finish(lab.peace)
-    trials: list[Callable[[], Fault]] = [partial(_kills, lab, kind, n) for kind, n in _shares(3 if quick else kills)]
-    trials += [partial(_signal, lab, name) for name in (("SIGTERM",) if quick else ("SIGTERM", "SIGINT"))]
-    trials += [partial(_second_signal, lab)]
-    trials += [partial(_processes, lab, (1, 2, 1) if quick else (1, 2, 4, 1))]
-    trials += [partial(_killed_peer, lab, victim) for victim in ((1,) if quick else (1, 0))]
-    trials += [partial(_damaged_checkpoint, lab, how) for how in (_DAMAGES[2:3] if quick else _DAMAGES)]
-    trials += [partial(_altered_shard, lab), partial(_full_disk, lab), partial(_bad_numbers, lab)]
+    trials: list[tuple[str, int, Callable]] = [
+        *((f"SIGKILL during {kind}", n, partial(_kills, kind=kind, kills=n)) for kind, n in _shares(3 if quick else kills)),
+        *((name, 1, partial(_signal, name=name)) for name in (("SIGTERM",) if quick else ("SIGTERM", "SIGINT"))),
+        ("SIGTERM twice", 1, _second_signal),
+        *(
+            (f"{' -> '.join(map(str, n))} processes", len(n) - 1, partial(_processes, numbers=n))
+            for n in ((1, 2, 1) if quick else (1, 2, 4, 1),)
+        ),
+        *(
+            (f"SIGKILL of the {('first', 'second')[n]} of two processes", 1, partial(_killed_peer, victim=n))
+            for n in ((1,) if quick else (1, 0))
+        ),
+        *(
+            (f"newest checkpoint {how}", 1, partial(_damaged_checkpoint, how=how))
+            for how in (_DAMAGES[2:3] if quick else _DAMAGES)
+        ),
+        ("bit flipped in a data shard", 1, _altered_shard),
+        ("disk full during a save", 1, _full_disk),
+        ("latents that are not finite, in 3 batches", 3, _bad_numbers),
+    ]
     faults = []
-    for trial in trials:
-        faults.append(trial())
+    for name, injected, trial in trials:
+        try:
+            outcome = trial(lab)
+        except _Fell as fell:
+            outcome = _Outcome([str(fell)])
+        text = "; ".join(" ".join(problem.split()) for problem in outcome.problems)[:500] or outcome.note
+        survived = 0 if outcome.problems else injected
+        faults.append(Fault(name, injected, survived, outcome.lost_steps, outcome.lost_data, text))
         _say(_line(faults[-1]))
     ok = all(fault.survived == fault.injected and not fault.lost_data for fault in faults)
     if ok and workdir is None:
@@ -255,12 +281,12 @@ class _Lab:
             self.start_sec = max(time.monotonic() - begin - 1.0, 1.0)
             return children[0].said
 
-    def until(self, condition: Callable[[], bool], children: Sequence[_Child]) -> bool:
+    def until(self, condition: Callable[[], object], children: Sequence[_Child]) -> bool:
         """Waits for something to happen -> whether it did before a child ended."""
         end = time.monotonic() + _PATIENCE_SEC
         while not condition():
             if not all(child.is_running for child in children):
-                return condition()
+                return bool(condition())
             if time.monotonic() > end:
                 raise _Fell(f"nothing happened for {_PATIENCE_SEC:.0f} s: {children[0].said[-2000:]}")
             time.sleep(0.01)
@@ -322,15 +348,10 @@ def _saved(workdir) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
 
 
-def _verdict(name: str, injected: int, problems: Sequence[str], note: str = "", **lost: int) -> Fault:
-    lines = "; ".join(" ".join(problem.split()) for problem in problems)
-    return Fault(name, injected, 0 if problems else injected, note=lines[:500] or note, **lost)
-
-
 # ---- the faults ------------------------------------------------------------------------------------------------------
 
 
-def _kills(lab: _Lab, kind: str, kills: int) -> Fault:
+def _kills(lab: _Lab, *, kind: str, kills: int) -> _Outcome:
     """Kills a run again and again until there were enough kills, and lets it come to its end."""
     problems, lost_steps, lost_data, done, lap = [], 0, 0, 0, 0
     while not problems and (done < kills or not lap):
@@ -352,7 +373,7 @@ def _kills(lab: _Lab, kind: str, kills: int) -> Fault:
             saved, last = max(_saved(workdir), default=0), _newest(workdir)
         problems = lab.differences(workdir)
         lap += 1
-    return _verdict(f"SIGKILL during {kind}", kills, problems, lost_steps=lost_steps, lost_data=lost_data)
+    return _Outcome(problems, lost_steps=lost_steps, lost_data=lost_data)
 
 
 def _await(lab: _Lab, kind: str, workdir, child: _Child) -> None:
@@ -374,7 +395,7 @@ def _await(lab: _Lab, kind: str, workdir, child: _Child) -> None:
     time.sleep(lab.rng.uniform(0, 0.05))
 
 
-def _signal(lab: _Lab, name: str) -> Fault:
+def _signal(lab: _Lab, *, name: str) -> _Outcome:
     """At a random step; it has to be saved, and told by the exit code."""
     workdir = lab.directory / f"stopped_by_{name}"
     problems = []
@@ -388,14 +409,14 @@ def _signal(lab: _Lab, name: str) -> Fault:
         if code != 75 or max(_saved(workdir), default=0) < last:
             problems.append(f"exit code {code}, step {last} done, saved {_saved(workdir)}: {child.said[-500:]}")
     lab.finish(workdir)
-    return _verdict(name, 1, problems + lab.differences(workdir), f"saved and gone {sec:.1f} s after it")
+    return _Outcome(problems + lab.differences(workdir), f"saved and gone {sec:.1f} s after it")
 
 
-def _second_signal(lab: _Lab) -> Fault:
+def _second_signal(lab: _Lab) -> _Outcome:
     workdir = lab.directory / "stopped_twice"
     problems = []
     with lab.children(workdir) as (child,):
-        lab.until(lambda: _newest(workdir) >= _SAVE_EVERY + 2, [child])
+        lab.until(lambda: _newest(workdir) >= _SAVE_EVERY + 2 and _saved(workdir), [child])
         saved = max(_saved(workdir))
         child.send(signal.SIGTERM)
         lab.until(lambda: "a second signal stops at once" in child.said, [child])
@@ -411,11 +432,10 @@ def _second_signal(lab: _Lab) -> Fault:
         lost_data = int(child.start is None or child.start < saved)
         lost_steps = max(last - (child.start or 0), 0)
     problems += lab.differences(workdir)
-    note = f"gone {sec:.1f} s after the second"
-    return _verdict("SIGTERM twice", 1, problems, note, lost_steps=lost_steps, lost_data=lost_data)
+    return _Outcome(problems, f"gone {sec:.1f} s after the second", lost_steps, lost_data)
 
 
-def _processes(lab: _Lab, numbers: Sequence[int]) -> Fault:
+def _processes(lab: _Lab, *, numbers: Sequence[int]) -> _Outcome:
     """Each number of processes for a while; a signal to any one of them stops all between the same two steps."""
     workdir, problems, steps = lab.directory / "processes", [], 4 * len(numbers)
     for turn, num in enumerate(numbers[:-1]):
@@ -428,10 +448,10 @@ def _processes(lab: _Lab, numbers: Sequence[int]) -> Fault:
     steps = max(steps, _newest(workdir) + 2)
     lab.finish(workdir, f"--config.num_steps={steps}", num=numbers[-1])
     problems += lab.differences(workdir, arrays=False, close=_CLOSE, steps=steps)
-    return _verdict(f"{' -> '.join(map(str, numbers))} processes", len(numbers) - 1, problems)
+    return _Outcome(problems)
 
 
-def _killed_peer(lab: _Lab, victim: int) -> Fault:
+def _killed_peer(lab: _Lab, *, victim: int) -> _Outcome:
     """One of two; the other has to end by itself, for a launcher to start both again."""
     workdir, problems, steps = lab.directory / f"killed_peer_{victim}", [], 2 * _SAVE_EVERY
     with lab.children(workdir, num=2) as children:
@@ -450,11 +470,10 @@ def _killed_peer(lab: _Lab, victim: int) -> Fault:
     said = lab.finish(workdir, f"--config.num_steps={steps}", num=2)
     start = int(re.search(r"starting from step (\d+)", said)[1])
     problems += lab.differences(workdir, arrays=False, close=_CLOSE, steps=steps)
-    name = f"SIGKILL of the {('first', 'second')[victim]} of two processes"
-    return _verdict(name, 1, problems, f"the other gone after {sec:.1f} s", lost_steps=last - start)
+    return _Outcome(problems, f"the other gone after {sec:.1f} s", lost_steps=last - start)
 
 
-def _damaged_checkpoint(lab: _Lab, how: str) -> Fault:
+def _damaged_checkpoint(lab: _Lab, *, how: str) -> _Outcome:
     """It has to be named, and the one before it gone on from."""
     workdir = lab.copy(f"checkpoint_{how.replace(' ', '_')}")
     newest, older = (workdir / "checkpoints" / str(step) for step in (_STEPS, _STEPS - _SAVE_EVERY))
@@ -473,10 +492,10 @@ def _damaged_checkpoint(lab: _Lab, how: str) -> Fault:
     said = lab.finish(workdir)
     problems = [] if f"DAMAGED CHECKPOINT {newest}" in said else [f"it was not named: {said[-1000:]}"]
     problems += [] if f"starting from step {_STEPS - _SAVE_EVERY} of" in said else ["the one before was not used"]
-    return _verdict(f"newest checkpoint {how}", 1, problems + lab.differences(workdir), lost_steps=_SAVE_EVERY)
+    return _Outcome(problems + lab.differences(workdir), lost_steps=_SAVE_EVERY)
 
 
-def _full_disk(lab: _Lab) -> Fault:
+def _full_disk(lab: _Lab) -> _Outcome:
     """A limit on the size of files, set while the run is under way: the next save fails. The older one has to be whole."""
     workdir, problems = lab.directory / "full_disk", []
     with lab.children(workdir) as (child,):
@@ -490,7 +509,7 @@ def _full_disk(lab: _Lab) -> Fault:
     said = lab.finish(workdir)
     lost_data = int(f"starting from step {saved} of" not in said)
     problems += lab.differences(workdir)
-    return _verdict("disk full during a save", 1, problems, lost_steps=last - saved, lost_data=lost_data)
+    return _Outcome(problems, lost_steps=last - saved, lost_data=lost_data)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -535,7 +554,7 @@ def _corpus(run: BackboneRun) -> packing.Source:
     )  # fmt: skip
 
 
-def _altered_shard(lab: _Lab) -> Fault:
+def _altered_shard(lab: _Lab) -> _Outcome:
     """One bit of the first batch: the run must not train on it, and has to name file and clip."""
     run = lab.run
     shards = _write_shards(lab, lab.directory / "shards_altered")
@@ -552,10 +571,10 @@ def _altered_shard(lab: _Lab) -> Fault:
         code = child.wait()
         if code != 2 or not re.search(rf"error: {re.escape(str(file))}: clip \d+ .* cannot be read", child.said):
             problems.append(f"exit code {code}: {child.said[-1000:]}")
-    return _verdict("bit flipped in a data shard", 1, problems)
+    return _Outcome(problems)
 
 
-def _bad_numbers(lab: _Lab) -> Fault:
+def _bad_numbers(lab: _Lab) -> _Outcome:
     """Clips whose latents are not finite: one in a batch is skipped, two batches in a row are gone back from.
 
     The run in peace is one that comes to its end by itself; beside it stands one that is killed after it went back.
@@ -585,4 +604,4 @@ def _bad_numbers(lab: _Lab) -> Fault:
     lab.finish(workdir, f"--data={shards}")
     problems += lab.differences(workdir, peace=peace)
     back = pair[-1] + 1 - _SAVE_EVERY * (pair[0] // _SAVE_EVERY)
-    return _verdict("latents that are not finite, in 3 batches", 3, problems, "2 passed over after a way back", lost_steps=back)
+    return _Outcome(problems, "2 passed over after a way back", lost_steps=back)
