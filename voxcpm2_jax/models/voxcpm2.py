@@ -33,7 +33,10 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT, dtype):
         table_VD = self.param("embedding", nn.initializers.normal(1.0), (self.vocab_size, self.width))
-        return table_VD[tokens_BT].astype(dtype)
+        # Each device looks its own columns up for all rows of its replica, then columns change places with rows. Left to
+        # itself, XLA sums gradients of the whole table over all devices: 600 MB of the release's, in float32.
+        x_BTD = table_VD[constrain(tokens_BT, "replica", None)].astype(dtype)
+        return constrain(constrain(x_BTD, "replica", None, "embed"), "batch", None, None)
 
 
 class TextSemanticLM(nn.Module):
@@ -241,6 +244,16 @@ class Draws(NamedTuple):
     start_BM: jax.Array | None = None  # mean mode: r <= t
 
 
+def to_compute(params: dict, dtype) -> dict:
+    """Parameters in the type they are multiplied in, once a step: else each layer casts its own on every pass over it, and
+    a device that holds a share of them fetches the others' in float32.
+
+    The embedding stays: only the rows that are looked up are cast.
+    """
+    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+    return cast | {"base_lm": cast["base_lm"] | {"embed": params["base_lm"]["embed"]}}
+
+
 def loss_terms(
     params,
     config: ModelConfig,
@@ -267,6 +280,7 @@ def loss_terms(
     if flow_config.noise_cond_scale and max(flow_config.noise_cond_prob_range):
         raise UserError("noise_cond_scale: noise on the previous patch is not supported in training; set it to 0")
     model = VoxCPM2(config, remat, platform=platform, max_segments=max_segments, remat_local=remat_local)
+    params = to_compute(params, jnp.dtype(config.dtype))
     batch = jax.tree.map(jnp.asarray, batch)
     M = batch.slot_BM.shape[1] if target_patches is None else target_patches
     P, C = config.patch_size, config.feat_dim
