@@ -29,7 +29,7 @@ from voxcpm2_jax.config import (
 from voxcpm2_jax.data import packing, pipeline
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.data.tokenizer import train_tokenizer
-from voxcpm2_jax.train import backbone
+from voxcpm2_jax.train import backbone, guard
 from voxcpm2_jax.vae import autoencoder
 
 RUN = BackboneRun(
@@ -123,6 +123,8 @@ def test_update_does_not_depend_on_the_mesh(straight):
     meter = metrics.Meter()
     meter.add(sums)
     for name, value in meter.means().items():
+        if name in guard.VERDICT:  # for the loop alone
+            continue
         expected = None if value is None else pytest.approx(value, rel=_tolerance(name, 1e-4))
         assert row[name] == expected, name
 

@@ -206,6 +206,21 @@ def label_names(index: Index) -> list[tuple[str, str, str]]:
     return [(*group, mode) for group in index.groups for mode in MODES]
 
 
+def label_patches(index: Index) -> np.ndarray:
+    """How many patches that bear loss can come under each label."""
+    lengths = index.lengths
+    is_target_N, is_described_N = lengths[:, IS_PROMPT] == 0, lengths[:, DESCRIBED] > 0
+    has_reference_N = lengths[:, REFERENCE] > 0
+    if index.pairs is not None:
+        has_reference_N |= (index.pairs >= 0).any(axis=1)
+    of_modes = (True, is_described_N, has_reference_N, is_described_N & has_reference_N, False)
+    patches = [
+        np.bincount(lengths[:, GROUP], lengths[:, PATCHES] * (is_target_N & is_of_mode), minlength=len(index.groups))
+        for is_of_mode in of_modes
+    ]
+    return np.stack(patches, axis=1).ravel()
+
+
 def lay_out_draw(source: Source, draw: Draw):
     """A draw's sequence: prompt clip, reference cloning or zero-shot, with description or without."""
     clip = source[draw.clip]
