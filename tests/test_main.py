@@ -220,12 +220,14 @@ def test_a_run_starts_with_one_thing(tmp_path, backbone, run_config, capsys):
 
 
 def test_exit_codes_of_training(tmp_path, backbone, run_config, capsys):
+    from voxcpm2_jax.checkpoint import SaveFailed
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 
     argv = ["train", f"--config={run_config}", f"--workdir={tmp_path}/w"]
     for error, code, start in (
         (Preempted("SIGTERM at step 3"), 75, "SIGTERM at step 3"),
         (BrokenRun("step 4: not finite: loss"), 1, "error: step 4"),
+        (SaveFailed("step 5 could not be saved"), 1, "error: step 5 could not be saved"),
         (UserError("shards: none"), 2, "error: shards: none"),
     ):
         backbone.value = error
