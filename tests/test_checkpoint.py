@@ -125,6 +125,17 @@ def test_state_may_be_donated_while_it_is_written(tmp_path, state):
     checkpoints.close()
 
 
+def test_what_is_remembered_is_that_of_the_moment(tmp_path, state):
+    """Not of when it comes to be written: the loop goes on counting in the very objects that it handed over."""
+    checkpoints = Checkpoints(tmp_path, keep=1, every_steps=1)
+    meta = {"config": {}, "meter": {"loss": [1.0, 1.0]}}
+    checkpoints.save(7, state, meta)
+    meta["meter"]["loss"] = [9.0, 2.0]
+    checkpoints.wait()
+    checkpoints.close()
+    assert checkpoint.read_meta(tmp_path / "checkpoints" / "7")["meter"] == {"loss": [1.0, 1.0]}
+
+
 def test_restore_names_every_difference(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, keep=2, every_steps=1)
     checkpoints.save(1, dataclasses.replace(state, ema=None), {"config": {}})

@@ -150,7 +150,9 @@ class Checkpoints:
         """
         numbers = {name: float(x) for name, x in (figures or {}).items() if isinstance(x, int | float) or _is_scalar(x)}
         items = {name: ocp.args.PyTreeSave(nest(flatten(tree))) for name, tree in _fields(state).items()}
-        items[_META] = ocp.args.JsonSave({"step": step, "versions": versions(), "figures": numbers} | meta)
+        # A copy: Orbax writes it in the background, while the loop goes on counting in what it handed over.
+        kept = json.loads(json.dumps({"step": step, "versions": versions(), "figures": numbers} | meta))
+        items[_META] = ocp.args.JsonSave(kept)
         self.wait()
         self._saving = step
         if self._best:

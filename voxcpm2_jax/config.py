@@ -615,7 +615,7 @@ class WatchdogConfig:
     factor: float = 20.0  # x the median step; a step or a wait for data that lasts longer is a stall
     min_sec: float = 300.0  # shorter ones are none
     slow_sec: float = 3600.0  # limit of what is no step: compiling, reading and writing checkpoints, evaluating
-    action: str = "report"  # "report": where every thread stands, once a stall; "exit": then also leave with code 75
+    action: str = "report"  # "report": where every thread stands, once a stall; "exit": then also leave with code 1
 
     def __post_init__(self):
         def check(name, ok, expected):

@@ -213,6 +213,16 @@ def _parse(argv):
         "--reference-rows", type=int, default=8, metavar="N", help="clips of a batch of the reference (default 8)"
     )  # fmt: skip
 
+    sub = command(
+        "chaos", _chaos, "inject faults into runs of a small model and compare what they leave with a run left in peace",
+        config="configs/backbone.py:tiny",
+        epilog="Prints a table and, as the last line, the same as JSON. Exit codes: 0 all survived, 3 something did not.",
+    )  # fmt: skip
+    sub.add_argument("--workdir", metavar="DIR", help="where the runs go, absent or empty; without it a temporary directory")
+    sub.add_argument("--kills", type=int, default=20, metavar="N", help="SIGKILLs at random moments (default 20)")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default 0)")
+    sub.add_argument("--quick", action="store_true", help="three kills and one fault of each kind: some minutes")
+
     sub = command("import-torch", _import_torch, "turn a released PyTorch directory into a checkpoint of ours")
     sub.add_argument(
         "source", metavar="SRC_DIR", help="config.json, model.safetensors, audiovae.pth or .safetensors, tokenizer"
@@ -589,6 +599,22 @@ def _bench_train(args, overrides) -> int:
     bench_train.show(result)
     _print(result)
     return DONE
+
+
+def _chaos(args, overrides) -> int:
+    config = from_dict(BackboneRun, load_config(args.config, overrides))
+    if args.kills < 1 or args.seed < 0:
+        raise UserError(f"--kills must be at least 1 and --seed 0 or more, got {args.kills} and {args.seed}")
+    if args.workdir:
+        _check_directory(args.workdir)
+        if pathlib.Path(args.workdir).exists() and any(pathlib.Path(args.workdir).iterdir()):
+            raise UserError(f"--workdir={args.workdir}: not empty")
+    from voxcpm2_jax import chaos
+
+    result = chaos.chaos(config, args.workdir, kills=args.kills, seed=args.seed, quick=args.quick)
+    chaos.show(result)
+    _print(result)
+    return DONE if result["ok"] else NO
 
 
 def _import_torch(args, overrides) -> int:

@@ -74,6 +74,8 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 # ---- the processes of a run ------------------------------------------------------------------------------------------
 
+LOST_SEC = 100  # a process that is not heard of for so long is lost; the others then end, for a launcher to start all again
+
 
 def connect() -> None:
     """Joins this process to the others of its run; to be called before anything asks JAX for a device.
@@ -99,7 +101,9 @@ def connect() -> None:
     elif not any(cluster.is_env_present() for cluster in ClusterEnv._cluster_types if not cluster.opt_in_only_method):
         return
     try:
-        jax.distributed.initialize(**told)
+        # Its own notice of SIGTERM would take the signal away from train/loop.py, which tells the others itself.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(**told, heartbeat_timeout_seconds=LOST_SEC)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"the processes of this run do not come together: {error}") from None
 

@@ -2,8 +2,8 @@
 
 A thread looks at the clock a few times a minute; the loop tells it what it is about to do. A step, or a wait for data,
 that lasts longer than `factor` median steps is a stall: the stacks of all threads go to standard error, once. With
-action "exit" the process then ends with code 75, on which a launcher starts it again: no state is saved, for there is
-none to be had from a thread that does not answer.
+action "exit" the process then ends with code 1, as after any failure, for a launcher to start it again a limited number of
+times: no state is saved, for there is none to be had from a thread that does not answer.
 """
 
 import collections
@@ -16,7 +16,7 @@ import traceback
 
 from voxcpm2_jax.config import WatchdogConfig
 
-EXIT_CODE = 75
+EXIT_CODE = 1
 
 _REMEMBERED_STEPS = 101
 
