@@ -40,7 +40,7 @@ VARIANTS = ("tiny", "demo", "demo_long", "small", "2b")
 # The three stages of the report on VoxCPM2: plain speech in rows of 4,096 slots; longer clips and rows, and more and more
 # clips that follow a voice or a description; at last all languages nearly alike. Lengths are the report's, shares and step
 # counts ours, for it gives none. All of a stage that the corpus does not have (references, descriptions) is left out.
-_LONG_ROWS = BatchConfig(rows=128, slots=8192, patches=5632)
+_LONG_ROWS = BatchConfig(rows=128, slots=8192, patches=5632, segments=128)
 CURRICULUM = (
     StageConfig(max_sec=60.0, temperature=1.5, reference=0.0, described=0.0),
     StageConfig(first_step=280_000, max_sec=180.0, temperature=1.5, reference=0.1, described=0.3, batch=_LONG_ROWS),
@@ -79,14 +79,14 @@ def get_config(variant: str = "tiny") -> ConfigDict:
         run = BackboneRun(
             model=MODELS["small"],
             num_steps=100_000,
-            batch=BatchConfig(rows=16, slots=4096, patches=2816),
+            batch=BatchConfig(rows=16, slots=4096, patches=2816, segments=128),
             optim=OptimConfig(learning_rate=6e-4, warmup_steps=2000, schedule="wsd", weight_decay=0.1, ema_decay=0.9995),
         )
     elif variant == "2b":
         run = BackboneRun(
             model=MODELS["2b"],
             num_steps=400_000,
-            batch=BatchConfig(rows=256, slots=4096, patches=2816),
+            batch=BatchConfig(rows=256, slots=4096, patches=2816, segments=128),
             optim=OptimConfig(learning_rate=1e-4, warmup_steps=2000, schedule="wsd", weight_decay=0.1),
             stages=CURRICULUM,
         )

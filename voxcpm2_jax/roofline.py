@@ -152,7 +152,7 @@ class Remat:
     attention: float  # likewise
 
 
-# config.REMAT_POLICIES. "narrow" computes gate and up once more: 53 % of the language models' products, 49 % of the local ones'.
+# config.REMAT_POLICIES. "narrow" computes gate and up once more: 53 % of the language models' products, 49 % of the others'.
 REMATS = {
     "full": Remat("D", 1.0, 1.0),
     "narrow": Remat("D+QKV+O+D", 0.52, 0.0),
