@@ -14,6 +14,7 @@ REQUIRED = [
     "flax>=0.12",
     "optax",
     "orbax-checkpoint>=0.12",
+    "tensorstore",
     "absl-py",
     "array-record",
     "grain>=0.2.16",

@@ -8,7 +8,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
   [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
   . .venv/bin/activate
 fi
-python -m pip install -qq --editable '.[test,demo,eval,torch]' transformers einops pydantic
+python -m pip install -qq --editable '.[test,demo,eval,torch,tpu]' transformers einops pydantic
 # The reference brings a web demo and downloaders along, the speaker encoder a C extension to be compiled; the comparisons
 # need their models alone.
 python -m pip install -qq --no-deps voxcpm==2.0.3 resemblyzer==0.1.4

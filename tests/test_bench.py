@@ -68,7 +68,7 @@ def test_the_command_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     ("argv", "message"),
     [
         (["bench"], "required: WHAT"),
-        (["bench", "train"], "invalid choice: 'train'"),
+        (["bench", "fly"], "invalid choice: 'fly'"),
         (["bench", "data"], "required: --config"),
         (["bench", "data", "--config=configs/backbone.py:tiny", "--seconds=0"], "seconds must be a number over 0, got 0.0"),
         (["bench", "data", "--config=configs/backbone.py:tiny", "--seconds=inf"], "seconds must be a number over 0, got inf"),

@@ -6,6 +6,7 @@ import pathlib
 import resource
 import shutil
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from voxcpm2_jax import checkpoint
+from voxcpm2_jax import checkpoint, optim, sharding
 from voxcpm2_jax.checkpoint import Checkpoints, SaveFailed, Start
 from voxcpm2_jax.config import (
     CHANGES,
@@ -25,6 +26,7 @@ from voxcpm2_jax.config import (
     AudioVAEConfig,
     BackboneRun,
     BatchConfig,
+    OptimConfig,
     UserError,
     VAERun,
     to_dict,
@@ -85,6 +87,32 @@ def test_round_trip_onto_another_mesh(tmp_path, state, shape):
     assert meta == {"step": 7, "config": {"a": [1, None]}, "clips": 3, "figures": {}}
 
 
+def test_train_state_goes_onto_any_mesh_and_is_read_array_by_array(tmp_path, tiny_params):
+    """As FSDP over eight devices writes it; every device of another mesh gets exactly its part."""
+    on = sharding.make_mesh((1, 8, 1))
+    shapes = jax.eval_shape(partial(optim.init_state, OptimConfig(ema_decay=0.9), 10), tiny_params)
+    draw = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: (100 * draw.random(x.shape)).astype(x.dtype), shapes)
+    checkpoints = Checkpoints(tmp_path, keep=1, every_steps=1)
+    checkpoints.save(1, jax.device_put(state, sharding.param_shardings(state, on)), {"config": {}})
+    checkpoints.wait()
+    for shape, num in (((2, 2, 2), 8), ((1, 4, 2), 8), ((1, 1, 1), 1)):
+        other = sharding.make_mesh(shape, jax.devices()[:num])
+        layout = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, sharding.param_shardings(state, other)
+        )
+        restored, _ = checkpoints.restore(layout)
+        assert_equal(restored, state)
+        assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, restored, layout))
+    checkpoints.close()
+    flat = checkpoint.flatten(state.ema)
+    assert checkpoint.array_specs(tmp_path).keys() == flat.keys()
+    for path, array in flat.items():
+        read = checkpoint.read_array(tmp_path, path)
+        assert read.dtype == array.dtype
+        np.testing.assert_array_equal(read, np.asarray(array))
+
+
 def test_state_may_be_donated_while_it_is_written(tmp_path, state):
     want = jax.tree.map(np.array, state)
     checkpoints = Checkpoints(tmp_path, keep=2, every_steps=1)
@@ -132,24 +160,33 @@ def test_latest_is_only_what_is_durable_and_old_steps_go(tmp_path, state):
     assert Checkpoints(tmp_path, keep=2, every_steps=1).latest_step() == 10
 
 
-def test_background_error_surfaces(tmp_path):
+def test_a_full_disk_stops_the_run_and_harms_nothing_older(tmp_path, capsys):
+    """The error of a background save surfaces by itself; the next start clears away what the save left."""
     checkpoints = Checkpoints(tmp_path, keep=2, every_steps=1)
     checkpoints.check()
     state = State(jnp.int32(3), {"kernel": jax.random.normal(jax.random.key(0), (2048, 1024))}, ())
+    checkpoints.save(2, state, {"config": {}})
+    checkpoints.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # a disk that takes no more
+    what = r"step 3 could not be saved in .*checkpoints \(.* GB free\): .*Error writing.*; step 2 is whole; when the reason"
     try:
         checkpoints.save(3, state, {"config": {}})
-        with pytest.raises(
-            SaveFailed, match=r"step 3 could not be saved in .*checkpoints \(.* GB free\): .*Error writing.*no older"
-        ):
+        with pytest.raises(SaveFailed, match=what):
             for _ in range(1000):
                 checkpoints.check()
                 time.sleep(0.01)
         checkpoints.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert checkpoints.latest_step() is None
+    assert checkpoints.latest_step() == 2 and len(list(checkpoints.directory.iterdir())) == 2
+    checkpoints = Checkpoints(tmp_path, keep=2, every_steps=1)
+    begun, meta = begin(checkpoints, state, {})
+    assert_equal(begun, state)
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["2"] and meta["step"] == 2
+    checkpoints.save(3, state, {"config": {}})
+    checkpoints.close()
+    assert checkpoints.verified_step() == 3
 
 
 def test_load_params_prefers_averaged_weights(tmp_path, state):

@@ -121,7 +121,7 @@ def test_help_names_every_command_and_flag(capsys):
     flags = {
         "prepare": ["--config", "--output", "--vae"],
         "doctor": ["--manifest", "--heldout", "--tokenizer", "--output", "3"],
-        "train": ["--config", "--workdir", "--data", "--config.num_steps=100", "75"],
+        "train": ["--config", "--workdir", "--data", "--heldout", "--config.num_steps=100", "75"],
         "train-vae": ["--config", "--workdir", "--data"],
         "generate": ["--checkpoint", "--text", "--control", "--reference-audio", "--prompt-audio", "--prompt-text",
                      "--cfg-value", "--inference-timesteps", "--seed", "--stream", "--output", "--input", "--output-dir"],
@@ -249,7 +249,7 @@ def test_train_vae_hands_over_its_own_config(tmp_path, monkeypatch, capsys):
     path = tmp_path / "vae.py"
     path.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'vae': {}, 'rows': 3})\n")
     calls = []
-    monkeypatch.setattr(vae, "train", lambda *call: calls.append(call) or {"step": 1}, raising=False)
+    monkeypatch.setattr(vae, "train", lambda *call, **start: calls.append(call) or {"step": 1}, raising=False)
     assert run("train-vae", f"--config={path}", f"--workdir={tmp_path}/w", "--config.rows=4") == 0
     ((config, workdir, data),) = calls
     assert config.rows == 4 and (workdir, data) == (f"{tmp_path}/w", None)

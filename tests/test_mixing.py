@@ -98,6 +98,22 @@ def test_the_larger_the_corpus_the_fewer_ways_of_packing(monkeypatch, clips, way
     assert list(packed.values()) == [ways, ways], "nothing is packed again"
 
 
+def test_a_ramp_of_rows_goes_on_with_the_epoch(either_size):
+    """Batches grow in the midst of an epoch: still no clip comes twice before all came once, and none is left out."""
+    lengths = speech_lengths(300)
+    lengths[:100, packing.GROUP] = 1
+    rows = {0: 1, 7: 2, 12: 5}
+    stages = [StageConfig(first_step=step, batch=dataclasses.replace(LARGE, rows=n)) for step, n in rows.items()]
+    mix = mix_of(lengths, *stages, groups=(("a", "en"), ("a", "de")))
+    assert [len(mix.rows(step)) for step in (0, 6, 7, 11, 12, 13)] == [1, 1, 2, 2, 5, 5]
+    heard = [draw.clip for draw in draws(mix, range(60))]
+    for group in (range(100), range(100, 300)):
+        mine = [clip for clip in heard if clip in group]
+        assert len(mine) > 3 * len(group)
+        for start in range(0, len(mine) - len(group) + 1, len(group)):
+            assert sorted(mine[start : start + len(group)]) == list(group)
+
+
 def test_epochs_and_seeds_have_orders_of_their_own(either_size):
     lengths = speech_lengths(300)
     first, second = ([d.clip for d in draws(mix_of(lengths, seed=seed, batch=LARGE), range(60))] for seed in (0, 1))

@@ -1,5 +1,6 @@
 """Schedules against values worked out by hand, AdamW against PyTorch's, Muon against the SVD, what each parameter goes by."""
 
+import dataclasses
 import re
 
 import jax
@@ -11,7 +12,8 @@ import torch
 
 from voxcpm2_jax import optim
 from voxcpm2_jax.checkpoint import flatten
-from voxcpm2_jax.config import AudioVAEConfig, OptimConfig, UserError, from_dict
+from voxcpm2_jax.config import AudioVAEConfig, BackboneRun, OptimConfig, UserError, from_dict
+from voxcpm2_jax.main import load_config
 from voxcpm2_jax.vae import autoencoder
 
 
@@ -41,6 +43,21 @@ def test_a_branch_decays_from_its_own_start():
     np.testing.assert_array_equal(curve(70, range(51), **branch), curve(1000, range(51), **fields))
     at_the_end = curve(100, (80, 85, 90, 100), **fields, decay_steps=20)
     np.testing.assert_allclose(at_the_end, [1, 0.05 + 0.95 * 0.75, 0.05 + 0.95 / 2, 0.05], rtol=1e-6)
+
+
+def test_stages_of_2b_are_parts_of_one_run():
+    """Each goes on where the one before ends, by the same curriculum and rates; the last one decays."""
+    whole, *stages = (
+        from_dict(BackboneRun, load_config(f"configs/backbone.py:2b{stage}")) for stage in ("", "_stage1", "_stage2", "_stage3")
+    )
+    ends = [stage.num_steps for stage in stages]
+    assert ends == sorted(set(ends)) and ends[-1] == whole.num_steps
+    assert set(ends[:-1]) < {stage.first_step for stage in whole.stages}
+    for stage, end in zip(stages, ends):
+        assert dataclasses.replace(stage, num_steps=whole.num_steps) == whole
+        steps = (0, 1999, end - 1)
+        np.testing.assert_array_equal(*(curve(run.num_steps, steps, **vars(run.optim)) for run in (stage, whole)))
+    np.testing.assert_allclose(curve(ends[-1], ends, **vars(whole.optim)), [1e-4, 1e-4, 5e-6], rtol=1e-6)
 
 
 def test_constant_and_a_schedule_of_its_own_length():

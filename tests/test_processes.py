@@ -15,6 +15,43 @@ TRAIN = [
 ]  # fmt: skip
 
 
+ROWS = """
+import jax, json, numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from voxcpm2_jax import sharding
+
+sharding.connect()
+whole_BT = np.arange(24).reshape(8, 3)
+found = []
+for shape, order in ((1, 4, 1), "0123"), ((2, 2, 1), "2031"), ((1, 2, 2), "0123"), ((1, 2, 2), "3012"):
+    devices = np.array(jax.devices())[list(map(int, order))].reshape(shape)
+    mesh = jax.sharding.Mesh(devices, sharding.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    rows = sharding.local_rows(mesh, 8)
+    batch_BT = sharding.global_batch(whole_BT[rows], mesh, 8)
+    assert batch_BT.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+    np.testing.assert_array_equal(process_allgather(batch_BT, tiled=True), whole_BT)
+    found.append(rows)
+print(json.dumps(found))
+"""
+
+
+def test_rows_of_a_process_follow_its_devices():
+    """Devices in another order than processes, and rows that two processes share since tensor crosses them."""
+    results = run_processes([], 4, program=("-c", ROWS))
+    assert [result.code for result in results] == [0] * 4, results
+    in_order, shuffled, shared, shared_shuffled = zip(*(json.loads(r.stdout.splitlines()[-1]) for r in results))
+    assert in_order == ([0, 1], [2, 3], [4, 5], [6, 7])
+    assert shuffled == ([2, 3], [6, 7], [0, 1], [4, 5])
+    assert shared == ([0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7])
+    assert shared_shuffled == ([0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7], [0, 1, 2, 3])
+
+
+def test_processes_that_are_told_nonsense_say_so_in_a_line():
+    results = run_processes([*TRAIN, "--workdir=run"], 1, env={"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"})
+    assert results[0].code == 2 and results[0].stderr.startswith("error: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,")
+    assert results[0].stderr.count("\n") == 1 and not results[0].stdout
+
+
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
     """Trains in a workdir on some processes -> the rows of its metrics.jsonl."""

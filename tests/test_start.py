@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests import test_loop
 from tests.test_pipeline import write
 from voxcpm2_jax import checkpoint, optim, sharding, torch_io
-from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig, UserError
+from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig, CheckpointConfig, UserError
 from voxcpm2_jax.data.packing import Clip
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.train import backbone
@@ -139,6 +140,34 @@ def test_a_run_that_goes_on_does_not_look_at_what_it_began_with(started, workdir
     """The weights it began with may be gone by then."""
     backbone.train(RUN, workdir, init_params="/nowhere")
     assert started.origin.fresh == "scratch (seed 0)"
+
+
+# ---- a branch --------------------------------------------------------------------------------------------------------
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def test_trunk_and_branch_equal_one_run_bitwise(tmp_path, monkeypatch):
+    """The branch's decay begins where it leaves the trunk, whose own lies far off; the trunk is only read."""
+    trunk = dataclasses.replace(test_loop.OPTIM, schedule="wsd", decay_start=10_000, decay_steps=1)
+    branch = dataclasses.replace(trunk, decay_start=6, decay_steps=4)
+
+    def run(workdir, config, num_steps, **start):
+        monkeypatch.setattr(test_loop, "OPTIM", config)
+        often = CheckpointConfig(every_steps=2, keep=9)
+        return test_loop.Toy(8).run(tmp_path / workdir, num_steps, checkpoint=often, **start)[0]
+
+    whole = run("whole", branch, 10)
+    stable = run("trunk", trunk, 10)
+    before = contents(tmp_path / "trunk")
+    parts = run("branch", branch, 10, origin=checkpoint.Start(tmp_path / "trunk" / "checkpoints" / "6"))
+    assert contents(tmp_path / "trunk") == before
+    assert_equal(parts, whole)
+    assert np.linalg.norm(stable.params["kernel"] - whole.params["kernel"]) > 1e-3
+    straight, again = (test_loop.learned(tmp_path / workdir) for workdir in ("whole", "branch"))
+    assert again == straight[-len(again) :] and [row["step"] for row in again] == [9, 10]
 
 
 # ---- a MiniCPM-4 -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -494,6 +496,12 @@ def step_directory(path) -> pathlib.Path:
     return path if _is_step(path) else path / "checkpoints" / str(max(_steps(path / "checkpoints")))
 
 
+def saved_config(path) -> dict:
+    """The config that a workdir's latest step, or a step, was saved with; raises UserError if it is damaged."""
+    verify(path, _META)
+    return read_meta(step_directory(path))["config"]
+
+
 def _weights(path) -> pathlib.Path:
     """The item that holds the weights to use."""
     step = step_directory(path)
@@ -556,11 +564,25 @@ def array_specs(path) -> dict:
 
 
 def read_array(path, key: str) -> np.ndarray:
-    """One of the arrays that `array_specs` lists."""
-    args = ocp.args.PyTreeRestore(
-        nest({key: 0}), restore_args=nest({key: ocp.RestoreArgs(restore_type=np.ndarray)}), partial_restore=True
-    )
-    (array,) = jax.tree.leaves(ocp.PyTreeCheckpointHandler().restore(epath.Path(_weights(path)), args=args))
+    """One of the arrays that `array_specs` lists.
+
+    It is read chunk by chunk (a chunk is what one device held), for memory: all chunks at once, as Orbax reads, take the
+    array's size three times. So the files are opened here the way that Orbax lays them out.
+    """
+    item = _weights(path)
+    layout = json.loads((item / "_METADATA").read_text(encoding="utf-8"))
+    name = key.replace("/", ".")
+    if layout["use_ocdbt"]:
+        store = {"driver": "ocdbt", "base": f"file://{item}/", "path": f"{name}/"}
+    else:
+        store = {"driver": "file", "path": f"{item}/{name}/"}
+    driver = "zarr3" if layout.get("use_zarr3") else "zarr"
+    source = ts.open({"driver": driver, "kvstore": store}, open=True).result()
+    array = np.empty(source.shape, source.dtype.numpy_dtype)
+    chunk = source.chunk_layout.read_chunk.shape
+    for corner in itertools.product(*(range(0, size, step) for size, step in zip(source.shape, chunk))):
+        where = tuple(slice(start, min(start + step, size)) for start, step, size in zip(corner, chunk, source.shape))
+        array[where] = source[where].read().result()
     return array
 
 

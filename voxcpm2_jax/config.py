@@ -754,7 +754,7 @@ class BackboneRun:
 FREE, SCHEDULE, FIXED = "free", "schedule", "fixed"
 CHANGES: tuple[tuple[str, str, str], ...] = (
     # How long, on what machine, and what is told of it. A schedule without schedule_steps is as long as the run: it stretches.
-    (r"(num_steps|remat|accumulate|mesh)\b", FREE, ""),
+    (r"(num_steps|remat|remat_local|accumulate|mesh|model\.dtype|model\.max_length)\b", FREE, ""),
     (r"(checkpoint|log|samples|sample_every_steps|num_samples|validation|guard|watchdog|profile)\b", FREE, ""),
     # What another learning rate would be a surprise for in a run that goes on, and is the purpose of a branch.
     (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_(fraction|steps|start)|end_ratio)\b", SCHEDULE,

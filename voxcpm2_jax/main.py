@@ -8,6 +8,7 @@ This module imports nothing heavy: a command loads what it needs when it runs.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import inspect
 import json
@@ -17,7 +18,17 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from voxcpm2_jax import __version__
-from voxcpm2_jax.config import BackboneRun, BatchConfig, DataConfig, EvaluateConfig, UserError, VAERun, from_dict, to_dict
+from voxcpm2_jax.config import (
+    MODELS,
+    BackboneRun,
+    BatchConfig,
+    DataConfig,
+    EvaluateConfig,
+    UserError,
+    VAERun,
+    from_dict,
+    to_dict,
+)
 
 DONE, FAILED, MISTAKE, NO, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 
@@ -66,19 +77,35 @@ _PLAN = """TPU topologies are compiled with the run's own train step (needs the 
 output is a JSON object. Exit codes: 0 all fit, 3 one does not, 2 a mistake in the arguments."""
 
 
+_BENCH_TRAIN = """Data are noise with the lengths of speech, made in memory; jax, flax and optax are enough with --model.
+The last line of standard output is a JSON object. Exit codes: 0 done, 3 it computes something else than the CPU does in
+float32, or than the reference: nothing is timed then."""
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def _parse(argv):
     """-> (arguments, config overrides as they were written)."""
     parser = _Parser(prog="voxcpm2-jax", description="VoxCPM2 in JAX: data, training, speech, and PyTorch's checkpoints.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name, run, help, *, config=None, epilog=None, of=commands):
+    def command(name, run, help, *, config=None, or_model=False, epilog=None, of=commands):
         if config:
             epilog = f"{epilog}\n\n{_OVERRIDES}" if epilog else _OVERRIDES
         sub = of.add_parser(name, help=help, description=help, epilog=epilog)
         sub.set_defaults(run=run, takes_config=config is not None)
         if config:
-            sub.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help=f"such as {config}")
+            place = sub.add_mutually_exclusive_group(required=True) if or_model else sub
+            place.add_argument("--config", required=not or_model, metavar="FILE[:VARIANT]", help=f"such as {config}")
+            if or_model:
+                place.add_argument("--model", choices=MODELS, help="a shape by name, which needs no package for configs")
         return sub
 
     sub = command("prepare", _prepare, "make shards (tokens, latents) from recordings", config="configs/data.py:demo")
@@ -171,6 +198,20 @@ def _parse(argv):
     )  # fmt: skip
     sub.add_argument("--data", metavar="SHARDS", help="directory made by prepare; without it noise with the lengths of speech")
     sub.add_argument("--seconds", type=float, default=10.0, metavar="X", help="how long to measure (default 10)")
+    sub = command(
+        "train", _bench_train, "how many seconds of audio a second a training takes in, after checking that it computes right",
+        config="configs/backbone.py:2b", or_model=True, of=parts, epilog=_BENCH_TRAIN,
+    )  # fmt: skip
+    sub.add_argument("--rows", type=_numbers, default=(), metavar="B[,B]", help="rows of a batch; several are compared")
+    sub.add_argument("--slots", type=int, metavar="T", help="slots of a row")
+    sub.add_argument("--patches", type=int, metavar="M", help="audio patches of a row")
+    sub.add_argument("--remat", type=_words, default=(), metavar="R[,R]", help="what to recompute; several are compared")
+    sub.add_argument("--steps", type=int, default=10, metavar="N", help="updates that are timed (default 10)")
+    sub.add_argument("--parts", action="store_true", help="times every part of the model by itself as well")
+    sub.add_argument("--against-reference", action="store_true", help="beside the package voxcpm, on the same clips")
+    sub.add_argument(
+        "--reference-rows", type=int, default=8, metavar="N", help="clips of a batch of the reference (default 8)"
+    )  # fmt: skip
 
     sub = command("import-torch", _import_torch, "turn a released PyTorch directory into a checkpoint of ours")
     sub.add_argument(
@@ -535,6 +576,31 @@ def _bench_data(args, overrides) -> int:
 
     result = bench.data(config, args.data, seconds=args.seconds)
     bench.show(result)
+    _print(result)
+    return DONE
+
+
+def _bench_train(args, overrides) -> int:
+    if args.model:
+        if overrides:
+            raise UserError(f"{overrides[0]} goes with --config, not with --model")
+        config = BackboneRun(MODELS[args.model], batch=BatchConfig(rows=2, slots=min(4096, MODELS[args.model].max_length)))
+    else:
+        config = from_dict(BackboneRun, load_config(args.config, overrides))
+    budgets = {name: value for name in ("slots", "patches") if (value := getattr(args, name)) is not None}
+    if "slots" in budgets:
+        budgets = {"patches": min(config.batch.patches, args.slots)} | budgets
+    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, **budgets))
+    from voxcpm2_jax import bench_train
+
+    options = {"rows": args.rows, "remats": args.remat, "num_rounds": args.steps, "parts": args.parts}
+    reference = {"against_reference": args.against_reference, "reference_rows": args.reference_rows}
+    try:
+        result = bench_train.train(config, **options, **reference)
+    except bench_train.Disagreement as disagreement:
+        print(f"error: {disagreement}", file=sys.stderr)
+        return NO
+    bench_train.show(result)
     _print(result)
     return DONE
 

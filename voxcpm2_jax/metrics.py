@@ -78,11 +78,13 @@ class Meter:
 
     def add(self, values: dict[str, tuple[float, float]]) -> None:
         for name, (total, count) in values.items():
-            if name not in self.state:
-                self.state[name] = [total, count]
-                continue
-            old = self.state[name]
-            self.state[name] = [max(old[0], total), count] if is_max(name) else [old[0] + total, old[1] + count]
+            old = self.state.get(name, [0.0, 0.0])
+            if not is_max(name):
+                self.state[name] = [old[0] + total, old[1] + count]
+            elif old[1] and count:
+                self.state[name] = [max(old[0], total), count]
+            else:  # of an update that was skipped there is none
+                self.state[name] = [total, count] if count else old
 
     def means(self) -> dict[str, float | None]:
         """None where nothing was counted."""

@@ -9,6 +9,7 @@ often. GPUs are predicted without compiling. roofline.py turns both into seconds
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -73,10 +74,15 @@ class Case:
 
     @property
     def batches(self) -> list[BatchConfig]:
-        """Distinct budgets of the run, in the order of its stages."""
-        stages = self.config.stages or ()
-        budgets = [self.config.batch if stage.batch is None else stage.batch for stage in stages] or [self.config.batch]
-        return list(dict.fromkeys(budgets))
+        """Budgets of the run to plan, in the order of its stages: of those alike but for their rows the largest stands for
+        all, and each that cannot be split stands for itself."""
+        stages = [self.config.batch if stage.batch is None else stage.batch for stage in self.config.stages]
+        budgets = list(dict.fromkeys(stages or [self.config.batch]))
+        most = {}
+        for batch in budgets:
+            alike = dataclasses.replace(batch, rows=1)
+            most[alike] = max(most.get(alike, 0), batch.rows)
+        return [b for b in budgets if b.rows == most[dataclasses.replace(b, rows=1)] or _mismatch(self, b)]
 
 
 def parse(text: str, config: BackboneRun) -> Case:
@@ -120,14 +126,14 @@ def _with_fields(text, config: BackboneRun, fields: Sequence[str]) -> BackboneRu
             config = with_rows(config, count(value))
         elif name == "accumulate":
             config = dataclasses.replace(config, accumulate=count(value))
-        elif name == "remat":
-            config = dataclasses.replace(config, remat=value)
+        elif name in ("remat", "remat_local"):
+            config = dataclasses.replace(config, **{name: value})
         elif name == "mesh" and re.fullmatch(r"(-1|\d+)x(-1|\d+)x\d+", value):
             config = dataclasses.replace(config, mesh=tuple(int(n) for n in value.split("x")))
         else:
             raise UserError(
-                f"--topology={text}: {field!r} is none of rows=N, accumulate=N, remat=NAME, mesh=REPLICAxDATAxTENSOR; other "
-                "fields are set for all topologies, by --config.NAME=VALUE"
+                f"--topology={text}: {field!r} is none of rows=N, accumulate=N, remat=NAME, remat_local=NAME, "
+                "mesh=REPLICAxDATAxTENSOR; other fields are set for all topologies, by --config.NAME=VALUE"
             )
     return config
 
@@ -172,6 +178,8 @@ def plan(config: BackboneRun, topologies: Sequence[str], *, search: bool = False
         UserError: a topology or mesh that cannot be, or TPUs without libtpu.
     """
     cases = [parse(text, config) for text in topologies]
+    if any(case.machine.torus for case in cases) and importlib.util.find_spec("libtpu") is None:
+        raise UserError(NO_LIBTPU)
     report = {"ok": True, "plans": [], "assumed": _assumed()}
     for case in cases:
         entries = [_entry(case, batch) for batch in case.batches]
@@ -208,6 +216,7 @@ def _entry(case: Case, batch: BatchConfig) -> dict:
         "patches": batch.patches,
         "mesh": list(mesh),
         "remat": config.remat,
+        "remat_local": config.remat_local,
         "accumulate": config.accumulate,
         "compiled": False,
         "fits": False,
@@ -231,11 +240,16 @@ def _entry(case: Case, batch: BatchConfig) -> dict:
             needed, there = compiled["needed_bytes"], compiled["hbm_bytes"]
             entry |= {"peak_bytes": needed, "compiler": compiled["message"], "hbm_bytes": there or machine.hbm_bytes}
             told = f"the compiler needs {_gib(needed)} of {_gib(there)} GiB" if needed and there else compiled["message"]
+            _say(f"{machine.name}: {told}")
             return entry | {"problem": told}
         collectives = compiled["collectives"]
         entry |= {name: compiled[name] for name in ("memory", "unknown_loops")} | {"peak_bytes": _peak(compiled["memory"])}
     prediction = roofline.predict(config, batch, machine, mesh, collectives)
-    return entry | _figures(prediction, collectives, machine)
+    entry |= _figures(prediction, collectives)
+    if entry["compiled"]:
+        mfu = f"at most {entry['bound']['mfu']:.1%} MFU, calibrated {entry['calibrated']['mfu']:.1%}"
+        _say(f"{machine.name}: compiled in {entry['compile_sec']:.0f} s, {_gib(entry['peak_bytes'])} GiB, {mfu}")
+    return entry
 
 
 def _peak(memory: dict) -> int:
@@ -243,16 +257,17 @@ def _peak(memory: dict) -> int:
     return memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] + memory["code"]
 
 
-def _figures(prediction: roofline.Prediction, collectives: Sequence[Collective], machine: Machine) -> dict:
-    traffic = {}
-    for one in collectives:
-        ici, dcn = one.wire_bytes()
-        key = f"{one.kind} over {'+'.join(one.axes) or 'one device'}"
-        old = traffic.setdefault(key, {"times": 0, "bytes": 0, "ici_bytes": 0, "dcn_bytes": 0})
-        old["times"] += one.times
-        old["bytes"] += one.times * one.whole_bytes
-        old["ici_bytes"] += round(one.times * ici)
-        old["dcn_bytes"] += round(one.times * dcn)
+def _figures(prediction: roofline.Prediction, collectives: Sequence[Collective]) -> dict:
+    def traffic(ours, name_of):
+        """Collectives by name: how often an update runs them, and bytes on each device."""
+        by_name = {}
+        for one in ours:
+            ici, dcn = one.wire_bytes()
+            old = by_name.setdefault(name_of(one), {"times": 0, "bytes": 0, "ici_bytes": 0, "dcn_bytes": 0})
+            old["times"] += one.times
+            for name, num_bytes in (("bytes", one.whole_bytes), ("ici_bytes", ici), ("dcn_bytes", dcn)):
+                old[name] += round(one.times * num_bytes)
+        return by_name
 
     def result(step_sec):
         return {
@@ -279,10 +294,13 @@ def _figures(prediction: roofline.Prediction, collectives: Sequence[Collective],
                 "bound_sec": p.bound,
                 "calibrated_sec": p.calibrated,
                 "exposed_sec": p.exposed,
+                "collectives": traffic(
+                    [one for one in collectives if (one.part, one.backward) == (p.part, p.backward)], lambda one: one.kind
+                ),
             }
             for p in prediction.passes
         ],
-        "collectives": traffic,
+        "collectives": traffic(collectives, lambda one: f"{one.kind} over {'+'.join(one.axes) or 'one device'}"),
     }
 
 
@@ -315,9 +333,10 @@ def variants(case: Case) -> list[Case]:
     meshes = [mesh for mesh in meshes if all(width % mesh[1] == 0 for width in widths)]
     found = []
     rows_tried = {config.batch.rows * 2**i // 8 for i in range(7)} | {machine.devices * 2**i for i in range(4)}
-    for rows, remat, mesh, parts in itertools.product(sorted(rows_tried - {0}), roofline.REMATS, meshes, (1, 2, 4, 8)):
+    remats = list(itertools.product(roofline.REMATS, repeat=2))
+    for rows, (remat, local), mesh, parts in itertools.product(sorted(rows_tried - {0}), remats, meshes, (1, 2, 4, 8)):
         try:
-            run = dataclasses.replace(with_rows(config, rows), remat=remat, mesh=mesh, accumulate=parts)
+            run = dataclasses.replace(with_rows(config, rows), remat=remat, remat_local=local, mesh=mesh, accumulate=parts)
         except UserError:  # a stage's rows do not come out
             continue
         variant = Case(machine, run)
@@ -343,13 +362,15 @@ def _suggest(case: Case, failed: dict) -> dict | None:
     estimate = sum(failed.get("estimated_memory", {}).values())
     # How much more the compiler needs than the estimate says.
     factor = failed["peak_bytes"] / estimate if estimate and failed.get("peak_bytes") else 1.0
-    rows = case.config.batch.rows
-    ranked = sorted(variants(case), key=lambda v: (abs(math.log2(v.config.batch.rows / rows)), -_speed(v)))
+    there = _HEADROOM * case.machine.hbm_bytes
+    left = [(variant, _needs(variant)) for variant in variants(case)]
     for _ in range(_MAX_TRIES):
-        ranked = [variant for variant in ranked if factor * _needs(variant) <= _HEADROOM * case.machine.hbm_bytes]
-        if not ranked:
+        left = [(variant, needs) for variant, needs in left if factor * needs <= there]
+        if not left:
             return None
-        variant = ranked.pop(0)
+        nearest = min(_distance(variant, case) for variant, _ in left)
+        variant = max((v for v, _ in left if _distance(v, case) == nearest), key=_speed)
+        left = [(v, needs) for v, needs in left if v is not variant]
         entries = []
         for batch in sorted(variant.batches, key=lambda b: -sum(roofline.memory(variant.config, b, variant.mesh).values())):
             entries.append(_entry(variant, batch))
@@ -363,12 +384,18 @@ def _suggest(case: Case, failed: dict) -> dict | None:
     return None
 
 
+def _distance(variant: Case, case: Case) -> float:
+    """How far a variant's batch is from the run's, in doublings."""
+    return abs(math.log2(variant.config.batch.rows / case.config.batch.rows))
+
+
 def _in_words(variant: Case, case: Case) -> str:
     """The --topology of a variant: what differs from the run."""
     new, old = variant.config, case.config
     fields = {
         "rows": (new.batch.rows, old.batch.rows),
         "remat": (new.remat, old.remat),
+        "remat_local": (new.remat_local or new.remat, old.remat_local or old.remat),
         "mesh": (_by(variant.mesh), _by(case.mesh)),
         "accumulate": (new.accumulate, old.accumulate),
     }
@@ -376,10 +403,11 @@ def _in_words(variant: Case, case: Case) -> str:
 
 
 def _search(case: Case) -> list[dict]:
-    """The Pareto front of speed and free memory, predicted; up to _MAX_FRONT points of it are compiled."""
+    """The Pareto front of speed and free memory by the estimate; up to _MAX_FRONT points of it, compiled where it is a TPU."""
     there = _HEADROOM * case.machine.hbm_bytes
-    points = [(variant, _speed(variant), _needs(variant)) for variant in variants(case)]
-    points = sorted((p for p in points if p[2] <= there), key=lambda p: (-p[1], p[2]))
+    needs = [(variant, _needs(variant)) for variant in variants(case)]
+    points = [(variant, _speed(variant), num_bytes) for variant, num_bytes in needs if num_bytes <= there]
+    points = sorted(points, key=lambda point: (-point[1], point[2]))
     front, least = [], math.inf
     for point in points:
         if point[2] < least:
@@ -456,7 +484,8 @@ def _summary(entries: Sequence[dict], title: str):
     for name in ("compile s", "HBM GiB", "of", "PFLOP", "bound s", "MFU", "calibr. s", "MFU", "exposed", "audio h/day"):
         table.add_column(name, justify="right")
     for e in entries:
-        cells = [e["topology"], f"{e['rows']} x {e['slots']}", _by(e["mesh"]), e["remat"], str(e["accumulate"])]
+        remat = "/".join(filter(None, (e["remat"], e["remat_local"])))
+        cells = [e["topology"], f"{e['rows']} x {e['slots']}", _by(e["mesh"]), remat, str(e["accumulate"])]
         cells += [f"{e['compile_sec']:.0f}" if "compile_sec" in e else "-"]
         cells += [_gib(e["peak_bytes"]) if e.get("peak_bytes") else "-", _gib(e["hbm_bytes"])]
         if "bound" in e:
@@ -511,8 +540,8 @@ def _explanation(assumed: dict) -> list[str]:
         f"Useful FLOPs: rows {a['slots_used']:.1%} full, their patches {a['patches_used']:.1%} (measured on log-normal speech "
         "in 15 languages); padding, recomputation and attention between clips are not useful.",
         "bound: every pass at the chip's peak, memory and links at theirs, all at once; nobody reaches it. calibrated: "
-        f"products at {a['products_reach_of_peak']:.0%} of the peak, what surrounds them at the share of the memory's bandwidth "
-        f"that one H100 reached with this model, links at {a['links_reach_of_peak']:.0%}; no TPU was measured.",
+        f"products at {a['products_reach_of_peak']:.0%} of the peak, what surrounds them at the share of the memory's "
+        f"bandwidth that one H100 reached with this model, links at {a['links_reach_of_peak']:.0%}; no TPU was measured.",
         "exposed: transfers that take longer than the work of the layers they could hide behind.",
     ]
 
@@ -579,10 +608,8 @@ def _compile(config: BackboneRun, topology: str, slices: int) -> dict:
 
     try:
         described = topologies.get_topology_desc(topology_name=topology, platform="tpu", num_slices=slices)
-    except (RuntimeError, ImportError) as error:
-        if "not installed" in str(error) or "libtpu" in str(error):
-            raise UserError(NO_LIBTPU) from None
-        raise UserError(f"{topology}: libtpu does not know this topology ({error})") from None
+    except RuntimeError as error:
+        raise UserError(f"{topology}: libtpu cannot be loaded, or does not know this topology ({error})") from None
     mesh = sharding.make_mesh(config.mesh, devices=described.devices)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(partial(backbone.init_state, config))
@@ -593,7 +620,8 @@ def _compile(config: BackboneRun, topology: str, slices: int) -> dict:
         def placed(shapes, layouts):
             return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, layouts)
 
-        step = jax.jit(partial(backbone.train_step, config=config), donate_argnums=0, out_shardings=(layout, None))
+        program = partial(backbone.train_step, config=config, platform="tpu")
+        step = jax.jit(program, donate_argnums=0, out_shardings=(layout, layout.step))
         begin = time.perf_counter()
         lowered = step.lower(placed(state, layout), placed(batch, jax.tree.map(lambda _: rows, batch)))
         try:
@@ -825,7 +853,7 @@ def _numbers(text: str) -> list[int]:
 def _iota(dims: str, order: str | None):
     """The numbers 0, 1, .. as HLO's [dims]T(order) writes them in another order."""
     numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-    return numbers.transpose(_numbers(order) if order else None).reshape(-1)
+    return (numbers.transpose(_numbers(order)) if order else numbers).reshape(-1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ a kernel does not skip other segments); in HBM each product's operands and resul
 fused into them, weights once a pass, what the backward pass keeps, and the optimiser's state.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ class Remat:
     attention: float  # likewise
 
 
-# config.REMAT_POLICIES. "narrow" computes gate and up once more: 53 % of the language models' products, 49 % of the others'.
+# config.REMAT_POLICIES. "narrow" computes gate and up once more: 53 % of the language models' products, 49 % of the local
+# ones'.
 REMATS = {
     "full": Remat("D", 1.0, 1.0),
     "narrow": Remat("D+QKV+O+D", 0.52, 0.0),
@@ -329,8 +331,10 @@ def update_bytes(config: BackboneRun, mesh: Sequence[int]) -> float:
 
 
 def state_bytes_per_param(config: BackboneRun) -> int:
-    """Float32 weights, two moments, the average."""
-    return 12 + (0 if config.optim.ema_decay is None else 4)
+    """Float32 weights, the optimiser's moments, the average. Muon has one moment; what it leaves to AdamW is not counted."""
+    first = 2 if config.optim.mu_dtype == "bfloat16" else 4
+    second = 0 if config.optim.optimizer == "muon" else 4
+    return 4 + first + second + (0 if config.optim.ema_decay is None else 4)
 
 
 def memory(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int]) -> dict[str, float]:
@@ -378,6 +382,7 @@ def products_reached() -> float:
     return _MEASURED_PRODUCT_FLOPS / CHIPS["h100"].peak_bf16_flops
 
 
+@functools.cache
 def _around(part: str) -> float:
     """Measured seconds around a stack's products, by those that moving `_moved_bytes` once would take at full bandwidth."""
     model = MODELS["2b"]

@@ -41,6 +41,7 @@ MESH_AXES = ("replica", "data", "tensor")
 # Logical dim -> mesh axes. "embed" is what FSDP splits, the wide dims of a matrix are what tensor parallelism splits.
 RULES: dict[str, Any] = {
     "batch": ("replica", "data"),
+    "replica": "replica",  # rows, where all devices of a replica hold the same ones
     "embed": "data",
     "heads": "tensor",
     "kv_heads": "tensor",

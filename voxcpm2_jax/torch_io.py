@@ -392,10 +392,10 @@ def open_weights(path: str | os.PathLike, config: ModelConfig) -> Weights:
         theirs, groups = source.released.model, _by_path(source.backbone_rows)
         read = lambda key: _stack(source.backbone, groups[key])  # noqa: E731
     else:
-        meta = checkpoint.read_meta(checkpoint.step_directory(path))["config"]
-        if "model" not in meta:
+        config_there = checkpoint.saved_config(path)
+        if "model" not in config_there:
             raise UserError(f"{path}: a checkpoint of a codec; expected one of the backbone")
-        theirs = from_dict(ModelConfig, meta["model"], where=f"{path}: config.model")
+        theirs = from_dict(ModelConfig, config_there["model"], where=f"{path}: config.model")
         groups = _by_path(backbone_table(theirs))
         _check_params(checkpoint.array_specs(path), groups, str(path))
         read = functools.partial(checkpoint.read_array, path)
@@ -611,6 +611,7 @@ def write_safetensors(path, header: Mapping[str, tuple[np.dtype, tuple[int, ...]
             file.seek(8 + len(encoded) + content[name]["data_offsets"][0])
             file.write(np.ascontiguousarray(tensor).view(np.uint8).data if tensor.size else b"")
             missing.remove(name)
+            del tensor  # before the next one is read: it may be a view of all layers
         file.flush()
         os.fsync(file.fileno())
     assert not missing, missing
@@ -750,8 +751,7 @@ def load_codec(path: str | os.PathLike) -> tuple[AudioVAEConfig, dict]:
         config, tensors = read_released(path).vae, _open(path, VAE_FILE, "audiovae.pth")
         _refuse(path, _differences(tensors, vae_table(config)))
         return _read_codec(_with_boundaries(config, tensors), tensors)
-    checkpoint.verify(path, "meta")
-    config = checkpoint.read_meta(checkpoint.step_directory(path))["config"]
+    config = checkpoint.saved_config(path)
     if "vae" not in config:
         return _read_codec(*_open_codec(_root(path) / "codec"))
     vae_config = from_dict(AudioVAEConfig, config["vae"], where=f"{path}: config.vae")
@@ -809,8 +809,7 @@ class _Workdir:
         for directory in (self.codec_dir, self.tokenizer_dir):
             if not directory.is_dir():
                 raise UserError(f"{directory}: no such directory; a workdir keeps its codec and tokenizer beside checkpoints/")
-        checkpoint.verify(path, "meta")
-        config = checkpoint.read_meta(checkpoint.step_directory(path))["config"]
+        config = checkpoint.saved_config(path)
         self.config = from_dict(ModelConfig, config.get("model", {}), where=f"{path}: config.model")
         self.raw = config.get("released")
         self.vae_config, self.vae = _open_codec(self.codec_dir)

@@ -82,8 +82,9 @@ def judge(config: GuardConfig, old, new, figures: dict) -> tuple[Any, dict]:
 
 
 def not_finite(values: dict[str, tuple[float, float]]) -> list[str]:
-    """The names among an update's figures, as (sum, count), that are not finite."""
-    return [name for name, pair in values.items() if not all(map(math.isfinite, pair))]
+    """The names among an update's figures, as (sum, count), that are not finite; parts only if no whole is."""
+    names = [name for name, pair in values.items() if not all(map(math.isfinite, pair))]
+    return [name for name in names if "/" not in name] or names
 
 
 def complaint(values: dict[str, tuple[float, float]], verdict: dict[str, float]) -> str:
