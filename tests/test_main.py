@@ -400,3 +400,21 @@ def test_generate_refuses_a_directory_that_is_no_checkpoint(tmp_path, capsys):
     argv = ["generate", "--text=a", f"--output={tmp_path}/a.wav"]
     assert "no such directory" in refusal(capsys, *argv, f"--checkpoint={tmp_path}/nothing")
     assert "not a checkpoint" in refusal(capsys, *argv, f"--checkpoint={tmp_path}")
+
+
+def test_training_keeps_its_programs_where_the_user_says_or_in_the_users_cache(tmp_path, monkeypatch):
+    """Several processes share no directory that we could know of."""
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = []
+    try:
+        for there, processes in (("/somewhere", 1), (None, 2), (None, 1)):
+            jax.config.update("jax_compilation_cache_dir", there)
+            monkeypatch.setattr(jax, "process_count", lambda n=processes: n)
+            cli._keep_programs()
+            found.append(jax.config.jax_compilation_cache_dir)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert found == ["/somewhere", None, str(tmp_path / "voxcpm2_jax" / "compiled")]

@@ -170,6 +170,14 @@ def test_padding_does_not_count(params, terms):
     assert terms(params, roomy, draws)["target_BM"].sum() == 5
 
 
+def test_a_row_of_more_clips_than_it_may_hold_has_no_loss(params):
+    """Rather than a wrong one: cuDNN would leave clips out without a word."""
+    batch = pack([clip(3, 2), clip(2, 2), clip(2, 3)], [clip(3, 5)])
+    d = draws_for(batch)
+    terms = jax.jit(lambda: voxcpm2.loss_terms(params, CONFIG, batch, d, max_segments=2))()
+    assert np.isnan(terms["diff_BMP"][0]).any() and np.isfinite(terms["diff_BMP"][1]).all()
+
+
 def test_third_budget_changes_nothing_but_the_work(params, terms):
     batch = pack([clip(3, 5, reference_MPC=audio(4)), clip(2, 4)])
     draws = draws_for(batch)

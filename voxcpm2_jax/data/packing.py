@@ -1,6 +1,6 @@
 """Clips that share rows: what a clip takes of a row, which go together, and rows put together as a batch.
 
-A row has three budgets: T slots, M audio patches, and how many of them may bear loss. A clip is never cut.
+A row has four budgets: T slots, M audio patches, how many of them may bear loss, and clips. A clip is never cut.
 
 Where rows hold many clips they are dealt out: the longest first, to the rows that are least full. That fills rows
 evenly, over 98 % of their slots (README), a million clips a second. Rows of few clips are filled by best fit, each clip
@@ -83,7 +83,7 @@ class Source(Protocol):
 
 
 def sizes(lengths: np.ndarray, *, reference_N=None, is_described=None) -> np.ndarray:
-    """What each clip takes of the three budgets, int [clips, 3]: slots, patches, target patches (see sequence.py).
+    """What each clip takes of three budgets, int [clips, 3]: slots, patches, target patches (see sequence.py).
 
     Args:
         lengths: of an Index.   reference_N: patches of the reference in front of it, 0 for none; None: its own.
