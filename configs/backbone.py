@@ -70,7 +70,8 @@ def ramp(stage: StageConfig, batch: BatchConfig, rows: dict[int, int]) -> tuple[
 # clips that follow a voice or a description; at last all languages nearly alike. Lengths are the report's, shares and step
 # counts ours, for it gives none, and so are the batches: a million slots at first, two million soon. All of a stage that
 # the corpus does not have (references, descriptions) is left out.
-_ROWS, _LONG_ROWS = BatchConfig(rows=256, slots=4096, patches=2816), BatchConfig(rows=256, slots=8192, patches=5632)
+_ROWS = BatchConfig(rows=256, slots=4096, patches=2816, segments=128)
+_LONG_ROWS = BatchConfig(rows=256, slots=8192, patches=5632, segments=128)
 CURRICULUM = (
     *ramp(StageConfig(max_sec=60.0, temperature=1.5, reference=0.0, described=0.0), _ROWS, {0: 256, 40_000: 512}),
     StageConfig(first_step=280_000, max_sec=180.0, temperature=1.5, reference=0.1, described=0.3, batch=_LONG_ROWS),
@@ -110,7 +111,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
         run = BackboneRun(
             model=MODELS["small"],
             num_steps=100_000,
-            batch=BatchConfig(rows=16, slots=4096, patches=2816),
+            batch=BatchConfig(rows=16, slots=4096, patches=2816, segments=128),
             optim=OptimConfig(learning_rate=6e-4, warmup_steps=2000, schedule="wsd", weight_decay=0.1, ema_decay=0.9995),
         )
     elif variant in _ENDS:
@@ -128,7 +129,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
         run = BackboneRun(
             model=MODELS["2b"],
             num_steps=1000,
-            batch=BatchConfig(rows=8, slots=4096, patches=2816),
+            batch=BatchConfig(rows=8, slots=4096, patches=2816, segments=128),
             accumulate=8,
             optim=OptimConfig(learning_rate=1e-5, warmup_steps=100, weight_decay=0.01, clip_norm=1.0),
             checkpoint=CheckpointConfig(every_steps=250),

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from voxcpm2_jax import sharding
+from voxcpm2_jax import sequence, sharding
+from voxcpm2_jax.config import MODELS
 from voxcpm2_jax.models import attention as attn
+from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.models.attention import attention, find_segments
 
 N, K, H = 4, 2, 8
@@ -212,3 +214,25 @@ def test_kernels_are_lowered_with_memory_linear_in_slots(platform, hopper, monke
 def test_float32_stays_with_xla(platform, hopper):
     text = lowered(platform, 256, jnp.float32)
     assert not any(call in text for call in CALLS[platform]) and "256x256" in text
+
+
+@pytest.mark.parametrize("platform", CALLS)
+def test_the_models_loss_uses_the_kernels_on_a_mesh(platform, hopper):
+    """Both language models, forward, once more, and backward; the local ones never."""
+    config = MODELS["small"]
+    patch_shape = (config.patch_size, config.feat_dim)
+    clip = sequence.lay_out(np.arange(110, 114), target_MPC=np.zeros((8, *patch_shape), np.float32))
+    batch = sequence.pack([[clip, clip]] * 8, num_slots=128, num_patches=16, patch_shape=patch_shape)
+    draws = {"time_BM": np.ones((8, 16)), "noise_BMPC": batch.patches_BMPC, "drop_BM": np.zeros((8, 16), bool)}
+    shapes = jax.eval_shape(lambda key: voxcpm2.init(key, config), jax.random.key(0))
+
+    def total(params):
+        sums = voxcpm2.loss(params, config, batch, **draws, max_segments=2, platform=platform)
+        return sums["diff"][0] + sums["stop"][0]
+
+    with jax.set_mesh(sharding.make_mesh((2, 2, 2))):
+        traced = jax.jit(jax.grad(total)).trace(shapes)
+        text = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
+    # Splash's three passes (forward, forward for a backward pass, backward) are functions that both language models call.
+    counts = {"gpu": [4, 2], "tpu": [3]}
+    assert [text.count(f"@{call}(") for call in CALLS[platform]] == counts[platform]

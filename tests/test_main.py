@@ -221,12 +221,14 @@ def test_a_run_starts_with_one_thing(tmp_path, backbone, run_config, capsys):
 
 
 def test_exit_codes_of_training(tmp_path, backbone, run_config, capsys):
+    from voxcpm2_jax.checkpoint import SaveFailed
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 
     argv = ["train", f"--config={run_config}", f"--workdir={tmp_path}/w"]
     for error, code, start in (
         (Preempted("SIGTERM at step 3"), 75, "SIGTERM at step 3"),
         (BrokenRun("step 4: not finite: loss"), 1, "error: step 4"),
+        (SaveFailed("step 5 could not be saved"), 1, "error: step 5 could not be saved"),
         (UserError("shards: none"), 2, "error: shards: none"),
     ):
         backbone.value = error
@@ -399,3 +401,21 @@ def test_generate_refuses_a_directory_that_is_no_checkpoint(tmp_path, capsys):
     argv = ["generate", "--text=a", f"--output={tmp_path}/a.wav"]
     assert "no such directory" in refusal(capsys, *argv, f"--checkpoint={tmp_path}/nothing")
     assert "not a checkpoint" in refusal(capsys, *argv, f"--checkpoint={tmp_path}")
+
+
+def test_training_keeps_its_programs_where_the_user_says_or_in_the_users_cache(tmp_path, monkeypatch):
+    """Several processes share no directory that we could know of."""
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = []
+    try:
+        for there, processes in (("/somewhere", 1), (None, 2), (None, 1)):
+            jax.config.update("jax_compilation_cache_dir", there)
+            monkeypatch.setattr(jax, "process_count", lambda n=processes: n)
+            cli._keep_programs()
+            found.append(jax.config.jax_compilation_cache_dir)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert found == ["/somewhere", None, str(tmp_path / "voxcpm2_jax" / "compiled")]

@@ -69,7 +69,9 @@ def test_patches_count_for_their_own_groups_alone():
     time_BM = jnp.float32([[0.05, 0.999, 1.0, 0.05]])
     label_BM = jnp.int32([[0, 1, 1, -1]])
     pair_BM = (jnp.float32([[1, 2, 4, 0]]), jnp.float32([[1, 1, 1, 0]]))
-    labels = metrics.name_labels([("books", "en", "zero-shot"), ("films", "en", "described reference")], [2.0, 1.0])
+    modes = (("books", "zero-shot", 2.0), ("films", "described reference", 1.0), ("films", "prompt", 0.0))
+    labels = metrics.name_labels([(dataset, "en", mode) for dataset, mode, _ in modes], [weight for *_, weight in modes])
+    assert "mode/prompt" not in labels.names, "it never bears loss"
     found = metrics.fetch({
         "loss/time/": metrics.by_time(pair_BM, time_BM), "loss/": metrics.by_label(pair_BM, label_BM, labels)
     })  # fmt: skip

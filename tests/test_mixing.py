@@ -327,6 +327,15 @@ def test_stages_have_lengths_and_budgets_of_their_own():
     assert 1024 < max(sizes_of(lengths, row)[:, 0].sum() for row in late) <= 2048
 
 
+def test_no_row_holds_more_clips_than_it_may(either_size):
+    lengths = speech_lengths(300)
+    free, bound = (mix_of(lengths, batch=dataclasses.replace(LARGE, segments=n)) for n in (None, 3))
+    clips_of = [len(row) for step in range(60) for row in bound.rows(step)]
+    assert max(len(row) for step in range(20) for row in free.rows(step)) > 3
+    assert max(clips_of) == 3 and np.mean(clips_of) > 2.5
+    assert {draw.clip for draw in draws(bound, range(60))} == set(range(300))
+
+
 def test_a_stage_that_wants_the_same_of_a_group_goes_on_with_its_epoch():
     lengths, groups = corpus(400)
     stages = StageConfig(), StageConfig(first_step=7, weights=(("b", 3.0),))

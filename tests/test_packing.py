@@ -113,6 +113,7 @@ def test_sizes_are_those_of_the_sequences_and_a_batch_holds_them():
     assert [names[i] for i in batch.label_BM[0, :12]] == [("books", "en", mode) for mode in modes]
     assert [names[i][2] for i in batch.label_BM[1, :11]] == ["described"] + ["prompt"] * 10
     assert (batch.label_BM[batch.slot_BM < 0] == -1).all()
+    assert packing.label_patches(source.index).tolist() == [5 + 3 + 1, 3 + 1, 3, 3, 0]
 
 
 def test_synthetic_corpus():

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from tests import test_loop
 from tests.test_pipeline import write
-from voxcpm2_jax import checkpoint, optim, sharding, torch_io
+from voxcpm2_jax import checkpoint, sharding, torch_io
 from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig, CheckpointConfig, UserError
 from voxcpm2_jax.data.packing import Clip
 from voxcpm2_jax.models import voxcpm2
@@ -126,7 +126,7 @@ def test_fine_tuning_starts_from_the_weights_alone(start, request, shards, start
     run = dataclasses.replace(RUN, optim=dataclasses.replace(RUN.optim, ema_decay=0.9))
     backbone.train(run, tmp_path / "run", shards, init_params=path)
     assert started.origin.fresh == f"the weights of {path} (--init-params)"
-    assert_equal(started.state, optim.init_state(run.optim, run.num_steps, tiny_params))
+    assert_equal(started.state, backbone.init_state(run, tiny_params))
 
 
 def test_shards_of_another_codec_or_vocabulary_are_refused(shards, started, tiny_parts, tmp_path):

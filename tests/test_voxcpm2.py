@@ -9,7 +9,7 @@ import pytest
 
 from voxcpm2_jax import sequence
 from voxcpm2_jax.config import MODELS
-from voxcpm2_jax.models import voxcpm2
+from voxcpm2_jax.models import transformer, voxcpm2
 from voxcpm2_jax.models.voxcpm2 import Draws, VoxCPM2
 
 CONFIG = MODELS["tiny"]
@@ -170,6 +170,14 @@ def test_padding_does_not_count(params, terms):
     assert terms(params, roomy, draws)["target_BM"].sum() == 5
 
 
+def test_a_row_of_more_clips_than_it_may_hold_has_no_loss(params):
+    """Rather than a wrong one: cuDNN would leave clips out without a word."""
+    batch = pack([clip(3, 2), clip(2, 2), clip(2, 3)], [clip(3, 5)])
+    d = draws_for(batch)
+    terms = jax.jit(lambda: voxcpm2.loss_terms(params, CONFIG, batch, d, max_segments=2))()
+    assert np.isnan(terms["diff_BMP"][0]).any() and np.isfinite(terms["diff_BMP"][1]).all()
+
+
 def test_third_budget_changes_nothing_but_the_work(params, terms):
     batch = pack([clip(3, 5, reference_MPC=audio(4)), clip(2, 4)])
     draws = draws_for(batch)
@@ -231,3 +239,16 @@ def test_bfloat16_runs_and_stays_near(params, terms):
     assert ours["diff_BMP"].dtype == jnp.float32
     exact = terms(params, batch, draws)["diff_BMP"]
     assert np.linalg.norm((ours["diff_BMP"] - exact)[:, :5]) < 0.05 * np.linalg.norm(exact[:, :5])
+
+
+def test_no_attention_logit_is_over_its_bound():
+    """And the bound is reached where the longest query points along the longest key."""
+    rng = np.random.default_rng(0)
+    q_BTNH, k_BSKH = (jnp.asarray(rng.standard_normal((2, 5, n, 8)), jnp.float32) for n in (6, 3))
+    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTNH.reshape(2, 5, 3, 2, 8), k_BSKH) / 8**0.5
+    bound_BK = transformer.logit_bound(q_BTNH, k_BSKH)
+    assert (logits_BKGTS.max(axis=(2, 3, 4)) <= bound_BK).all() and bound_BK.shape == (2, 3)
+    longest_BTNH = jnp.zeros_like(q_BTNH).at[:, 0, 2].set(k_BSKH[:, 3, 1])
+    one_key_BSKH = jnp.zeros_like(k_BSKH).at[:, 3, 1].set(k_BSKH[:, 3, 1])
+    reached_BK = transformer.logit_bound(longest_BTNH, one_key_BSKH)
+    np.testing.assert_allclose(reached_BK[:, 1], jnp.sum(k_BSKH[:, 3, 1] ** 2, axis=-1) / 8**0.5, rtol=1e-6)

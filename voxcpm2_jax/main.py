@@ -416,6 +416,7 @@ def _run_training(train) -> int:
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 
     sharding.connect()
+    _keep_programs()
     try:
         result = train()
         if jax.process_index() == 0:
@@ -427,6 +428,19 @@ def _run_training(train) -> int:
         print(preempted, file=sys.stderr)
         return PREEMPTED
     return DONE
+
+
+def _keep_programs() -> None:
+    """Compiled programs outlive the process, so that a run started again begins at once; JAX_COMPILATION_CACHE_DIR says where.
+
+    Several processes need a directory that they share, which only the user knows: where some find a program and some
+    compile it, those wait for each other.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None and jax.process_count() == 1:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "voxcpm2_jax" / "compiled"))
 
 
 def _generate(args, overrides) -> int:

@@ -108,7 +108,8 @@ def name_labels(labels: Sequence[tuple[str, str, str]], weights: Sequence[float]
     """The groups of labels.
 
     Args:
-        labels: (data set, language, mode) of every label.   weights: audio of every label, to keep the largest by.
+        labels: (dataset, language, mode) of every label.
+        weights: audio of every label that bears loss, to keep the largest by; what has none gets no name (-1).
     """
     names: dict[str, int] = {}
     columns = []
@@ -118,7 +119,7 @@ def name_labels(labels: Sequence[tuple[str, str, str]], weights: Sequence[float]
             audio[name] += weight
         kept = sorted(audio, key=lambda name: -audio[name])[:MOST_NAMES]
         shown = [f"{kind}/{name if name in kept else 'other'}".replace(" ", "-") for name in column]
-        columns.append([names.setdefault(name, len(names)) for name in shown])
+        columns.append([names.setdefault(name, len(names)) if audio[own] else -1 for own, name in zip(column, shown)])
     return Labels(tuple(names), tuple(zip(*columns)))
 
 

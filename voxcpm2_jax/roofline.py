@@ -4,14 +4,16 @@
     seconds of an update = those of its passes (forward and backward of each part) + the optimiser's HBM traffic
 
 The bound lets everything overlap perfectly inside a pass. A collective is *exposed* where a layer's transfers take longer
-than the layer's own work, so that no schedule can hide them. The calibrated figure has no such optimism: products run at
-the share of the peak, and all around them at the share of the memory's bandwidth, that one H100 was measured to reach.
+than the layer's own work, so that no schedule can hide them; those outside of the layers may also run beside LocEnc. The
+calibrated figure has no such optimism: products run at the share of the peak, and all around them at the share of the
+memory's bandwidth, that one H100 was measured to reach.
 
 What is counted: products and attention as they are executed (padding, recomputation, and all of the causal triangle where
 a kernel does not skip other segments); in HBM each product's operands and result once, in bfloat16, norms and activations
 fused into them, weights once a pass, what the backward pass keeps, and the optimiser's state.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
@@ -83,6 +85,16 @@ class Machine:
         used = sum(2 if self._is_ring(i, n) else 1 for i, n in enumerate(spans) if n > 1)
         return link * max(used, 1)
 
+    def detour(self, spans: Sequence[int] | None) -> float:
+        """How much longer an all-to-all takes than a device's bytes over its links: most go through others on their way.
+
+        Half of the bytes cross the middle of a dimension of n chips: n / 4 times a chip's over one link, on a ring over two.
+        """
+        if self.torus is None or spans is None:
+            return 1.0
+        crossed = max(n / (8 if self._is_ring(i, n) else 4) for i, n in enumerate(spans))
+        return max(1.0, crossed * self.links(spans) * self.chip.devices / self.chip.ici_bytes_per_sec)
+
     def _is_ring(self, dimension: int, span: int) -> bool:
         size = self.torus[dimension]
         if span < size:
@@ -138,7 +150,8 @@ class Collective:
         spans = self.spans
         if self.kind == "collective-permute" and machine.torus is not None:
             spans = (1,) * len(machine.torus)  # a neighbour is reached over one link
-        return ici / machine.links(spans), dcn / machine.dcn_bytes_per_sec
+        slower = machine.detour(spans) if self.kind == "all-to-all" else 1.0
+        return ici * slower / machine.links(spans), dcn / machine.dcn_bytes_per_sec
 
 
 # ---- work ------------------------------------------------------------------------------------------------------------
@@ -409,6 +422,7 @@ class Seconds:
     ici: float
     dcn: float
     calibrated_compute: float  # products and all around them, as an H100 would reach
+    beside: float = 0.0  # other work that the transfers may run beside
 
     @property
     def bound(self) -> float:
@@ -416,8 +430,12 @@ class Seconds:
 
     @property
     def exposed(self) -> float:
-        """What of the transfers no schedule can hide behind the same layers' work."""
-        return max(0.0, max(self.ici, self.dcn) - max(self.compute, self.hbm))
+        """What of the transfers no schedule can hide."""
+        return max(0.0, max(self.ici, self.dcn) - self.work - self.beside)
+
+    @property
+    def work(self) -> float:
+        return max(self.compute, self.hbm)
 
     @property
     def calibrated(self) -> float:
@@ -485,6 +503,9 @@ def predict(
                 + around * p.moved_bytes / machine.hbm_bytes_per_sec,
             )
         )
+    # What lies outside of the layers (text's embeddings, weights and gradients of projections) needs nothing that LocEnc makes.
+    idle = {p.backward: max(0.0, p.work - max(p.ici, p.dcn)) for p in rows if p.part == "locenc"}
+    rows = [dataclasses.replace(p, beside=idle[p.backward]) if p.part == "rest" else p for p in rows]
     update_sec = update_bytes(config, mesh) / machine.hbm_bytes_per_sec
     # AdamW in float32 reads gradient, weight and two moments, and writes all but the gradient: 28 bytes a parameter.
     ideal_sec = 28.0 * num_params(MODELS["2b"]) / CHIPS["h100"].hbm_bytes_per_sec

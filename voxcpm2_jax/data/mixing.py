@@ -136,15 +136,21 @@ class _Stage(NamedTuple):
     order: "_Interleaving"
 
 
-def _budgets(batch: BatchConfig) -> tuple[int, int, int]:
-    return batch.slots, batch.patches, batch.target_patches or batch.patches
+def _budgets(batch: BatchConfig) -> tuple[float, ...]:
+    """Of a row: slots, patches, target patches, clips."""
+    return batch.slots, batch.patches, batch.target_patches or batch.patches, batch.segments or math.inf
+
+
+def _and_one_clip(sizes_N3: np.ndarray) -> np.ndarray:
+    """What clips take of the four budgets of a row."""
+    return np.pad(sizes_N3, ((0, 0), (0, 1)), constant_values=1)
 
 
 # ---- shares ----------------------------------------------------------------------------------------------------------
 
 
 def _shares(
-    index: Index, stage: StageConfig, patch_sec: float, budgets: tuple[int, int, int]
+    index: Index, stage: StageConfig, patch_sec: float, budgets: tuple[float, ...]
 ) -> dict[int, tuple[np.ndarray, float]]:
     """The groups of a stage: 2 x group, + 1 for its prompt clips -> (clips, share of the rows)."""
     sec = index.lengths[:, PATCHES] * patch_sec
@@ -180,7 +186,7 @@ def _shares(
 
 
 def _mean_sizes(index: Index, clips: np.ndarray, stage: StageConfig) -> np.ndarray:
-    """What a clip takes of the three budgets on average, with a stage's shares of references and descriptions."""
+    """What a clip takes of the four budgets on average, with a stage's shares of references and descriptions."""
     lengths = index.lengths[clips].copy()
     if index.pairs is not None:
         has_pair_N = (index.pairs[clips] >= 0).any(axis=1) & (lengths[:, REFERENCE] == 0)
@@ -188,7 +194,7 @@ def _mean_sizes(index: Index, clips: np.ndarray, stage: StageConfig) -> np.ndarr
     plain_3 = packing.sizes(lengths, reference_N=0, is_described=False).mean(axis=0)
     reference_3 = packing.sizes(lengths, is_described=False).mean(axis=0) - plain_3
     described_3 = packing.sizes(lengths, reference_N=0).mean(axis=0) - plain_3
-    return plain_3 + stage.reference * reference_3 + stage.described * described_3
+    return np.append(plain_3 + stage.reference * reference_3 + stage.described * described_3, 1.0)
 
 
 class _Interleaving:
@@ -249,13 +255,13 @@ class _Way(NamedTuple):
 class _Stream:
     """An endless sequence of packed rows of some clips, by random access; safe to share between threads."""
 
-    def __init__(self, seed, index: Index, clips: np.ndarray, stage: StageConfig, budgets: tuple[int, int, int]):
+    def __init__(self, seed, index: Index, clips: np.ndarray, stage: StageConfig, budgets: tuple[float, ...]):
         self._seed, self._index, self._clips, self._stage = seed, index, clips, stage
         self._budgets = np.array(budgets)
-        smallest = packing.sizes(index.lengths[clips], reference_N=0, is_described=False)
+        smallest = _and_one_clip(packing.sizes(index.lengths[clips], reference_N=0, is_described=False))
         too_big = np.flatnonzero((smallest > self._budgets).any(axis=1))
         if len(too_big):
-            slots, patches, targets = smallest[too_big].max(axis=0)
+            slots, patches, targets, _ = smallest[too_big].max(axis=0)
             raise UserError(
                 f"{len(too_big)} of {len(clips)} clips fit no row of {budgets[0]} slots, {budgets[1]} patches and "
                 f"{budgets[2]} target patches; the largest take {slots}, {patches} and {targets}: raise the budgets or "
@@ -309,10 +315,10 @@ class _Stream:
 
     def _pack(self, way: int) -> _Way:
         rng = np.random.default_rng((*self._seed, 0, way))
-        clip_N, reference_N, described_N, sizes_N3 = self._draw(rng)
+        clip_N, reference_N, described_N, sizes_N4 = self._draw(rng)
         order, starts, first = [], [np.zeros(1, np.int64)], 0
         for window in np.array_split(np.arange(len(clip_N)), math.ceil(len(clip_N) / packing.WINDOW_CLIPS)):
-            row_N, num_rows = packing.share_rows(sizes_N3[window] / self._budgets)
+            row_N, num_rows = packing.share_rows(sizes_N4[window] / self._budgets)
             order.append(window[np.argsort(row_N, kind="stable")])
             starts.append(first + np.cumsum(np.bincount(row_N, minlength=num_rows)))
             first += len(window)
@@ -325,12 +331,12 @@ class _Stream:
             rng = np.random.default_rng((*self._seed, 0, len(parts)))
             parts.append(self._draw(rng))
             rows += (parts[-1][-1] / self._budgets).sum(axis=0).max()
-        clip_N, reference_N, described_N, sizes_N3 = (np.concatenate(column) for column in zip(*parts))
-        start_R = packing.in_turn(sizes_N3, self._budgets)
+        clip_N, reference_N, described_N, sizes_N4 = (np.concatenate(column) for column in zip(*parts))
+        start_R = packing.in_turn(sizes_N4, self._budgets)
         return self._way(clip_N, reference_N, described_N, np.arange(len(clip_N)), start_R)
 
     def _draw(self, rng) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """All clips once, in a new order, with modes -> (clip_N, reference_N, described_N, sizes_N3)."""
+        """All clips once, in a new order, with modes -> (clip_N, reference_N, described_N, sizes_N4)."""
         clip_N = rng.permutation(self._clips)
         lengths = self._index.lengths[clip_N]
         described_N = (lengths[:, DESCRIBED] > 0) & (rng.random(len(clip_N)) < self._stage.described)
@@ -343,17 +349,17 @@ class _Stream:
             reference_N = np.where((reference_N == NO_REFERENCE) & (count_N > 0), partner_N, reference_N)
         wanted_N = (rng.random(len(clip_N)) < self._stage.reference) & (lengths[:, IS_PROMPT] == 0)
         reference_N[~wanted_N] = NO_REFERENCE
-        sizes_N3 = self._sizes(lengths, reference_N, described_N)
+        sizes_N4 = self._sizes(lengths, reference_N, described_N)
         for mode_N, off in ((reference_N, NO_REFERENCE), (described_N, False)):  # what fits no row goes without
-            mode_N[(sizes_N3 > self._budgets).any(axis=1)] = off
-            sizes_N3 = self._sizes(lengths, reference_N, described_N)
-        return clip_N, reference_N, described_N, sizes_N3
+            mode_N[(sizes_N4 > self._budgets).any(axis=1)] = off
+            sizes_N4 = self._sizes(lengths, reference_N, described_N)
+        return clip_N, reference_N, described_N, sizes_N4
 
     def _sizes(self, lengths, reference_N, described_N) -> np.ndarray:
         patches_N = np.where(reference_N == OWN_REFERENCE, lengths[:, REFERENCE], 0)
         is_pair_N = reference_N >= 0
         patches_N[is_pair_N] = self._index.lengths[reference_N[is_pair_N], PATCHES]
-        return packing.sizes(lengths, reference_N=patches_N, is_described=described_N)
+        return _and_one_clip(packing.sizes(lengths, reference_N=patches_N, is_described=described_N))
 
     def _way(self, clip_N, reference_N, described_N, order, start_R) -> _Way:
         clip_N, reference_N, described_N = clip_N[order], reference_N[order], described_N[order]

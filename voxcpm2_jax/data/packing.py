@@ -1,6 +1,6 @@
 """Clips that share rows: what a clip takes of a row, which go together, and rows put together as a batch.
 
-A row has three budgets: T slots, M audio patches, and how many of them may bear loss. A clip is never cut.
+A row has four budgets: T slots, M audio patches, how many of them may bear loss, and clips. A clip is never cut.
 
 Where rows hold many clips they are dealt out: the longest first, to the rows that are least full. That fills rows
 evenly, over 98 % of their slots (README), a million clips a second. Rows of few clips are filled by best fit, each clip
@@ -83,7 +83,7 @@ class Source(Protocol):
 
 
 def sizes(lengths: np.ndarray, *, reference_N=None, is_described=None) -> np.ndarray:
-    """What each clip takes of the three budgets, int [clips, 3]: slots, patches, target patches (see sequence.py).
+    """What each clip takes of three budgets, int [clips, 3]: slots, patches, target patches (see sequence.py).
 
     Args:
         lengths: of an Index.   reference_N: patches of the reference in front of it, 0 for none; None: its own.
@@ -204,6 +204,21 @@ def label(index: Index, draw: Draw) -> int:
 def label_names(index: Index) -> list[tuple[str, str, str]]:
     """(dataset, language, mode) by the numbers that `label` gives."""
     return [(*group, mode) for group in index.groups for mode in MODES]
+
+
+def label_patches(index: Index) -> np.ndarray:
+    """How many patches that bear loss can come under each label."""
+    lengths = index.lengths
+    is_target_N, is_described_N = lengths[:, IS_PROMPT] == 0, lengths[:, DESCRIBED] > 0
+    has_reference_N = lengths[:, REFERENCE] > 0
+    if index.pairs is not None:
+        has_reference_N |= (index.pairs >= 0).any(axis=1)
+    of_modes = (True, is_described_N, has_reference_N, is_described_N & has_reference_N, False)
+    patches = [
+        np.bincount(lengths[:, GROUP], lengths[:, PATCHES] * (is_target_N & is_of_mode), minlength=len(index.groups))
+        for is_of_mode in of_modes
+    ]
+    return np.stack(patches, axis=1).ravel()
 
 
 def lay_out_draw(source: Source, draw: Draw):

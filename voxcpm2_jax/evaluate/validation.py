@@ -134,10 +134,9 @@ class Validation:
         member_N3 = np.array(self._labels.members)[[item.label for item in self._items]]
         for number, group in enumerate(self._labels.names):
             is_in_N = (member_N3 == number).any(axis=1)
-            if is_in_N.any():
-                for name in LOSSES:
-                    pair_2N = totals[name][:, is_in_N]
-                    found |= {f"{name}/{group}": _mean(pair_2N), f"{name}_se/{group}": _standard_error(pair_2N)}
+            for name in LOSSES:
+                pair_2N = totals[name][:, is_in_N]
+                found |= {f"{name}/{group}": _mean(pair_2N), f"{name}_se/{group}": _standard_error(pair_2N)}
         return found
 
     def _pack(self, rows: list[list[int]], budgets: BatchConfig, patch_shape) -> Rows:

@@ -96,20 +96,23 @@ def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def largest(x: jax.Array) -> jax.Array:
-    """The largest magnitude, float32; for figures, without a gradient."""
-    return jnp.max(jnp.abs(jax.lax.stop_gradient(x))).astype(jnp.float32)
+def largest(x_BTD: jax.Array) -> jax.Array:
+    """[B] float32: the largest magnitude of each row; for figures, without a gradient.
+
+    Not of the batch: a maximum over all devices in every layer would be a collective in every layer.
+    """
+    return jnp.max(jnp.abs(jax.lax.stop_gradient(x_BTD)), axis=(1, 2)).astype(jnp.float32)
 
 
 def logit_bound(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
-    """No attention logit is larger: the longest query times the longest key of a row and head (Cauchy-Schwarz).
+    """[B, K]: no attention logit is larger: the longest query times the longest key of a row and head (Cauchy-Schwarz).
 
     Kernels never show the logits themselves, and their true maximum would cost as much as attention does.
     """
     q_BTNH, k_BSKH = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q_BTNH, k_BSKH))
     q_BN, k_BK = (jnp.max(jnp.sum(x * x, axis=-1), axis=1) for x in (q_BTNH, k_BSKH))
-    longest_BKG = q_BN.reshape(*k_BK.shape, -1) * k_BK[..., None]
-    return jnp.sqrt(jnp.max(longest_BKG) / q_BTNH.shape[-1])
+    q_BK = jnp.max(q_BN.reshape(*k_BK.shape, -1), axis=-1)
+    return jnp.sqrt(q_BK * k_BK / q_BTNH.shape[-1])
 
 
 class KV(NamedTuple):

@@ -336,7 +336,7 @@ def loss_terms(
 
 
 def _maxima(stacks: dict) -> dict[str, dict[str, jax.Array]]:
-    """The largest over all layers: figure -> stack -> scalar."""
+    """The largest over all layers and rows: figure -> stack -> scalar."""
     found: dict = {}
     for stack, figures in stacks.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(figures):

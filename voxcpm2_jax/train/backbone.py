@@ -286,9 +286,7 @@ def train(
 
 def _labels(source: packing.Source) -> metrics.Labels:
     """What the losses are told by, beside their totals."""
-    lengths, num_modes = source.index.lengths, len(packing.MODES)
-    patches_G = np.bincount(lengths[:, packing.GROUP], lengths[:, packing.PATCHES], minlength=len(source.index.groups))
-    return metrics.name_labels(packing.label_names(source.index), np.repeat(patches_G, num_modes).tolist())
+    return metrics.name_labels(packing.label_names(source.index), packing.label_patches(source.index).tolist())
 
 
 def _by_shape(config: BackboneRun, batches, layout, platform: str, labels: metrics.Labels):
