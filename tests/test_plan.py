@@ -232,7 +232,7 @@ def test_links_of_a_group():
 
 def test_an_all_to_all_goes_through_others():
     """On a ring of 16 half of 8 chips' bytes cross each side of the middle over two links: 2 x a chip's bytes over a link."""
-    one = Collective("all-to-all", "rest", False, 1, 16_000_000, 16, 16, (1, 16))
+    one = Collective("all-to-all", "rest", False, 1, 16_000_000, 16, 16, (1, 16, 1))
     assert one.seconds(POD)[0] == pytest.approx(2 * 15_000_000 / CHIPS["v5e"].ici_bytes_per_sec)
 
 
