@@ -337,6 +337,7 @@ def test_without_libtpu_one_line(tmp_path):
 def test_a_libtpu_that_cannot_be_loaded_is_told(monkeypatch, tmp_path, capsys):
     (tmp_path / "libtpu.py").write_text("raise ImportError('blocked')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)  # importing jax sets it
     assert main.main(["plan", "--config=configs/backbone.py:tiny", "--topology=v5e:2x4"]) == main.MISTAKE
     out, err = capsys.readouterr()
     assert out == "" and "error: v5e:2x4: libtpu cannot be loaded" in err and "Traceback" not in err
