@@ -515,10 +515,9 @@ def _full_disk(lab: _Lab) -> _Outcome:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def _write_shards(lab: _Lab, directory: pathlib.Path, poisoned: Sequence[int] = ()) -> pathlib.Path:
-    """Shards of clips that a model of this shape can learn; the latents of poisoned ones are not finite."""
+def _write_shards(lab: _Lab, directory: pathlib.Path, clips: packing.Source, poisoned: Sequence[int] = ()) -> pathlib.Path:
+    """Shards of these clips; the latents of poisoned ones are not finite."""
     model = lab.run.model
-    clips = _corpus(lab.run)
     vae = AudioVAEConfig(
         encoder_dim=2, encoder_rates=(20, 32), latent_dim=model.feat_dim, decoder_dim=16, decoder_rates=(48, 40)
     )
@@ -546,26 +545,21 @@ def _write_shards(lab: _Lab, directory: pathlib.Path, poisoned: Sequence[int] = 
     return directory
 
 
-def _corpus(run: BackboneRun) -> packing.Source:
-    """Clips enough for the run not to hear one twice."""
+def _corpus(run: BackboneRun, num_clips: int) -> packing.Source:
+    """Clips that a model of this shape can learn."""
     return packing.synthetic_corpus(
-        run.seed, num_clips=4096, vocab_size=run.model.lm_config.vocab_size, patch_sec=run.patch_sec,
+        run.seed, num_clips=num_clips, vocab_size=run.model.lm_config.vocab_size, patch_sec=run.patch_sec,
         patch_shape=(run.model.patch_size, run.model.feat_dim), max_patches=run.batch.slots // 2,
     )  # fmt: skip
 
 
 def _altered_shard(lab: _Lab) -> _Outcome:
-    """One bit of the first batch: the run must not train on it, and has to name file and clip."""
-    run = lab.run
-    shards = _write_shards(lab, lab.directory / "shards_altered")
-    corpus = _corpus(run)
-    clip = corpus[Mix(run.seed, corpus.index, run.patch_sec, run.batch, run.stages).rows(0)[0][0].clip]
+    """One bit of one clip: the run must not train on it, and has to name file and clip."""
+    shards = _write_shards(lab, lab.directory / "shards_altered", _corpus(lab.run, 64))  # all are heard within a few updates
     file = shards / "all.array_record"
-    content, latents = bytearray(file.read_bytes()), clip.patches_MPC.astype(np.float16).tobytes()
-    place = content.find(latents)
-    assert place >= 0, "records are stored as they are"
-    content[place + len(latents) // 2] ^= 1
-    file.write_bytes(content)
+    content = file.read_bytes()
+    place = int(lab.rng.integers(len(content) // 4, len(content) // 2))  # amid the records
+    file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     workdir, problems = lab.directory / "altered_shard", []
     with lab.children(workdir, f"--data={shards}") as (child,):
         code = child.wait()
@@ -580,13 +574,13 @@ def _bad_numbers(lab: _Lab) -> _Outcome:
     The run in peace is one that comes to its end by itself; beside it stands one that is killed after it went back.
     """
     run, problems = lab.run, []
-    corpus = _corpus(run)
+    corpus = _corpus(run, 4096)  # none is heard twice
     mix = Mix(run.seed, corpus.index, run.patch_sec, run.batch, run.stages)
     alone, pair = 7, (12, 13)  # batches; saves at 5 and 10 lie before them
     poisoned = {batch: mix.rows(batch)[0][0].clip for batch in (alone, *pair)}
     heard = [draw.clip for step in range(_STEPS) for row in mix.rows(step) for draw in row]
     assert all(heard.count(clip) == 1 for clip in poisoned.values()), "a poisoned clip comes once"
-    shards = _write_shards(lab, lab.directory / "shards_poisoned", tuple(poisoned.values()))
+    shards = _write_shards(lab, lab.directory / "shards_poisoned", corpus, tuple(poisoned.values()))
     peace, workdir = lab.directory / "poisoned", lab.directory / "poisoned_and_killed"
     said = lab.finish(peace, f"--data={shards}")
     if f"step {alone + 1}: update skipped, 1 in a row: not finite" not in said or f":{poisoned[alone]}" not in said:
