@@ -107,7 +107,7 @@ def chaos(run: BackboneRun, workdir=None, *, kills: int = 20, seed: int = 0, qui
         ),
         *(
             (f"SIGKILL of the {('first', 'second')[n]} of two processes", 1, partial(_killed_peer, victim=n))
-            for n in ((1,) if quick else (1, 0))
+            for n in ((0,) if quick else (0, 1))
         ),
         *(
             (f"newest checkpoint {how}", 1, partial(_damaged_checkpoint, how=how))

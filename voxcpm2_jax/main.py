@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 
 from voxcpm2_jax import __version__
@@ -429,6 +430,12 @@ def _run_training(train) -> int:
     except Preempted as preempted:
         print(preempted, file=sys.stderr)
         return PREEMPTED
+    except jax.errors.JaxRuntimeError:
+        if jax.process_count() == 1:
+            raise
+        # Most likely another process is gone, and an orderly exit would wait for it: what starts all of them again need not.
+        traceback.print_exc()
+        os._exit(FAILED)
     return DONE
 
 
