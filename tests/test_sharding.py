@@ -52,17 +52,18 @@ def test_processes_that_are_told_join(joined, monkeypatch):
     for name, value in zip(sharding._PROCESS_VARIABLES, ("host:1234", "4", "3")):
         monkeypatch.setenv(name, value)
     sharding.connect()
-    assert joined == [{"coordinator_address": "host:1234", "num_processes": 4, "process_id": 3}]
+    told = {"coordinator_address": "host:1234", "num_processes": 4, "process_id": 3}
+    assert joined == [told | {"heartbeat_timeout_seconds": sharding.LOST_SEC}]
 
 
 def test_on_a_cluster_that_jax_knows_it_is_told_nothing(joined, monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"):
         monkeypatch.setenv(name, "2")
     sharding.connect()
-    assert joined == [{}]
+    assert joined == [{"heartbeat_timeout_seconds": sharding.LOST_SEC}]
     monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
     sharding.connect()
-    assert joined == [{}]
+    assert len(joined) == 1
 
 
 @pytest.mark.parametrize("values", [("", "2", "0"), ("host:1", "two", "0"), ("host:1", "2", "2"), ("host:1", "2", "")])
@@ -74,7 +75,7 @@ def test_half_of_what_a_process_must_be_told(joined, monkeypatch, values):
 
 
 def test_processes_that_do_not_come(joined, monkeypatch):
-    def fail():
+    def fail(**_):
         raise RuntimeError("DEADLINE_EXCEEDED")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
