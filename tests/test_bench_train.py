@@ -2,6 +2,7 @@
 
 No speed is judged here."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -165,6 +166,13 @@ def test_it_needs_few_packages():
     code += "\nbench_train._JOBS['ours'] = lambda config: iter([bench_train._work(bench_train._data(config)[0])])"
     done = serve(code, {"job": "ours", "config": to_dict(RUN)})
     assert done.returncode == 0 and json.loads(done.stdout)["patches"] > 0, done.stderr
+
+
+def test_configs_need_one_more(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ml_collections" else find_spec(name))
+    with pytest.raises(UserError, match="pip install ml-collections"):
+        main.load_config("configs/backbone.py:tiny")
 
 
 @pytest.mark.parametrize(

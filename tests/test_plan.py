@@ -1,6 +1,7 @@
 """`plan`: what the compiler's text says is read right, the arithmetic is what a hand gets, and TPUs are really compiled for."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -232,7 +233,7 @@ def test_links_of_a_group():
 
 def test_an_all_to_all_goes_through_others():
     """On a ring of 16 half of 8 chips' bytes cross each side of the middle over two links: 2 x a chip's bytes over a link."""
-    one = Collective("all-to-all", "rest", False, 1, 16_000_000, 16, 16, (1, 16))
+    one = Collective("all-to-all", "rest", False, 1, 16_000_000, 16, 16, (1, 16, 1))
     assert one.seconds(POD)[0] == pytest.approx(2 * 15_000_000 / CHIPS["v5e"].ici_bytes_per_sec)
 
 
@@ -337,22 +338,47 @@ def test_without_libtpu_one_line(tmp_path):
 def test_a_libtpu_that_cannot_be_loaded_is_told(monkeypatch, tmp_path, capsys):
     (tmp_path / "libtpu.py").write_text("raise ImportError('blocked')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)  # importing jax sets it
     assert main.main(["plan", "--config=configs/backbone.py:tiny", "--topology=v5e:2x4"]) == main.MISTAKE
     out, err = capsys.readouterr()
     assert out == "" and "error: v5e:2x4: libtpu cannot be loaded" in err and "Traceback" not in err
 
 
+def test_a_way_out_is_compiled_until_one_fits(capsys, monkeypatch):
+    """With a compiler that needs half as much again as the estimate; the real one's words are tested below."""
+    asked = []
+
+    def compile_for(case, batch):
+        needed = round(1.5 * sum(roofline.memory(case.config, batch, case.mesh).values()))
+        asked.append((case.config.batch.rows, case.config.remat, case.config.accumulate, batch.slots, needed))
+        if needed > 15.75 * 2**30:
+            return {
+                "fits": False,
+                "compile_sec": 1.0,
+                "needed_bytes": needed,
+                "hbm_bytes": round(15.75 * 2**30),
+                "message": "no",
+            }
+        memory = dict.fromkeys(("outputs", "aliased", "temporaries", "code"), 0) | {"arguments": needed}
+        return {"fits": True, "compile_sec": 1.0, "memory": memory, "unknown_loops": 0, "collectives": []}
+
+    monkeypatch.setattr(plan, "compile_for", compile_for)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: name)
+    status, got, err = command(capsys, "--config=configs/backbone.py:2b", "--topology=v5e:16x16,rows=1024,remat=none")
+    assert status == main.NO and not got["ok"]
+    failed = [entry for entry in got["plans"] if not entry["fits"]]
+    assert failed and "the compiler needs" in failed[0]["problem"] and failed[0]["peak_bytes"] > failed[0]["hbm_bytes"]
+    suggestion = failed[0]["suggestion"]
+    assert all(entry["fits"] and entry["rows"] in (1024, 2048) for entry in suggestion["plans"])  # the batch stays what it was
+    assert asked[-1][-1] < 15.75 * 2**30 and f"this fits: --topology={suggestion['topology']}" in err
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """The tiny run for v5e:2x4 as it is, and with so many rows that no chip holds them."""
-    path = tmp_path_factory.mktemp("plan") / "plan.json"
-    argv = ["plan", "--config=configs/backbone.py:tiny", "--topology=v5e:2x4", "--topology=v5e:2x4,rows=65536"]
-    done = subprocess.run(
-        [sys.executable, "-m", "voxcpm2_jax", *argv, f"--output={path}"], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == main.NO, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["ok"] is False
-    return json.loads(path.read_text())["plans"]
+def compiled():
+    """The tiny run compiled for v5e:2x4 as it is, and with so many rows that no chip holds them."""
+    run = main.from_dict(BackboneRun, main.load_config("configs/backbone.py:tiny"))
+    cases = [plan.parse(text, run) for text in ("v5e:2x4", "v5e:2x4,rows=16384")]
+    return [plan._entry(case, case.config.batch) for case in cases]
 
 
 def test_the_train_step_compiles_for_tpu_with_these_collectives(compiled, tiny_params):
@@ -366,7 +392,8 @@ def test_the_train_step_compiles_for_tpu_with_these_collectives(compiled, tiny_p
     layers = MODELS["tiny"].tslm.num_layers
     matrices = 4 * layers * (32 * 8 * 4 + 2 * 32 * 8 * 2 + 4 * 8 * 32 + 3 * 32 * 64)
     for name in ("forward", "backward"):
-        assert [tslm[name]["all-gather"][what] for what in ("times", "bytes")] == [7 * layers, matrices]
+        assert tslm[name]["all-gather"]["bytes"] == matrices
+        assert 4 * layers <= tslm[name]["all-gather"]["times"] <= 7 * layers  # the compiler may join small ones
     assert set(tslm["forward"]) == {"all-gather"}
     gradients = [tslm["backward"].get(kind, {"bytes": 0})["bytes"] for kind in ("all-reduce", "reduce-scatter")]
     assert matrices <= sum(gradients) < 1.05 * matrices  # of the matrices, and of the norms
@@ -374,10 +401,7 @@ def test_the_train_step_compiles_for_tpu_with_these_collectives(compiled, tiny_p
     assert all(t["bytes"] / t["times"] < 2**18 for t in entry["collectives"].values())
 
 
-def test_what_does_not_fit_gets_a_way_that_compiles(compiled):
+def test_what_does_not_fit_is_told_in_the_compiler_s_words(compiled):
     entry = compiled[1]
-    assert not entry["fits"] and "RESOURCE_EXHAUSTED" in entry["compiler"]
-    assert entry["peak_bytes"] > entry["hbm_bytes"] == int(15.75 * 2**30)
-    suggestion = entry["suggestion"]
-    assert suggestion["topology"].startswith("v5e:2x4,")
-    assert all(one["compiled"] and one["fits"] and one["peak_bytes"] < 15.75 * 2**30 for one in suggestion["plans"])
+    assert not entry["fits"] and not entry["compiled"] and "RESOURCE_EXHAUSTED" in entry["compiler"]
+    assert entry["peak_bytes"] > entry["hbm_bytes"] == int(15.75 * 2**30) and "of 15.75 GiB" in entry["problem"]

@@ -73,6 +73,7 @@ def train(
         for n in rows or (config.batch.rows,)
         for remat in remats or (config.remat,)
     ]
+    _say("checking loss and gradients against the CPU" + (" and losses against the reference" if against_reference else ""))
     with _Child("check", variants[0], against_reference=against_reference) as child:
         check = child.hello
     _say(f"{check['device']} x {check['devices']}, jax {check['jax']}; {_check_in_words(check)}")
@@ -86,15 +87,18 @@ def train(
         takes_turns = against_reference and check["platform"] == "cpu"
         beside = stack.enter_context(reference()) if takes_turns else None
         for variant in variants:
+            _say(f"timing rows {variant.batch.rows}, remat {variant.remat}")
             result["variants"].append(_measure(variant, num_rounds, beside if variant is variants[0] else None))
             _say(_variant_in_words(result["variants"][-1]))
         if against_reference:
+            _say("timing the reference")
             alone = beside or stack.enter_context(reference())
             for _ in range(0 if takes_turns else num_rounds):
                 alone.round()
             result["reference"] = alone.figures()
             _compare(result)
     if parts:
+        _say("timing parts")
         with _Child("parts", variants[0], rounds=num_rounds) as child:
             result["parts"] = child.hello["parts"]
     return result
@@ -488,7 +492,7 @@ def _parts(config: BackboneRun, *, rounds: int):
 
     def stack(name):
         def run(params, x_BTD):
-            sees = attention.find_segments(batch.segment_BT)
+            sees = attention.find_segments(batch.segment_BT, config.batch.segments)
             return getattr(module.bind({"params": params}), name)(x_BTD, batch.position_BT, sees)[0]
 
         return run, jnp.zeros((B, T, model.tslm.width), dtype)

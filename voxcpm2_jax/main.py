@@ -262,6 +262,8 @@ def load_config(argument: str, overrides: Sequence[str] = ()) -> dict:
     Raises:
         UserError: no such file, variant or key, or a value of the wrong type.
     """
+    if importlib.util.find_spec("ml_collections") is None:
+        raise UserError(f"--config={argument}: configs need ml-collections, which is not installed: pip install ml-collections")
     from absl import flags
     from ml_collections import config_flags
 

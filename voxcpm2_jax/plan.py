@@ -395,7 +395,7 @@ def _in_words(variant: Case, case: Case) -> str:
     fields = {
         "rows": (new.batch.rows, old.batch.rows),
         "remat": (new.remat, old.remat),
-        "remat_local": (new.remat_local or new.remat, old.remat_local or old.remat),
+        "remat_local": (new.remat_local or new.remat, old.remat_local or new.remat),  # None: as `remat` then says
         "mesh": (_by(variant.mesh), _by(case.mesh)),
         "accumulate": (new.accumulate, old.accumulate),
     }

@@ -75,7 +75,8 @@ class Machine:
         """Bytes a second that a device of a collective takes in over its links.
 
         Args:
-            spans: chips that the group covers along each dimension of the torus; None where there is no torus.
+            spans: chips that the group covers along each dimension of the torus, and 1 along what more coordinates JAX has;
+                None where there is no torus.
         A ring fills both links of a dimension. The line of a dimension that is not closed, or not covered whole, fills one:
         its end has no other.
         """
@@ -92,7 +93,7 @@ class Machine:
         """
         if self.torus is None or spans is None:
             return 1.0
-        crossed = max(n / (8 if self._is_ring(i, n) else 4) for i, n in enumerate(spans))
+        crossed = max((n / (8 if self._is_ring(i, n) else 4) for i, n in enumerate(spans) if n > 1), default=0.0)
         return max(1.0, crossed * self.links(spans) * self.chip.devices / self.chip.ici_bytes_per_sec)
 
     def _is_ring(self, dimension: int, span: int) -> bool:
