@@ -9,12 +9,13 @@ import pytest
 from voxcpm2_jax import chaos
 from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig
 
+RUN = BackboneRun(model=MODELS["tiny"], remat="none", batch=BatchConfig(slots=128))
+
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     directory = tmp_path_factory.mktemp("chaos")
-    run = BackboneRun(model=MODELS["tiny"], remat="none", batch=BatchConfig(slots=128))
-    return directory, chaos.chaos(run, directory, quick=True)
+    return directory, chaos.chaos(RUN, directory, quick=True)
 
 
 def test_every_fault_is_survived_and_no_data_is_lost(quick):
@@ -27,7 +28,7 @@ def test_every_fault_is_survived_and_no_data_is_lost(quick):
 def test_a_difference_would_be_seen(quick, tmp_path):
     """What a run that went on wrongly would leave: another loss, a step twice, a save of another state."""
     directory, _ = quick
-    lab = chaos._Lab(chaos._lively(BackboneRun(model=MODELS["tiny"])), tmp_path, None)
+    lab = chaos._Lab(chaos._lively(RUN), tmp_path, None)
     lab.peace = directory / "peace"
     shutil.copytree(lab.peace, tmp_path / "run")
     assert lab.differences(tmp_path / "run") == []
