@@ -685,6 +685,9 @@ class SampleConfig:
     every_steps: int = 0  # updates between two times; 0: never
     texts: tuple[str, ...] = ("one two three",)
 
+    def __post_init__(self):
+        _check_at_least(0, self, "samples", "every_steps")
+
 
 # What the backward pass finds ready besides each layer's input, by name; all else in a layer it computes again. "attention"
 # is the kernel's own state and exists on TPU alone. The figures of each policy stand in the README.
@@ -735,14 +738,19 @@ class BackboneRun:
     validation: ValidationConfig = ValidationConfig()  # of held-out shards, if there are any
 
     def __post_init__(self):
-        if self.num_steps < 1:
-            raise UserError(f"num_steps must be at least 1, got {self.num_steps}")
+        def check(name, ok, expected):
+            if not ok:
+                raise UserError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+        check("num_steps", self.num_steps >= 1, "at least 1")
+        check("seed", 0 <= self.seed < 2**32, "0 or more, and less than 2^32")
+        check("accumulate", self.accumulate >= 1, "at least 1")
+        check("patch_sec", 0 < self.patch_sec < math.inf, "a number over 0")
+        for name in ("diff_weight", "stop_weight"):
+            check(name, 0 <= getattr(self, name) < math.inf, "a number of 0 or more")
         for name in ("remat", "remat_local"):
-            policy = getattr(self, name)
-            if policy not in REMAT_POLICIES and not (name == "remat_local" and policy is None):
-                raise UserError(f"{name} must be one of {', '.join(REMAT_POLICIES)}; got {policy!r}")
-        if self.accumulate < 1:
-            raise UserError(f"accumulate must be at least 1, got {self.accumulate}")
+            is_known = getattr(self, name) in REMAT_POLICIES or (name == "remat_local" and self.remat_local is None)
+            check(name, is_known, f"one of {', '.join(REMAT_POLICIES)}")
         for batch in (self.batch, *(stage.batch for stage in self.stages if stage.batch)):
             if batch.slots > self.model.max_length:
                 raise UserError(f"batch.slots {batch.slots} exceed model.max_length {self.model.max_length}")

@@ -84,6 +84,8 @@ float32, or than the reference: nothing is timed then."""
 
 
 def _numbers(text: str) -> tuple[int, ...]:
+    if not all(number.isdecimal() and int(number) for number in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected whole numbers over 0 with commas between, got {text!r}")
     return tuple(int(number) for number in text.split(","))
 
 
@@ -307,6 +309,8 @@ def _get_config(argument):
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"{found[0]}: not Python ({error})") from None
+    except ImportError as error:
+        raise UserError(f"{found[0]}: cannot be imported ({error})") from None
     variants = [variant] if has_variant else []
     try:
         inspect.signature(module.get_config).bind(*variants)
@@ -377,19 +381,20 @@ def _doctor(args, overrides) -> int:
 
 def _train(args, overrides) -> int:
     config = from_dict(BackboneRun, load_config(args.config, overrides))
+    given = [f"--{name.replace('_', '-')}" for name in ("resume_from", "init_params", "init_tslm") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: each says what a new run starts with; give one of them")
+    from voxcpm2_jax import metrics
+
+    profile_steps = args.profile_steps and metrics.profile_steps(args.profile_steps)
     if args.dry_run:  # the launchers ask for it where they start from, which need not have the paths
         _print({"workdir": args.workdir, "data": args.data, "config": to_dict(config)})
         return DONE
     _check_directory(args.workdir)
-    from voxcpm2_jax import metrics
     from voxcpm2_jax.train import backbone
 
-    given = [f"--{name.replace('_', '-')}" for name in ("resume_from", "init_params", "init_tslm") if getattr(args, name)]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)}: each says what a new run starts with; give one of them")
     options = _start(args) | {"init_params": args.init_params, "init_tslm": args.init_tslm, "heldout": args.heldout}
-    options["profile_steps"] = args.profile_steps and metrics.profile_steps(args.profile_steps)
-    return _run_training(lambda: backbone.train(config, args.workdir, args.data, **options))
+    return _run_training(lambda: backbone.train(config, args.workdir, args.data, profile_steps=profile_steps, **options))
 
 
 def _train_vae(args, overrides) -> int:
@@ -402,6 +407,12 @@ def _train_vae(args, overrides) -> int:
 
 def _start(args) -> dict:
     return {"resume_from": args.resume_from, "accept_changes": args.accept_config_changes}
+
+
+def _check_file(path: str) -> None:
+    path = pathlib.Path(path)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written; its directory must exist and be writable")
 
 
 def _check_directory(path: str) -> None:
@@ -530,8 +541,7 @@ def _texts(args) -> dict[pathlib.Path, str]:
 def _check_writable(path: pathlib.Path) -> None:
     if path.suffix.lower() != ".wav":
         raise UserError(f"{path}: expected a name that ends in .wav")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: cannot be written; its directory must exist and be writable")
+    _check_file(path)
 
 
 def _stream(model, path, text, settings) -> None:
@@ -578,7 +588,7 @@ def _evaluate(args, overrides) -> int:
 def _plan(args, overrides) -> int:
     config = from_dict(BackboneRun, load_config(args.config, overrides))
     if args.output:
-        _check_directory(pathlib.Path(args.output).absolute().parent)
+        _check_file(args.output)
     from voxcpm2_jax import metrics, plan
 
     report = plan.plan(config, args.topology, search=args.search)
