@@ -83,6 +83,13 @@ The last line of standard output is a JSON object. Exit codes: 0 done, 3 it comp
 float32, or than the reference: nothing is timed then."""
 
 
+# Arguments, of all commands, that name a file or a directory.
+_PATHS = (
+    "checkpoint", "data", "destination", "heldout", "init_params", "init_tslm", "input", "manifest", "output", "output_dir",
+    "prompt_audio", "reference_audio", "resume_from", "source", "tokenizer", "vae", "workdir",
+)  # fmt: skip
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
@@ -238,6 +245,10 @@ def _parse(argv):
     strange = [a for a in rest if not (args.takes_config and a.startswith("--config."))]
     if strange:
         raise UserError(f"unrecognized arguments: {' '.join(strange)} (see voxcpm2-jax --help)")
+    for name in _PATHS:
+        path = getattr(args, name, None) or ""
+        if "://" in path:  # it would be taken for a directory called "gs:", and a run be lost with its machine
+            raise UserError(f"{path}: expected a path of this machine; mount the bucket and name the mount")
     return args, rest
 
 
