@@ -297,7 +297,8 @@ def _check(config: BackboneRun, *, against_reference: bool):
 
         def loss(params, batch, draws):
             kwargs = {"time_BM": draws.time_BM, "noise_BMPC": draws.noise_BMPC, "drop_BM": draws.drop_BM}
-            sums = voxcpm2.loss(params, model, batch, **kwargs, remat=config.remat, platform=platform)
+            form = {"max_segments": small.segments, "remat": config.remat, "remat_local": config.remat_local}
+            sums = voxcpm2.loss(params, model, batch, **kwargs, **form, platform=platform)
             return sum(total / count for total, count in sums.values()), sums
 
         return jax.jit(jax.grad(loss, has_aux=True))
@@ -488,7 +489,7 @@ def _parts(config: BackboneRun, *, rounds: int):
     B, T = host_batch.tokens_BT.shape
     M = host_batch.slot_BM.shape[1]
     targets = config.batch.target_patches or M
-    module = voxcpm2.VoxCPM2(model, config.remat, platform=machine["platform"])
+    module = voxcpm2.VoxCPM2(model, config.remat, platform=machine["platform"], remat_local=config.remat_local)
 
     def stack(name):
         def run(params, x_BTD):
@@ -519,10 +520,11 @@ def _parts(config: BackboneRun, *, rounds: int):
             x = jax.device_put(x, sharding.batch_sharding(mesh))
             rest = {key: value for key, value in state.params.items() if key != own}
 
-            def loss(own_params, x, run=run, own=own, rest=rest):
-                return jnp.sum(run(rest | {own: own_params}, x).astype(jnp.float32) ** 2)
+            def loss(own_params, x, rest, run=run, own=own):
+                params = voxcpm2.to_compute(rest | {own: own_params}, dtype)
+                return jnp.sum(run(params, x).astype(jnp.float32) ** 2)
 
-            sec = _time(jax.jit(jax.grad(loss, argnums=(0, 1))), (state.params[own], x), rounds)
+            sec = _time(jax.jit(jax.grad(loss, argnums=(0, 1))), (state.params[own], x, rest), rounds)
             mfu = 3 * useful[name] / (sec * peak * machine["devices"]) if peak else None
             found.append({"part": name, "sec": sec, "useful_tflop": 3 * useful[name] / 1e12, "mfu": mfu})
         grads = jax.tree.map(jnp.ones_like, state.params)

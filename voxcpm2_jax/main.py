@@ -614,7 +614,9 @@ def _bench_train(args, overrides) -> int:
     if args.model:
         if overrides:
             raise UserError(f"{overrides[0]} goes with --config, not with --model")
-        config = BackboneRun(MODELS[args.model], batch=BatchConfig(rows=2, slots=min(4096, MODELS[args.model].max_length)))
+        # configs/backbone.py:2b's budgets of a row. Its `segments` bound what cuDNN's kernel works through.
+        batch = BatchConfig(rows=2, slots=min(4096, MODELS[args.model].max_length), patches=2816, segments=128)
+        config = BackboneRun(MODELS[args.model], batch=batch)
     else:
         config = from_dict(BackboneRun, load_config(args.config, overrides))
     budgets = {name: value for name in ("slots", "patches") if (value := getattr(args, name)) is not None}
