@@ -71,7 +71,7 @@ def test_the_devices_may_be_off_by_what_the_dtype_costs(monkeypatch, dtype, fact
     kernel = np.random.default_rng(0).standard_normal((32, 2)).astype(np.float32)
     monkeypatch.setattr(voxcpm2, "loss", loss)
     monkeypatch.setattr(bench_train, "_params", lambda model: {"stop_head": {"kernel": kernel}})
-    monkeypatch.setattr(bench_train, "_platform", lambda device: "gpu")
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
     run = dataclasses.replace(RUN, remat_local="narrow", batch=dataclasses.replace(RUN.batch, segments=9))
     config = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype=dtype))
     found = next(bench_train._check(config, against_reference=False))

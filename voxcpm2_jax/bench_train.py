@@ -253,18 +253,16 @@ def _work(batch) -> dict[str, float]:
 # ---- jobs ------------------------------------------------------------------------------------------------------------
 
 
-def _machine():
+def _machine(config: BackboneRun):
     import jax
 
-    devices = jax.devices()
+    from voxcpm2_jax import sharding
+
+    mesh = sharding.make_mesh(config.mesh)
     return {
-        "device": devices[0].device_kind, "devices": len(devices), "platform": _platform(devices[0]), "jax": jax.__version__,
-        "cpu_cores": len(os.sched_getaffinity(0)),
+        "device": mesh.devices.flat[0].device_kind, "devices": mesh.size, "platform": sharding.platform(mesh),
+        "jax": jax.__version__, "cpu_cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
-
-
-def _platform(device) -> str:
-    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
 
 
 def _check(config: BackboneRun, *, against_reference: bool):
@@ -279,7 +277,7 @@ def _check(config: BackboneRun, *, against_reference: bool):
     from voxcpm2_jax.models import voxcpm2
     from voxcpm2_jax.train import backbone
 
-    machine = _machine()
+    machine = _machine(config)
     mesh = sharding.make_mesh(config.mesh)
     small = dataclasses.replace(
         config.batch, rows=mesh.shape["replica"] * mesh.shape["data"], slots=min(config.batch.slots, _CHECK_SLOTS),
@@ -412,7 +410,7 @@ def _ours(config: BackboneRun):
     from voxcpm2_jax import metrics
     from voxcpm2_jax.train import backbone
 
-    machine = _machine()
+    machine = _machine(config)
     batch, _ = _data(config)
     work = _work(batch)
     figures = {
@@ -482,7 +480,7 @@ def _parts(config: BackboneRun, *, rounds: int):
     from voxcpm2_jax import metrics, optim, sharding
     from voxcpm2_jax.models import attention, voxcpm2
 
-    machine = _machine()
+    machine = _machine(config)
     host_batch, _ = _data(config)
     model, dtype = config.model, jnp.dtype(config.model.dtype)
     mesh, _, state, batch = _setup(config, host_batch)

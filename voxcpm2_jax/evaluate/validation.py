@@ -96,7 +96,7 @@ class Validation:
         form = {
             "target_patches": budgets.target_patches,
             "max_segments": max(map(len, rows)),
-            "platform": mesh.devices.flat[0].platform,
+            "platform": sharding.platform(mesh),
         }
         program = partial(_of_patches, config=model, form=form)
         whole = jax.NamedSharding(mesh, jax.P())  # on every device, for every process adds up all of it

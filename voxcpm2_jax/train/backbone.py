@@ -265,7 +265,7 @@ def train(
             workdir=workdir,
             config=to_dict(config) | {"data": _made_of(source)},
             state=state,
-            train_step=_by_shape(config, mix.batches, layout, mesh.devices.flat[0].platform, _labels(source)),
+            train_step=_by_shape(config, mix.batches, layout, sharding.platform(mesh), _labels(source)),
             batches_from=partial(_batches, source, mix, mesh),
             num_steps=config.num_steps,
             log=config.log,
