@@ -379,6 +379,25 @@ def test_workdirs_that_cannot_be_written(refusal, tmp_path, workdir, config):
     assert "cannot be written; expected a directory" in refusal(name, f"--config={config}", f"--workdir={workdir}")
 
 
+_TRAIN = "train --config=configs/backbone.py:tiny --workdir=run"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --config=configs/backbone.py:tiny --workdir={}", "train-vae --config=configs/vae.py:tiny --workdir={}",
+        "train --config=configs/backbone.py:tiny --workdir={} --dry-run", f"{_TRAIN} --data={{}}", f"{_TRAIN} --data=a,{{}}",
+        f"{_TRAIN} --resume-from={{}}", f"{_TRAIN} --init-params={{}}", f"{_TRAIN} --data=a --heldout={{}}",
+        "prepare --config=configs/data.py:tiny --output={}", "doctor --manifest={}",
+        "generate --text=a --output=a.wav --checkpoint={}", "import-torch {} there",
+    ],
+)  # fmt: skip
+def test_buckets_that_are_not_mounted(refusal, command):
+    assert refusal(*command.format("gs://bucket/run").split()).endswith(
+        "gs://bucket/run: expected a path of this machine; mount the bucket and name the mount\n"
+    )
+
+
 def test_data_that_is_no_shards(refusal, tmp_path):
     for name, content in {"json": b"{", "binary": b"\xff\xfe\x00", "list": b"[]", "other": b'{"clips": 3}'}.items():
         (tmp_path / name).mkdir()

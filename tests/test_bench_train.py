@@ -2,6 +2,7 @@
 
 No speed is judged here."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -61,7 +62,8 @@ def test_beside_the_reference(tmp_path, monkeypatch, capsys):
 def test_the_devices_may_be_off_by_what_the_dtype_costs(monkeypatch, dtype, factor, fails):
     """A device that multiplies its result by a factor, in the place of a model."""
 
-    def loss(params, config, batch, *, platform, **_):
+    def loss(params, config, batch, *, platform, **form):
+        assert (form["max_segments"], form["remat"], form["remat_local"]) == (9, "full", "narrow"), "as an update has them"
         value = jnp.sum(params["stop_head"]["kernel"].astype(config.dtype).astype(jnp.float32) ** 2)
         value *= factor if platform == "gpu" else 1.0
         return {"diff": (value, jnp.float32(2.0)), "stop": (value, jnp.float32(3.0))}
@@ -69,9 +71,9 @@ def test_the_devices_may_be_off_by_what_the_dtype_costs(monkeypatch, dtype, fact
     kernel = np.random.default_rng(0).standard_normal((32, 2)).astype(np.float32)
     monkeypatch.setattr(voxcpm2, "loss", loss)
     monkeypatch.setattr(bench_train, "_params", lambda model: {"stop_head": {"kernel": kernel}})
-    monkeypatch.setattr(bench_train, "_platform", lambda device: "gpu")
-    model = dict(to_dict(RUN.model), dtype=dtype)
-    config = bench_train.from_dict(BackboneRun, to_dict(RUN) | {"model": model})
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    run = dataclasses.replace(RUN, remat_local="narrow", batch=dataclasses.replace(RUN.batch, segments=9))
+    config = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype=dtype))
     found = next(bench_train._check(config, against_reference=False))
     assert [failure.split()[0] for failure in found["failed"]] == fails
     if dtype == "float32":
@@ -86,6 +88,7 @@ def test_nothing_is_timed_after_a_failure(monkeypatch, capsys):
     class Child:
         def __init__(self, job, config, **options):
             jobs.append(job)
+            assert config.batch.patches == 2816 and config.batch.segments == 128, "as in configs/backbone.py:2b"
             self.hello = {"device": "a", "devices": 1, "jax": "1", "errors": {"loss": 0.5}, "failed": ["loss is 0.5 off"]}
 
         def __enter__(self):

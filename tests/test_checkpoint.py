@@ -31,6 +31,7 @@ from voxcpm2_jax.config import (
     VAERun,
     to_dict,
 )
+from voxcpm2_jax.train import backbone
 
 
 @jax.tree_util.register_dataclass
@@ -456,6 +457,30 @@ def test_changed_config(saved, tmp_path, capsys, is_branch):
     assert "added: (none) -> 3" in said and "add --accept-config-changes" in str(error.value)
     checkpoint._check_changes("CKPT", start=Start(rules=CHANGES, accept_changes=True), **check)
     checkpoint._check_changes("CKPT", start=Start(), **check)
+
+
+@pytest.mark.parametrize("accept_changes", [False, True])
+@pytest.mark.parametrize(
+    "path, value",
+    [("guard.window", 64), ("optim.mu_dtype", "bfloat16"), ("optim.optimizer", "muon"), ("optim.ema_decay", 0.9)],
+)
+def test_what_the_saved_arrays_hang_on_cannot_be_accepted_away(path, value, accept_changes):
+    """Restoring would fail anyway, so that no flag is offered; and each of them does change the arrays."""
+    group, name = path.split(".")
+    changed = dataclasses.replace(TINY, **{group: dataclasses.replace(getattr(TINY, group), **{name: value})})
+    shapes = [jax.tree.leaves(jax.eval_shape(partial(backbone.init_state, run))) for run in (TINY, changed)]
+    assert [(x.shape, x.dtype) for x in shapes[0]] != [(x.shape, x.dtype) for x in shapes[1]]
+    start = Start(rules=CHANGES, accept_changes=accept_changes)
+    for old, new in ((TINY, changed), (changed, TINY)):
+        with pytest.raises(UserError, match=f"{path}: .* set it back, or start in a new workdir$"):
+            checkpoint._check_changes("CKPT", to_dict(old), to_dict(new), start, is_branch=True)
+
+
+def test_a_decay_may_change_when_told_to():
+    runs = [to_dict(dataclasses.replace(TINY, optim=OptimConfig(ema_decay=decay))) for decay in (0.9, 0.99)]
+    with pytest.raises(UserError, match="or add --accept-config-changes"):
+        checkpoint._check_changes("CKPT", *runs, Start(rules=CHANGES), is_branch=False)
+    checkpoint._check_changes("CKPT", *runs, Start(rules=CHANGES, accept_changes=True), is_branch=False)
 
 
 def test_every_field_of_a_run_has_a_rule():

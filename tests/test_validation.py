@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from voxcpm2_jax import sharding, torch_io
 from voxcpm2_jax.config import MODELS, BatchConfig, EvaluateConfig, UserError, ValidationConfig
 from voxcpm2_jax.data import packing, pipeline
 from voxcpm2_jax.data.packing import Clip, Index
+from voxcpm2_jax.data.tokenizer import load_tokenizer
 from voxcpm2_jax.evaluate import validation
 from voxcpm2_jax.evaluate.validation import Validation
 
@@ -138,15 +140,25 @@ def test_figures_depend_on_no_mesh_and_no_neighbours(clips, alone, tiny_params):
 
 
 def test_evaluate_reads_shards_and_checkpoint(clips, alone, released_dir, tmp_path):
-    """From the disk, on all devices; and refuses shards of another codec."""
-    loaded = torch_io.load_model(released_dir)
+    """From the disk, on all devices; and refuses shards of another codec.
+
+    A released tokenizer.json is spelt in its makers' own way, and shards name the one that `prepare` wrote: both are alike.
+    """
+    checkpoint = tmp_path / "released"
+    shutil.copytree(released_dir, checkpoint)
+    spelt = checkpoint / "tokenizer.json"
+    spelt.write_text(json.dumps(json.loads(spelt.read_text(encoding="utf-8"))), encoding="utf-8")
+    load_tokenizer(checkpoint).save(tmp_path / "prepared")
+    prepared = (tmp_path / "prepared" / "tokenizer.json").read_bytes()
+    assert prepared != spelt.read_bytes()
+    loaded = torch_io.load_model(checkpoint)
     made = {
         "codec_sha256": torch_io.codec_sha256(loaded.vae_params, loaded.vae_config),
-        "tokenizer_sha256": hashlib.sha256((loaded.tokenizer_dir / "tokenizer.json").read_bytes()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(prepared).hexdigest(),
     }
     shards = write(tmp_path / "shards", clips, **made)
     config = EvaluateConfig(measure="loss", batch=BatchConfig(rows=8, slots=96, patches=60))
-    result = validation.evaluate(config, released_dir, shards, tmp_path / "out")
+    result = validation.evaluate(config, checkpoint, shards, tmp_path / "out")
     assert result["clips"] == 23
     assert {name: result[name] for name in alone} == {
         name: None if value is None else pytest.approx(value, rel=2e-5) for name, value in alone.items()
@@ -155,7 +167,7 @@ def test_evaluate_reads_shards_and_checkpoint(clips, alone, released_dir, tmp_pa
     for name in made:
         write(shards, clips, **made | {name: "other"})
         with pytest.raises(UserError, match=f"{name.removesuffix('_sha256')}: .* other"):
-            validation.evaluate(config, released_dir, shards, tmp_path / "out")
+            validation.evaluate(config, checkpoint, shards, tmp_path / "out")
 
 
 def write(directory, clips, **changes):

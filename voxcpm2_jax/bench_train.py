@@ -253,18 +253,16 @@ def _work(batch) -> dict[str, float]:
 # ---- jobs ------------------------------------------------------------------------------------------------------------
 
 
-def _machine():
+def _machine(config: BackboneRun):
     import jax
 
-    devices = jax.devices()
+    from voxcpm2_jax import sharding
+
+    mesh = sharding.make_mesh(config.mesh)
     return {
-        "device": devices[0].device_kind, "devices": len(devices), "platform": _platform(devices[0]), "jax": jax.__version__,
-        "cpu_cores": len(os.sched_getaffinity(0)),
+        "device": mesh.devices.flat[0].device_kind, "devices": mesh.size, "platform": sharding.platform(mesh),
+        "jax": jax.__version__, "cpu_cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
-
-
-def _platform(device) -> str:
-    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
 
 
 def _check(config: BackboneRun, *, against_reference: bool):
@@ -279,7 +277,7 @@ def _check(config: BackboneRun, *, against_reference: bool):
     from voxcpm2_jax.models import voxcpm2
     from voxcpm2_jax.train import backbone
 
-    machine = _machine()
+    machine = _machine(config)
     mesh = sharding.make_mesh(config.mesh)
     small = dataclasses.replace(
         config.batch, rows=mesh.shape["replica"] * mesh.shape["data"], slots=min(config.batch.slots, _CHECK_SLOTS),
@@ -297,7 +295,8 @@ def _check(config: BackboneRun, *, against_reference: bool):
 
         def loss(params, batch, draws):
             kwargs = {"time_BM": draws.time_BM, "noise_BMPC": draws.noise_BMPC, "drop_BM": draws.drop_BM}
-            sums = voxcpm2.loss(params, model, batch, **kwargs, remat=config.remat, platform=platform)
+            form = {"max_segments": small.segments, "remat": config.remat, "remat_local": config.remat_local}
+            sums = voxcpm2.loss(params, model, batch, **kwargs, **form, platform=platform)
             return sum(total / count for total, count in sums.values()), sums
 
         return jax.jit(jax.grad(loss, has_aux=True))
@@ -411,7 +410,7 @@ def _ours(config: BackboneRun):
     from voxcpm2_jax import metrics
     from voxcpm2_jax.train import backbone
 
-    machine = _machine()
+    machine = _machine(config)
     batch, _ = _data(config)
     work = _work(batch)
     figures = {
@@ -481,14 +480,14 @@ def _parts(config: BackboneRun, *, rounds: int):
     from voxcpm2_jax import metrics, optim, sharding
     from voxcpm2_jax.models import attention, voxcpm2
 
-    machine = _machine()
+    machine = _machine(config)
     host_batch, _ = _data(config)
     model, dtype = config.model, jnp.dtype(config.model.dtype)
     mesh, _, state, batch = _setup(config, host_batch)
     B, T = host_batch.tokens_BT.shape
     M = host_batch.slot_BM.shape[1]
     targets = config.batch.target_patches or M
-    module = voxcpm2.VoxCPM2(model, config.remat, platform=machine["platform"])
+    module = voxcpm2.VoxCPM2(model, config.remat, platform=machine["platform"], remat_local=config.remat_local)
 
     def stack(name):
         def run(params, x_BTD):
@@ -519,10 +518,11 @@ def _parts(config: BackboneRun, *, rounds: int):
             x = jax.device_put(x, sharding.batch_sharding(mesh))
             rest = {key: value for key, value in state.params.items() if key != own}
 
-            def loss(own_params, x, run=run, own=own, rest=rest):
-                return jnp.sum(run(rest | {own: own_params}, x).astype(jnp.float32) ** 2)
+            def loss(own_params, x, rest, run=run, own=own):
+                params = voxcpm2.to_compute(rest | {own: own_params}, dtype)
+                return jnp.sum(run(params, x).astype(jnp.float32) ** 2)
 
-            sec = _time(jax.jit(jax.grad(loss, argnums=(0, 1))), (state.params[own], x), rounds)
+            sec = _time(jax.jit(jax.grad(loss, argnums=(0, 1))), (state.params[own], x, rest), rounds)
             mfu = 3 * useful[name] / (sec * peak * machine["devices"]) if peak else None
             found.append({"part": name, "sec": sec, "useful_tflop": 3 * useful[name] / 1e12, "mfu": mfu})
         grads = jax.tree.map(jnp.ones_like, state.params)

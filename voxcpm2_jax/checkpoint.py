@@ -43,7 +43,7 @@ import tensorstore as ts
 from etils import epath
 from jax.experimental import multihost_utils
 
-from voxcpm2_jax.config import FIXED, FREE, SCHEDULE, UserError
+from voxcpm2_jax.config import FIXED, FREE, SCHEDULE, SHAPE, UserError
 
 TRAINING, RELEASED = "training", "released"  # what `kind` tells
 CHECKSUMS_FILE = "checksums.json"
@@ -269,7 +269,7 @@ class Start:
         resume_from: another run's workdir or one step of it; its whole state is taken, the run itself is only read.
         fresh: what the state is without any checkpoint, in words.
         rules: as `config.CHANGES`; by default every field may differ.
-        accept_changes: fields that must not differ may.
+        accept_changes: fields that must not differ may, except those that the saved arrays' shapes hang on.
     """
 
     resume_from: str | os.PathLike | None = None
@@ -318,18 +318,22 @@ def _whole_step(path) -> pathlib.Path:
 
 def _check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) -> None:
     """Names every field that differs; raises if one does that must not."""
-    refused = []
+    refused, is_final = [], False
     for field, change in sorted(_changes(old, json.loads(json.dumps(new)))):
-        rule, why = next(((rule, why) for pattern, rule, why in start.rules if re.match(pattern, field)), (FIXED, "no rule"))
+        told = f"{field}: {change}"
+        rule, why = next(((rule, why) for pattern, rule, why in start.rules if re.match(pattern, told)), (FIXED, "no rule"))
         is_new = change.startswith(_ABSENT) or change.endswith(_ABSENT)  # a field that one of the two versions has not got
-        if rule == FREE or is_new or (is_branch and rule == SCHEDULE) or start.accept_changes:
-            _say(f"config differs from the checkpoint's: {field}: {change}")
+        is_accepted = start.accept_changes and rule != SHAPE
+        if rule == FREE or is_new or (is_branch and rule == SCHEDULE) or is_accepted:
+            _say(f"config differs from the checkpoint's: {told}")
         else:
-            refused.append(f"{field}: {change} ({why})")
+            refused.append(f"{told} ({why})")
+            is_final |= rule == SHAPE
     if refused:
+        ways = "set it back, or start in a new workdir"
+        ways = ways if is_final else "set it back, start in a new workdir, or add --accept-config-changes"
         raise UserError(
-            f"{path}: the config differs from the checkpoint's in what its state means: {'; '.join(refused)}; "
-            "set it back, start in a new workdir, or add --accept-config-changes"
+            f"{path}: the config differs from the checkpoint's in what its state means: {'; '.join(refused)}; {ways}"
         )
 
 

@@ -757,10 +757,13 @@ class BackboneRun:
 
 
 # Whether a field of a run may differ from what its checkpoint was made with. FREE: yes. SCHEDULE: where a run branches off
-# another (--resume-from). FIXED: the state would mean something else; only when told to. The first pattern that a field's
-# path begins with counts; every field of a run has one.
-FREE, SCHEDULE, FIXED = "free", "schedule", "fixed"
+# another (--resume-from). FIXED: the state would mean something else; only when told to. SHAPE: never, the saved arrays would
+# not fit. The first pattern that "FIELD: OLD -> NEW" begins with counts; every field of a run has one.
+FREE, SCHEDULE, FIXED, SHAPE = "free", "schedule", "fixed", "shape"
 CHANGES: tuple[tuple[str, str, str], ...] = (
+    (r"guard\.window\b", SHAPE, "size of what the guard remembers"),
+    (r"optim\.(optimizer|mu_dtype)\b", SHAPE, "what the optimiser's moments are and are kept in"),
+    (r"optim\.ema_decay: (None ->|.* -> None$)", SHAPE, "whether there are averages"),
     # How long, on what machine, and what is told of it. A schedule without schedule_steps is as long as the run: it stretches.
     (r"(num_steps|remat|remat_local|accumulate|mesh|model\.dtype|model\.max_length)\b", FREE, ""),
     (r"(checkpoint|log|samples|sample_every_steps|num_samples|validation|guard|watchdog|profile)\b", FREE, ""),

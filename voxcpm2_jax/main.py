@@ -83,6 +83,13 @@ The last line of standard output is a JSON object. Exit codes: 0 done, 3 it comp
 float32, or than the reference: nothing is timed then."""
 
 
+# Arguments, of all commands, that name a file or a directory.
+_PATHS = (
+    "checkpoint", "data", "destination", "heldout", "init_params", "init_tslm", "input", "manifest", "output", "output_dir",
+    "prompt_audio", "reference_audio", "resume_from", "source", "tokenizer", "vae", "workdir",
+)  # fmt: skip
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     if not all(number.isdecimal() and int(number) for number in text.split(",")):
         raise argparse.ArgumentTypeError(f"expected whole numbers over 0 with commas between, got {text!r}")
@@ -240,6 +247,10 @@ def _parse(argv):
     strange = [a for a in rest if not (args.takes_config and a.startswith("--config."))]
     if strange:
         raise UserError(f"unrecognized arguments: {' '.join(strange)} (see voxcpm2-jax --help)")
+    for name in _PATHS:
+        path = getattr(args, name, None) or ""
+        if "://" in path:  # it would be taken for a directory called "gs:", and a run be lost with its machine
+            raise UserError(f"{path}: expected a path of this machine; mount the bucket and name the mount")
     return args, rest
 
 
@@ -613,7 +624,9 @@ def _bench_train(args, overrides) -> int:
     if args.model:
         if overrides:
             raise UserError(f"{overrides[0]} goes with --config, not with --model")
-        config = BackboneRun(MODELS[args.model], batch=BatchConfig(rows=2, slots=min(4096, MODELS[args.model].max_length)))
+        # configs/backbone.py:2b's budgets of a row. Its `segments` bound what cuDNN's kernel works through.
+        batch = BatchConfig(rows=2, slots=min(4096, MODELS[args.model].max_length), patches=2816, segments=128)
+        config = BackboneRun(MODELS[args.model], batch=batch)
     else:
         config = from_dict(BackboneRun, load_config(args.config, overrides))
     budgets = {name: value for name in ("slots", "patches") if (value := getattr(args, name)) is not None}

@@ -114,6 +114,12 @@ _PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCE
 # ---- the mesh --------------------------------------------------------------------------------------------------------
 
 
+def platform(mesh: Mesh) -> str:
+    """Whose kernels programs over these devices use: "cpu", "gpu" or "tpu"."""
+    name = mesh.devices.flat[0].platform
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)  # as JAX itself groups them, in `jax.devices("gpu")`
+
+
 def make_mesh(shape: tuple[int, int, int] = (-1, -1, 1), devices=None) -> Mesh:
     """A mesh over `devices` (all by default, or those of a topology that is only compiled for).
 

@@ -771,11 +771,37 @@ def codec_sha256(vae_params: Mapping, vae_config: AudioVAEConfig) -> str:
 
 
 def makers_sha256(path: str | os.PathLike) -> dict[str, str]:
-    """What identifies the codec and the tokenizer of any checkpoint of the backbone, by the names that shards give them."""
+    """What identifies the codec and the tokenizer of any checkpoint of the backbone, by the names that shards give them.
+
+    A released tokenizer.json counts as `Tokenizer.save` writes it, for that is the one `prepare` keeps and hashes. A workdir
+    without a checkpoint will do.
+    """
     path = pathlib.Path(path).absolute()
-    tokenizer = load_tokenizer(path if checkpoint.kind(path) == checkpoint.RELEASED else _root(path) / "tokenizer")
+    own = path / "tokenizer"
+    if not own.is_dir():
+        own = path if checkpoint.kind(path) == checkpoint.RELEASED else _root(path) / "tokenizer"
     vae_config, vae_params = load_codec(path)
-    return {"codec_sha256": codec_sha256(vae_params, vae_config), "tokenizer_sha256": tokenizer.sha256}
+    return {"codec_sha256": codec_sha256(vae_params, vae_config), "tokenizer_sha256": load_tokenizer(own).sha256}
+
+
+def check_makers(path: str | os.PathLike, header, *, name: str = "", advice: str = "") -> None:
+    """Refuses shards whose latents or ids mean something else than those that a checkpoint's weights were trained on.
+
+    Args:
+        path: as in `makers_sha256`.   header: of the shards.
+        name: of the path in the message.   advice: what to do; by default, to prepare the shards with what the path holds.
+    Raises:
+        UserError: another codec or tokenizer, each with both hashes.
+    """
+    ours = makers_sha256(path)
+    wrong = [part for part in ours if ours[part] != getattr(header, part)]
+    if wrong:
+        parts = [part.removesuffix("_sha256") for part in wrong]
+        sums = [f"{part}: here {ours[full]:.12}, shards {getattr(header, full):.12}" for part, full in zip(parts, wrong)]
+        advice = advice or f"prepare them with --vae={path} and --config.tokenizer set to its tokenizer"
+        raise UserError(
+            f"the shards were not made with the {' and '.join(parts)} of {name or path} ({'; '.join(sums)}, SHA-256): {advice}"
+        )
 
 
 def _open_codec(directory: pathlib.Path) -> tuple[AudioVAEConfig, dict[str, Stored]]:

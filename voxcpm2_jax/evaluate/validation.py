@@ -96,7 +96,7 @@ class Validation:
         form = {
             "target_patches": budgets.target_patches,
             "max_segments": max(map(len, rows)),
-            "platform": mesh.devices.flat[0].platform,
+            "platform": sharding.platform(mesh),
         }
         program = partial(_of_patches, config=model, form=form)
         whole = jax.NamedSharding(mesh, jax.P())  # on every device, for every process adds up all of it
@@ -177,14 +177,7 @@ def evaluate(
     loaded = torch_io.load_model(checkpoint)
     source = pipeline.Shards(shards)
     pipeline.check_fit(source, loaded.config, where=str(shards))
-    tokenizer = (loaded.tokenizer_dir / "tokenizer.json").read_bytes()
-    made_with = {
-        "codec": (source.header.codec_sha256, torch_io.codec_sha256(loaded.vae_params, loaded.vae_config)),
-        "tokenizer": (source.header.tokenizer_sha256, hashlib.sha256(tokenizer).hexdigest()),
-    }
-    wrong = [f"{part}: {ours:.12}, shards {theirs:.12}" for part, (theirs, ours) in made_with.items() if theirs != ours]
-    if wrong:
-        raise UserError(f"{shards} was not made with the codec and tokenizer of {checkpoint} ({'; '.join(wrong)}, SHA-256)")
+    torch_io.check_makers(checkpoint, source.header)
     output = pathlib.Path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ not depend on the mesh, nor on `accumulate`: the number of micro-batches that an
 """
 
 import dataclasses
-import hashlib
 import pathlib
 import shutil
 import sys
@@ -266,7 +265,7 @@ def train(
             workdir=workdir,
             config=to_dict(config) | {"data": _made_of(source)},
             state=state,
-            train_step=_by_shape(config, mix.batches, layout, mesh.devices.flat[0].platform, _labels(source)),
+            train_step=_by_shape(config, mix.batches, layout, sharding.platform(mesh), _labels(source)),
             batches_from=partial(_batches, source, mix, mesh),
             num_steps=config.num_steps,
             log=config.log,
@@ -391,18 +390,8 @@ def _keep_makers(workdir: pathlib.Path, directories: Sequence[pathlib.Path], hea
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(shards / part, aside)
             aside.rename(workdir / part)
-    vae_config, vae_params = torch_io.load_codec(workdir)
-    tokenizer = (workdir / "tokenizer" / "tokenizer.json").read_bytes()
-    there = {
-        "codec": (torch_io.codec_sha256(vae_params, vae_config), header.codec_sha256),
-        "tokenizer": (hashlib.sha256(tokenizer).hexdigest(), header.tokenizer_sha256),
-    }
-    wrong = [f"{part}: {workdir} {ours:.12}, {shards} {theirs:.12}" for part, (ours, theirs) in there.items() if ours != theirs]
-    if wrong:
-        raise UserError(
-            f"the shards were not made with this run's codec and tokenizer ({'; '.join(wrong)}, SHA-256): train in a new "
-            "workdir, or prepare the shards with the workdir's own"
-        )
+    advice = "train in a new workdir, or prepare the shards with the workdir's own"
+    torch_io.check_makers(workdir, header, name=f"this run ({workdir})", advice=advice)
 
 
 def _check_makers(init_params, source) -> None:
@@ -412,13 +401,7 @@ def _check_makers(init_params, source) -> None:
         return
     from voxcpm2_jax import torch_io
 
-    theirs = torch_io.makers_sha256(init_params)
-    wrong = [name.removesuffix("_sha256") for name in theirs if theirs[name] != getattr(header, name)]
-    if wrong:
-        raise UserError(
-            f"the shards were not made with the {' and '.join(wrong)} of --init-params={init_params}: prepare them with "
-            f"--vae={init_params} and --config.tokenizer set to its tokenizer"
-        )
+    torch_io.check_makers(init_params, header, name=f"--init-params={init_params}")
 
 
 def _batches(source, mix: Mix, mesh, start_step: int) -> Iterator[Batch]:
