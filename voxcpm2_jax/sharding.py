@@ -29,7 +29,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src.clusters import ClusterEnv  # no public function tells whether JAX finds a cluster
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -87,6 +86,8 @@ def connect() -> None:
     Raises:
         UserError: the variables are incomplete or no numbers, or the others do not come within JAX's five minutes.
     """
+    from jax._src.clusters import ClusterEnv  # no public function tells whether JAX finds a cluster
+
     address, *numbers = (os.environ.get(name, "") for name in _PROCESS_VARIABLES)
     if numbers[0] == "1" or jax.distributed.is_initialized():
         return
