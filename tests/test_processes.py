@@ -52,6 +52,32 @@ def test_processes_that_are_told_nonsense_say_so_in_a_line():
     assert results[0].stderr.count("\n") == 1 and not results[0].stdout
 
 
+LEAVE = """
+import sys
+import jax, numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from voxcpm2_jax import main
+from voxcpm2_jax.config import UserError
+
+def train():
+    process_allgather(np.zeros(1))
+    if str(jax.process_index()) in sys.argv[1]:
+        raise UserError("this clip is damaged")
+    process_allgather(np.zeros(1))
+
+sys.exit(main._run_training(train))
+"""
+
+
+@pytest.mark.parametrize("leaving", ["0", "1", "01"])
+def test_a_mistake_that_some_process_finds_ends_all_of_them(leaving):
+    """Soon, and with the code by which a launcher knows not to start them again; the others fail."""
+    results = run_processes([leaving], 2, program=("-c", LEAVE), timeout_sec=60)
+    for i, result in enumerate(results):
+        assert result.code == (2 if str(i) in leaving else 1), results
+        assert (result.stderr == "error: this clip is damaged\n") == (str(i) in leaving), results
+
+
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
     """Trains in a workdir on some processes -> the rows of its metrics.jsonl."""
