@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def test_a_mistake_that_some_process_finds_ends_all_of_them(leaving):
     """Soon, and with the code by which a launcher knows not to start them again; the others fail."""
     results = run_processes([leaving], 2, program=("-c", LEAVE), timeout_sec=60)
     for i, result in enumerate(results):
-        assert result.code == (2 if str(i) in leaving else 1), results
+        # JAX itself aborts a process that finds the first one gone before its collective does.
+        assert result.code in ((2,) if str(i) in leaving else (1, -signal.SIGABRT)), results
         assert (result.stderr == "error: this clip is damaged\n") == (str(i) in leaving), results
 
 
