@@ -185,12 +185,22 @@ def test_signal_saves_and_the_next_start_goes_on(tmp_path, toy):
             yield batch
 
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(loop.Preempted, match="SIGTERM at step 7 of 10"):
+    with pytest.raises(loop.Preempted, match="SIGTERM at step 7 of 10: saved; start"):
         toy.run(tmp_path / "parts", 10, batches_from=batches_from)
     assert signal.getsignal(signal.SIGTERM) is handler
     state, _ = toy.run(tmp_path / "parts", 10, batches_from=batches_from)
     assert int(state.step) == 10
     assert learned(tmp_path / "parts") == learned(tmp_path / "whole")
+
+
+def test_a_signal_before_the_first_update_saves_nothing_and_says_so(tmp_path, toy):
+    def batches_from(start):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return toy.batches_from(start)
+
+    with pytest.raises(loop.Preempted, match="SIGTERM at step 0 of 10: no update since the start, nothing to save; start"):
+        toy.run(tmp_path, 10, batches_from=batches_from)
+    assert not checkpoint.has_steps(tmp_path)
 
 
 _DEEP_IN_C = """

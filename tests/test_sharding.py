@@ -43,6 +43,9 @@ def joined(monkeypatch):
     return calls
 
 
+WAITS = {"heartbeat_timeout_seconds": sharding.LOST_SEC, "shutdown_timeout_seconds": sharding.LOST_SEC}
+
+
 def test_a_process_by_itself_joins_nothing(joined):
     sharding.connect()
     assert joined == []
@@ -53,14 +56,14 @@ def test_processes_that_are_told_join(joined, monkeypatch):
         monkeypatch.setenv(name, value)
     sharding.connect()
     told = {"coordinator_address": "host:1234", "num_processes": 4, "process_id": 3}
-    assert joined == [told | {"heartbeat_timeout_seconds": sharding.LOST_SEC}]
+    assert joined == [told | WAITS]
 
 
 def test_on_a_cluster_that_jax_knows_it_is_told_nothing(joined, monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"):
         monkeypatch.setenv(name, "2")
     sharding.connect()
-    assert joined == [{"heartbeat_timeout_seconds": sharding.LOST_SEC}]
+    assert joined == [WAITS]
     monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
     sharding.connect()
     assert len(joined) == 1

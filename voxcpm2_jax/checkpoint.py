@@ -96,8 +96,8 @@ class Checkpoints:
         return step % self.every_steps == 0
 
     def latest_step(self) -> int | None:
-        """Newest step that is whole on disk; None without one."""
-        return max(_steps(self.directory), default=None)
+        """Newest step that is whole on disk, as the first process sees it; None without one. Every process asks."""
+        return max(from_first(_steps(self.directory)), default=None)
 
     def verified_step(self) -> int | None:
         """Newest step whose files are those that were saved; damaged ones are named on stderr and set aside.
@@ -110,7 +110,7 @@ class Checkpoints:
             UserError: there are checkpoints, and all of them are damaged.
         """
         damaged: list[int] = []
-        for step in sorted(_steps(self.directory), reverse=True):
+        for step in sorted(from_first(_steps(self.directory)), reverse=True):
             path = self.directory / str(step)
             problem = _damage(path, share=(jax.process_index(), jax.process_count()))
             if problem:
@@ -207,7 +207,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             self._has_failed = True
             free = shutil.disk_usage(self.directory).free / 1e9
-            newest = self.latest_step()
+            newest = max(_steps(self.directory), default=None)
             left = "there is no older one" if newest is None else f"step {newest} is whole"
             reason = " ".join(str(error).split())
             raise SaveFailed(
@@ -309,11 +309,14 @@ def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
 
 
 def _whole_step(path) -> pathlib.Path:
-    """The step that a path names, of another run; it must be whole."""
+    """The step that a path names, of another run; it must be whole. Each process reads its share of the files."""
     if kind(path) != TRAINING:
         raise UserError(f"--resume-from={path}: released weights, no training state; expected a workdir or one step of it")
-    verify(path)
-    return step_directory(path)
+    step = pathlib.Path(from_first(str(step_directory(path))))
+    problem = _damage(step, share=(jax.process_index(), jax.process_count()))
+    if not _all_agree(not problem):
+        raise _damaged(step, problem or "another process of this run says what")
+    return step
 
 
 def _check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) -> None:
@@ -387,9 +390,13 @@ def verify(path, *parts: str) -> None:
     step = step_directory(path)
     problem = _damage(step, parts)
     if problem:
-        others = sorted(set(_steps(step.parent)) - {int(step.name)} if step.name.isdigit() else _steps(step.parent))
-        instead = f"name another step of it: {', '.join(map(str, others))}" if others else "there is no other step of it"
-        raise UserError(f"{step}: damaged checkpoint: {problem}; {instead}")
+        raise _damaged(step, problem)
+
+
+def _damaged(step: pathlib.Path, problem: str) -> UserError:
+    others = sorted(set(_steps(step.parent)) - {int(step.name)} if step.name.isdigit() else _steps(step.parent))
+    instead = f"name another step of it: {', '.join(map(str, others))}" if others else "there is no other step of it"
+    return UserError(f"{step}: damaged checkpoint: {problem}; {instead}")
 
 
 def _damage(path: pathlib.Path, parts: Sequence[str] = (), share: tuple[int, int] = (0, 1)) -> str:
@@ -449,6 +456,20 @@ def _all_agree(is_fine: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(is_fine))))
 
 
+def from_first(value):
+    """The first process's value, plain data, on every process of the run; all of them ask.
+
+    For what is read from a disk that they share and decides what they do next: a network file system may show one of them
+    what was there a minute ago.
+    """
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    data = data if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+
+
 # ---- reading without a run -------------------------------------------------------------------------------------------
 
 
@@ -475,8 +496,8 @@ def kind(path) -> str:
 
 
 def has_steps(workdir) -> bool:
-    """Whether a run in this directory goes on instead of starting."""
-    return bool(_steps(pathlib.Path(workdir).absolute() / "checkpoints"))
+    """Whether a run in this directory goes on instead of starting, as the first process sees it. Every process asks."""
+    return bool(from_first(_steps(pathlib.Path(workdir).absolute() / "checkpoints")))
 
 
 def load_params(path):

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 
@@ -42,11 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, overrides = _parse(sys.argv[1:] if argv is None else argv)
         return args.run(args, overrides)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return MISTAKE
+        return _complain(error, MISTAKE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _complain(error: Exception, code: int) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return code
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -446,19 +451,32 @@ def _run_training(train) -> int:
         result = train()
         if jax.process_index() == 0:
             _print(result)
-    except (BrokenRun, SaveFailed) as broken:
-        print(f"error: {broken}", file=sys.stderr)
-        return FAILED
+        return DONE
+    except BrokenRun as broken:  # this one and the next come to all processes of a run, after the same step
+        return _complain(broken, FAILED)
     except Preempted as preempted:
         print(preempted, file=sys.stderr)
         return PREEMPTED
-    except jax.errors.JaxRuntimeError:
+    except SaveFailed as failed:
+        code = _complain(failed, FAILED)
+    except UserError as mistake:
+        code = _complain(mistake, MISTAKE)
+    except BaseException:
         if jax.process_count() == 1:
             raise
-        # Most likely another process is gone, and an orderly exit would wait for it: what starts all of them again need not.
         traceback.print_exc()
-        os._exit(FAILED)
-    return DONE
+        code = FAILED
+    if jax.process_count() > 1:
+        # It may have come to this process alone: an orderly exit would wait for the others, which wait for it in a step. They
+        # end when the first process does, so that one leaves last: those that have met the same can say so.
+        time.sleep(_LAST_WORDS_SEC if jax.process_index() == 0 else 0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+_LAST_WORDS_SEC = 5
 
 
 def _keep_programs() -> None:
@@ -557,8 +575,6 @@ def _check_writable(path: pathlib.Path) -> None:
 
 def _stream(model, path, text, settings) -> None:
     """Speaks into a file that grows beside `path` and takes its name when it is whole."""
-    import time
-
     import soundfile
 
     aside = path.with_name(path.name + ".part")

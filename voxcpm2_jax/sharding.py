@@ -29,7 +29,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src.clusters import ClusterEnv  # no public function tells whether JAX finds a cluster
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -74,7 +73,9 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 # ---- the processes of a run ------------------------------------------------------------------------------------------
 
-LOST_SEC = 100  # a process that is not heard of for so long is lost; the others then end, for a launcher to start all again
+# A process that is not heard of for so long, or stays behind when others end, is lost; they then end without it, for a
+# launcher to start all again.
+LOST_SEC = 100
 
 
 def connect() -> None:
@@ -87,6 +88,8 @@ def connect() -> None:
     Raises:
         UserError: the variables are incomplete or no numbers, or the others do not come within JAX's five minutes.
     """
+    from jax._src.clusters import ClusterEnv  # no public function tells whether JAX finds a cluster
+
     address, *numbers = (os.environ.get(name, "") for name in _PROCESS_VARIABLES)
     if numbers[0] == "1" or jax.distributed.is_initialized():
         return
@@ -103,7 +106,7 @@ def connect() -> None:
     try:
         # Its own notice of SIGTERM would take the signal away from train/loop.py, which tells the others itself.
         jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(**told, heartbeat_timeout_seconds=LOST_SEC)
+        jax.distributed.initialize(**told, heartbeat_timeout_seconds=LOST_SEC, shutdown_timeout_seconds=LOST_SEC)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"the processes of this run do not come together: {error}") from None
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from voxcpm2_jax import metrics
+from voxcpm2_jax.checkpoint import from_first
 from voxcpm2_jax.config import GuardConfig
 
 
@@ -119,7 +120,7 @@ class Ledger:
         saved = saved or {"skipped": [], "stepped_over": []}
         self._config = config
         self._path = pathlib.Path(workdir) / "stepped_over.jsonl"
-        written = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        written = from_first(self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else [])
         self._over = {line["batch"]: line for line in (*saved["stepped_over"], *map(json.loads, written))}
         self.skipped: list[int] = list(saved["skipped"])
         self.in_a_row: int | None = None

@@ -83,7 +83,7 @@ def run(
         state: after the last update.   row: the last row of metrics.jsonl.
     Raises:
         BrokenRun: the step is named; that state is not saved.
-        Preempted: SIGTERM or SIGINT came to some process; the state is saved.
+        Preempted: SIGTERM or SIGINT came to some process; the state is saved, if any update was made.
     """
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,8 @@ def run(
 
         if step < num_steps:
             name = signal.Signals(stop.number).name
-            raise Preempted(f"{name} at step {step} of {num_steps}: saved; start the same command again to go on")
+            what = "saved" if step > start else "no update since the start, nothing to save"
+            raise Preempted(f"{name} at step {step} of {num_steps}: {what}; start the same command again to go on")
         return state, writer.last_row or {"step": step}
 
 
@@ -340,8 +341,8 @@ class _Stop:
         self._heard = 0  # by this process
         self._agreed = 0
         if jax.process_count() > 1:
-            devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
-            mesh = Mesh(devices, ("process", "device"))
+            devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+            mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
             self._split = NamedSharding(mesh, PartitionSpec("process"))
             self._highest = jax.jit(lambda heard: heard.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
