@@ -27,6 +27,14 @@ need() {
   [ -n "${!1:-}" ] || mistake "$1 is not set; expected $2 (see the top of $0)"
 }
 
+# whole NAME..: each of them is a whole number over 0.
+whole() {
+  local name
+  for name in "$@"; do
+    [[ "${!name}" =~ ^[1-9][0-9]{0,8}$ ]] || mistake "$name '${!name}' is no whole number over 0"
+  done
+}
+
 dry_run='' flags=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case "$1" in
@@ -46,7 +54,7 @@ voxcpm2-jax train --dry-run "${train[@]}" > /dev/null || exit
 NAME="${NAME:-voxcpm2}"
 MAX_FAILURES="${MAX_FAILURES:-10}"
 [[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || mistake "NAME '$NAME' is no name for a job: small letters, digits and -"
-[[ "$MAX_FAILURES" =~ ^[0-9]+$ ]] || mistake "MAX_FAILURES '$MAX_FAILURES' is no number"
+[[ "$MAX_FAILURES" =~ ^[0-9]{1,9}$ ]] || mistake "MAX_FAILURES '$MAX_FAILURES' is no number"
 
 # TOPOLOGY, written as for `voxcpm2-jax plan`: 4xv6e:8x8 is four slices -> slices, chip, shape, chips (of a slice).
 read_topology() {

@@ -23,6 +23,7 @@ read_topology
 need IMAGE "the image of launch/Dockerfile, where the cluster finds it"
 need CLAIM "a persistent volume claim that all pods may write"
 GRACE_SEC="${GRACE_SEC:-600}" CHIPS_PER_HOST="${CHIPS_PER_HOST:-4}"
+whole GRACE_SEC CHIPS_PER_HOST
 per_host=$((chips < CHIPS_PER_HOST ? chips : CHIPS_PER_HOST))
 ((chips % per_host == 0)) || mistake "$chips chips of TOPOLOGY '$TOPOLOGY' are no whole hosts of CHIPS_PER_HOST=$CHIPS_PER_HOST"
 case "$chip" in

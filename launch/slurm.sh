@@ -18,6 +18,7 @@ set -euo pipefail
 . "$(dirname "$0")/arguments.sh"
 need NODES "the number of nodes"
 GPUS="${GPUS:-8}" GRACE_SEC="${GRACE_SEC:-180}"
+whole NODES GPUS GRACE_SEC
 [ ${#flags[@]} -eq 0 ] || mistake "unknown option ${flags[*]}; expected --dry-run or --"
 
 # One process for each GPU is what JAX makes of a Slurm job; each has to see all GPUs of its node, so no --gpus-per-task.

@@ -394,6 +394,8 @@ def test_mistakes_are_found_before_anything_is_queued(site):
     assert "line break" in mistake(site.launch("slurm", train=[*TRAIN, "--data=a\nb"]))
     assert "NAME 'a_b' is no name" in mistake(site.launch("slurm", NAME="a_b"))
     assert "MAX_FAILURES 'many' is no number" in mistake(site.launch("slurm", MAX_FAILURES="many"))
+    assert "GPUS '-1' is no whole number over 0" in mistake(site.launch("slurm", GPUS="-1"))
+    assert "CHIPS_PER_HOST '0' is no whole number over 0" in mistake(site.launch("gke", CHIPS_PER_HOST="0"))
     assert site.calls == []
     (site.bin / "voxcpm2-jax").unlink()
     assert "no voxcpm2-jax here" in mistake(site.launch("slurm"))

@@ -69,7 +69,9 @@ def test_on_a_cluster_that_jax_knows_it_is_told_nothing(joined, monkeypatch):
     assert len(joined) == 1
 
 
-@pytest.mark.parametrize("values", [("", "2", "0"), ("host:1", "two", "0"), ("host:1", "2", "2"), ("host:1", "2", "")])
+@pytest.mark.parametrize(
+    "values", [("", "2", "0"), ("host:1", "two", "0"), ("host:1", "2", "2"), ("host:1", "2", ""), ("host:1", "", "")]
+)
 def test_half_of_what_a_process_must_be_told(joined, monkeypatch, values):
     for name, value in zip(sharding._PROCESS_VARIABLES, values):
         monkeypatch.setenv(name, value)

@@ -56,7 +56,7 @@ from voxcpm2_jax.config import (
 from voxcpm2_jax.data import packing, pipeline
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.data.tokenizer import train_tokenizer
-from voxcpm2_jax.train import backbone
+from voxcpm2_jax.train import backbone, loop
 from voxcpm2_jax.vae import autoencoder
 
 _STEPS, _SAVE_EVERY = 40, 5
@@ -420,6 +420,7 @@ def _second_signal(lab: _Lab) -> _Outcome:
         saved = max(_saved(workdir))
         child.send(signal.SIGTERM)
         lab.until(lambda: "a second signal stops at once" in child.said, [child])
+        time.sleep(loop.ECHO_SEC)
         begin = time.monotonic()
         child.send(signal.SIGTERM)
         code, sec = child.wait(), time.monotonic() - begin

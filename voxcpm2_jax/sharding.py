@@ -93,15 +93,16 @@ def connect() -> None:
     address, *numbers = (os.environ.get(name, "") for name in _PROCESS_VARIABLES)
     if numbers[0] == "1" or jax.distributed.is_initialized():
         return
+    is_found = any(cluster.is_env_present() for cluster in ClusterEnv._cluster_types if not cluster.opt_in_only_method)
     told = {}
-    if any(numbers):
+    if any(numbers) or (address and not is_found):
         if not address or not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
             raise UserError(
                 f"{', '.join(_PROCESS_VARIABLES)}: expected HOST:PORT, the number of processes and which of them this is, "
                 f"counted from 0; got {', '.join(repr(value) for value in (address, *numbers))}"
             )
         told = {"coordinator_address": address, "num_processes": int(numbers[0]), "process_id": int(numbers[1])}
-    elif not any(cluster.is_env_present() for cluster in ClusterEnv._cluster_types if not cluster.opt_in_only_method):
+    elif not is_found:
         return
     try:
         # Its own notice of SIGTERM would take the signal away from train/loop.py, which tells the others itself.

@@ -181,7 +181,7 @@ def _packed(kernel, q_BTNH, k_BSKH, v_BSKH, segments: Segments) -> jax.Array:
 
 @functools.cache
 def _cudnn():
-    """cuDNN's attention with packed rows, which only a private module of JAX has; None without it, and the first process says so.
+    """cuDNN's attention with packed rows, from a private module of JAX; None without it, and the first process says so.
 
     The public `jax.nn.dot_product_attention` takes no offsets: it would need a dense bias of T x T.
     """

@@ -367,16 +367,21 @@ class _Stop:
 
     def listen(self, pipe: int) -> None:
         """Counts signals, from a thread: the loop's own may be deep in a call that does not come back."""
-        numbers = (n for n in iter(lambda: os.read(pipe, 1), b"") if n[0] in _SIGNALS)
-        for count, (number,) in enumerate(numbers):
-            if count:
+        first_sec = None
+        for (number,) in (n for n in iter(lambda: os.read(pipe, 1), b"") if n[0] in _SIGNALS):
+            now_sec = time.monotonic()
+            if first_sec is not None:
+                if now_sec - first_sec < ECHO_SEC:
+                    continue
                 os._exit(128 + number)  # what is on disk is whole at any time
+            first_sec = now_sec
             self.hear(number)
             name = signal.Signals(number).name
             print(f"{name}: saving after this step, then stopping; a second signal stops at once", file=sys.stderr, flush=True)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO_SEC = 1.0  # `timeout`, Slurm and others signal a process and then its group: that is one signal
 
 
 @contextlib.contextmanager
