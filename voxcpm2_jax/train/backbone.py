@@ -275,7 +275,7 @@ def train(
             watchdog=config.watchdog,
             evaluators=_evaluators(config, workdir, data, unheard, mesh),
             flops_of=partial(_flops, config),
-            counters_at=lambda step, without: _heard(mix, step, config.patch_sec, without),
+            counters_at=lambda step, without: _heard(mix, source.index, step, config.patch_sec, without),
             clips_at=partial(_clips, mix, source.index),
             origin=Start(resume_from, fresh, CHANGES, accept_changes),
             profile_steps=profile_steps,
@@ -308,17 +308,16 @@ def _by_shape(config: BackboneRun, batches, layout, platform: str, labels: metri
     return run
 
 
-def _heard(mix: Mix, step: int, patch_sec: float, without: Iterable[int] = ()) -> dict:
+def _heard(mix: Mix, index: packing.Index, step: int, patch_sec: float, without: Iterable[int] = ()) -> dict:
     """What the run has heard before a step: clips and hours by "dataset/language/mode".
 
     Args:
         without: batches before it that no update came of.
     """
     heard = {name: np.array(counts) for name, counts in mix.heard(step).items()}
-    for batch in without:
-        for sign, end in ((-1, batch + 1), (1, batch)):
-            for name, counts in mix.heard(end).items():
-                heard[name] = heard[name] + sign * np.array(counts)
+    names = packing.label_names(index)
+    for draw in (draw for batch in without for row in mix.rows(batch) for draw in row):
+        heard[names[packing.label(index, draw)]] -= 1, index.lengths[draw.clip, packing.PATCHES]
     return {
         "/".join(name): {"clips": int(clips), "hours": round(int(patches) * patch_sec / 3600, 6)}
         for name, (clips, patches) in heard.items()
