@@ -6,6 +6,7 @@ Update i reads `batch(seed, i)` and draws its noise from `fold_in(key(seed), i)`
 not depend on the mesh, nor on `accumulate`: the number of micro-batches that an update adds up.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -425,8 +426,9 @@ def _batches(source, mix: Mix, mesh, start_step: int) -> Iterator[Batch]:
     from voxcpm2_jax.data import pipeline
 
     parts = pipeline.batches(source, mix, start_step, rows_of=partial(sharding.local_rows, mesh))
-    for step, part in enumerate(parts, start_step):
-        yield sharding.global_batch(part, mesh, mix.batch_of(step).rows)
+    with contextlib.closing(parts):  # its threads read ahead
+        for step, part in enumerate(parts, start_step):
+            yield sharding.global_batch(part, mesh, mix.batch_of(step).rows)
 
 
 def _flops(config: BackboneRun, row: dict) -> dict[str, float]:
