@@ -460,12 +460,14 @@ def _validator(config: BackboneRun, unheard: packing.Source, mesh) -> loop.Evalu
 def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
     """Speaks the sample texts with the weights of the moment: audio and a picture of its spectrogram.
 
-    The first process does, on one of its devices; the others only hand it their share of the weights.
+    The first process does, on one of its devices; the others hand it their share of the weights and wait, for in the next
+    step the time would be a stall.
     """
     if jax.process_index() != 0:
 
         def hand_over(state: optim.TrainState):
-            _whole(state.best_params)
+            _whole(state.best_params, config)
+            multihost_utils.sync_global_devices("samples")
             return ()
 
         return loop.Evaluator(config.samples.every_steps, hand_over)
@@ -477,16 +479,18 @@ def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
     tokenizer = load_tokenizer(workdir / "tokenizer")
 
     def run(state: optim.TrainState):
-        params = _whole(state.best_params)
+        params = _whole(state.best_params, config)
         with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])):
             model = VoxCPM(config.model, params, vae_config, vae_params, tokenizer)
             speeches = model.speak([{"text": text, "seed": 0} for text in config.samples.texts])
+        multihost_utils.sync_global_devices("samples")
         for i, speech in enumerate(speeches):
             yield f"sample_{i}", metrics.Audio(speech.audio_A, model.sample_rate)
 
     return loop.Evaluator(config.samples.every_steps, run)
 
 
-def _whole(params):
-    """All of the weights in the memory of every host."""
+def _whole(params, config: BackboneRun):
+    """All of the weights in the memory of every host, in the type that they are multiplied in."""
+    params = jax.jit(partial(voxcpm2.to_compute, dtype=config.model.dtype))(params)
     return multihost_utils.process_allgather(params, tiled=True) if jax.process_count() > 1 else jax.device_get(params)
