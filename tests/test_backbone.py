@@ -226,6 +226,17 @@ def test_a_checkpoint_tells_what_was_heard(straight):
     assert heard["synthetic/none/zero-shot"]["clips"] > RUN.num_steps * RUN.batch.rows
 
 
+def test_what_no_update_came_of_was_not_heard():
+    mix = Mix(0, HELDOUT.index, HELDOUT.patch_sec, RUN.batch)
+    at = partial(backbone._heard, mix, HELDOUT.index, patch_sec=HELDOUT.patch_sec)
+    (name,) = at(step=20)
+    drawn = [draw.clip for step in range(20) if step not in (0, 7, 19) for row in mix.rows(step) for draw in row]
+    patches = HELDOUT.index.lengths[drawn, packing.PATCHES].sum()
+    hours = round(int(patches) * HELDOUT.patch_sec / 3600, 6)
+    assert at(step=20, without=(0, 7, 19)) == {name: {"clips": len(drawn), "hours": hours}}
+    assert at(step=3, without=range(3)) == {}
+
+
 def test_rows_that_suit_no_mesh_are_refused(tmp_path):
     run = dataclasses.replace(RUN, batch=dataclasses.replace(RUN.batch, rows=3))
     with pytest.raises(UserError, match=r"batch.rows 3 cannot be split over 8 devices"):

@@ -2,6 +2,8 @@
 
 import os
 import re
+import sys
+import types
 from functools import partial
 
 import jax
@@ -69,9 +71,29 @@ def test_on_a_cluster_that_jax_knows_it_is_told_nothing(joined, monkeypatch):
     assert len(joined) == 1
 
 
-@pytest.mark.parametrize(
-    "values", [("", "2", "0"), ("host:1", "two", "0"), ("host:1", "2", "2"), ("host:1", "2", ""), ("host:1", "", "")]
-)
+def test_an_address_alone_is_not_taken_for_one_process(joined, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    with pytest.raises(UserError, match="do not come together: of JAX_COORDINATOR_ADDRESS, .* only the first is set"):
+        sharding.connect()
+
+
+def test_in_a_pod_that_may_not_ask_for_others(joined, monkeypatch):
+    class ConfigException(Exception):  # noqa: N818
+        pass
+
+    def refuse():
+        raise ConfigException("no token")
+
+    kubernetes = types.ModuleType("kubernetes")
+    kubernetes.config = types.SimpleNamespace(ConfigException=ConfigException, load_incluster_config=refuse)
+    monkeypatch.setitem(sys.modules, "kubernetes", kubernetes)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with pytest.raises(UserError, match="do not come together: no token; JAX_NUM_PROCESSES=1 keeps one by itself"):
+        sharding.connect()
+    assert joined == []
+
+
+@pytest.mark.parametrize("values", [("", "2", "0"), ("host:1", "two", "0"), ("host:1", "2", "2"), ("host:1", "2", "")])
 def test_half_of_what_a_process_must_be_told(joined, monkeypatch, values):
     for name, value in zip(sharding._PROCESS_VARIABLES, values):
         monkeypatch.setenv(name, value)

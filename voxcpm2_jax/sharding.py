@@ -24,6 +24,7 @@ rows x 11 of LocDiT), of what the axes cost. Functions at the end of this file c
 import math
 import os
 import re
+import sys
 from collections import Counter
 from typing import Any
 
@@ -93,23 +94,33 @@ def connect() -> None:
     address, *numbers = (os.environ.get(name, "") for name in _PROCESS_VARIABLES)
     if numbers[0] == "1" or jax.distributed.is_initialized():
         return
-    is_found = any(cluster.is_env_present() for cluster in ClusterEnv._cluster_types if not cluster.opt_in_only_method)
     told = {}
-    if any(numbers) or (address and not is_found):
+    if any(numbers):
         if not address or not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
             raise UserError(
                 f"{', '.join(_PROCESS_VARIABLES)}: expected HOST:PORT, the number of processes and which of them this is, "
                 f"counted from 0; got {', '.join(repr(value) for value in (address, *numbers))}"
             )
         told = {"coordinator_address": address, "num_processes": int(numbers[0]), "process_id": int(numbers[1])}
-    elif not is_found:
-        return
     try:
+        clusters = [cluster for cluster in ClusterEnv._cluster_types if not cluster.opt_in_only_method]
+        if not told and not any(cluster.is_env_present() for cluster in clusters):
+            if address:
+                raise ValueError(f"of {', '.join(_PROCESS_VARIABLES)} only the first is set")
+            return
         # Its own notice of SIGTERM would take the signal away from train/loop.py, which tells the others itself.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(**told, heartbeat_timeout_seconds=LOST_SEC, shutdown_timeout_seconds=LOST_SEC)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"the processes of this run do not come together: {error}") from None
+    except _refusals() as error:
+        raise UserError(
+            f"the processes of this run do not come together: {error}; JAX_NUM_PROCESSES=1 keeps one by itself"
+        ) from None
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What JAX raises, and the package by which it looks for other pods, in a pod that may not ask for them."""
+    kubernetes = sys.modules.get("kubernetes")
+    return (RuntimeError, ValueError, OSError) + ((kubernetes.config.ConfigException,) if kubernetes else ())
 
 
 _PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")  # JAX itself reads the first only

@@ -6,6 +6,7 @@ Update i reads `batch(seed, i)` and draws its noise from `fold_in(key(seed), i)`
 not depend on the mesh, nor on `accumulate`: the number of micro-batches that an update adds up.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import shutil
@@ -274,7 +275,7 @@ def train(
             watchdog=config.watchdog,
             evaluators=_evaluators(config, workdir, data, unheard, mesh),
             flops_of=partial(_flops, config),
-            counters_at=lambda step, without: _heard(mix, step, config.patch_sec, without),
+            counters_at=lambda step, without: _heard(mix, source.index, step, config.patch_sec, without),
             clips_at=partial(_clips, mix, source.index),
             origin=Start(resume_from, fresh, CHANGES, accept_changes),
             profile_steps=profile_steps,
@@ -307,17 +308,16 @@ def _by_shape(config: BackboneRun, batches, layout, platform: str, labels: metri
     return run
 
 
-def _heard(mix: Mix, step: int, patch_sec: float, without: Iterable[int] = ()) -> dict:
+def _heard(mix: Mix, index: packing.Index, step: int, patch_sec: float, without: Iterable[int] = ()) -> dict:
     """What the run has heard before a step: clips and hours by "dataset/language/mode".
 
     Args:
         without: batches before it that no update came of.
     """
     heard = {name: np.array(counts) for name, counts in mix.heard(step).items()}
-    for batch in without:
-        for sign, end in ((-1, batch + 1), (1, batch)):
-            for name, counts in mix.heard(end).items():
-                heard[name] = heard[name] + sign * np.array(counts)
+    names = packing.label_names(index)
+    for draw in (draw for batch in without for row in mix.rows(batch) for draw in row):
+        heard[names[packing.label(index, draw)]] -= 1, index.lengths[draw.clip, packing.PATCHES]
     return {
         "/".join(name): {"clips": int(clips), "hours": round(int(patches) * patch_sec / 3600, 6)}
         for name, (clips, patches) in heard.items()
@@ -409,8 +409,9 @@ def _batches(source, mix: Mix, mesh, start_step: int) -> Iterator[Batch]:
     from voxcpm2_jax.data import pipeline
 
     parts = pipeline.batches(source, mix, start_step, rows_of=partial(sharding.local_rows, mesh))
-    for step, part in enumerate(parts, start_step):
-        yield sharding.global_batch(part, mesh, mix.batch_of(step).rows)
+    with contextlib.closing(parts):  # its threads read ahead
+        for step, part in enumerate(parts, start_step):
+            yield sharding.global_batch(part, mesh, mix.batch_of(step).rows)
 
 
 def _flops(config: BackboneRun, row: dict) -> dict[str, float]:
@@ -442,12 +443,14 @@ def _validator(config: BackboneRun, unheard: packing.Source, mesh) -> loop.Evalu
 def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
     """Speaks the sample texts with the weights of the moment: audio and a picture of its spectrogram.
 
-    The first process does, on one of its devices; the others only hand it their share of the weights.
+    The first process does, on one of its devices; the others hand it their share of the weights and wait, for in the next
+    step the time would be a stall.
     """
     if jax.process_index() != 0:
 
         def hand_over(state: optim.TrainState):
-            _whole(state.best_params)
+            _whole(state.best_params, config)
+            multihost_utils.sync_global_devices("samples")
             return ()
 
         return loop.Evaluator(config.samples.every_steps, hand_over)
@@ -459,16 +462,18 @@ def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
     tokenizer = load_tokenizer(workdir / "tokenizer")
 
     def run(state: optim.TrainState):
-        params = _whole(state.best_params)
+        params = _whole(state.best_params, config)
         with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])):
             model = VoxCPM(config.model, params, vae_config, vae_params, tokenizer)
             speeches = model.speak([{"text": text, "seed": 0} for text in config.samples.texts])
+        multihost_utils.sync_global_devices("samples")
         for i, speech in enumerate(speeches):
             yield f"sample_{i}", metrics.Audio(speech.audio_A, model.sample_rate)
 
     return loop.Evaluator(config.samples.every_steps, run)
 
 
-def _whole(params):
-    """All of the weights in the memory of every host."""
+def _whole(params, config: BackboneRun):
+    """All of the weights in the memory of every host, in the type that they are multiplied in."""
+    params = jax.jit(partial(voxcpm2.to_compute, dtype=config.model.dtype))(params)
     return multihost_utils.process_allgather(params, tiled=True) if jax.process_count() > 1 else jax.device_get(params)
