@@ -175,6 +175,10 @@ def test_no_cudnn_is_said_aloud_once(monkeypatch, capsys):
     assert len(lines) == 1 and "no cuDNN kernel for packed rows (no Hopper or later" in lines[0]
     np.testing.assert_array_equal(got[0], attention(q, k, v, find_segments(segment_BT)))
     attn._cudnn.cache_clear()
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    attention(q, k, v, find_segments(segment_BT), platform="gpu")
+    assert capsys.readouterr().err == "", "one process of a run speaks for all"
+    attn._cudnn.cache_clear()
 
 
 # ---- what is lowered for machines that are not there -----------------------------------------------------------------

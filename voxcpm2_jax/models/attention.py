@@ -10,10 +10,12 @@ float32 stays with XLA wherever it runs, since float32 has to mean float32. So d
 them, and a kernel of 128-wide blocks would compute padding for the most part.
 
 The kernels see one device's rows and heads: they run in `shard_map` over the mesh in use. Heads are split where the
-tensor axis divides the key/value heads, and computed on every device of that axis otherwise. The platform is an argument,
-never asked of jax: programs are also made for machines that are not there.
+tensor axis divides the key/value heads, and computed on every device of that axis otherwise. The platform is an argument:
+programs are also made for TPUs that are not there. On "gpu" JAX is asked once more, whether cuDNN and the devices here are
+new enough for packed rows; a program for GPUs is therefore made where they are.
 
-Sources: splash attention (jax.experimental.pallas.ops.tpu); cuDNN's packed layout, H100 figures in README.
+Sources: splash attention (jax.experimental.pallas.ops.tpu); cuDNN's packed layout, with which roofline.py's seconds of one
+H100 were taken. tests/measure_kernels.py times both on the machine at hand.
 """
 
 import functools
@@ -179,7 +181,7 @@ def _packed(kernel, q_BTNH, k_BSKH, v_BSKH, segments: Segments) -> jax.Array:
 
 @functools.cache
 def _cudnn():
-    """cuDNN's attention with packed rows, which only a private module of JAX has; None, and a line on stderr, without it.
+    """cuDNN's attention with packed rows, which only a private module of JAX has; None without it: one process says so.
 
     The public `jax.nn.dot_product_attention` takes no offsets: it would need a dense bias of T x T.
     """
@@ -196,7 +198,8 @@ def _cudnn():
             why = "no Hopper or later among the devices"
     if why:
         fate = "XLA with a dense mask takes its place, slower and with memory that grows with slots^2"
-        print(f"attention: no cuDNN kernel for packed rows ({why}; jax {jax.__version__}): {fate}", file=sys.stderr)
+        if jax.process_index() == 0:
+            print(f"attention: no cuDNN kernel for packed rows ({why}; jax {jax.__version__}): {fate}", file=sys.stderr)
         return None
 
     def run(q_BTNH, k_BSKH, v_BSKH, **kwargs):
