@@ -154,6 +154,20 @@ def test_what_goes_wrong_in_a_process(code, answer):
     assert (done.returncode == 0) == (answer is not None)
 
 
+def test_a_process_that_never_gets_to_work_is_waited_for(monkeypatch):
+    begun = []
+    answer = 'import sys; sys.stdin.readline(); print(\'{"mistake": "two rows"}\', flush=True); sys.stdin.read()'
+
+    def start(argv, popen=subprocess.Popen, **pipes):
+        begun.append(popen([sys.executable, "-c", answer], **pipes))
+        return begun[0]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(UserError, match="two rows"):
+        bench_train._Child("ours", RUN)
+    assert begun[0].returncode == 0 and begun[0].stdin.closed and begun[0].stdout.closed
+
+
 def test_figures_of_what_ran_out_of_memory(capsys):
     variants = [{"rows": 8, "remat": "none", "error": "out of memory"}]
     bench_train._compare({"platform": "gpu", "variants": variants, "reference": {"audio_sec_per_sec": 1.0}})

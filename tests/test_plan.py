@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from voxcpm2_jax import main, plan, roofline
-from voxcpm2_jax.chips import CHIPS
+from voxcpm2_jax.chips import CHIPS, LINKS_REACHED, gather_bytes_per_sec
 from voxcpm2_jax.config import MODELS, REMAT_POLICIES, BackboneRun, BatchConfig, StageConfig, UserError
 from voxcpm2_jax.roofline import Collective, Machine
 
@@ -228,6 +229,10 @@ def test_links_of_a_group():
     assert Machine("v6e:8x8", CHIPS["v6e"], 4, (8, 8), 64).links((8, 8)) == 2 * CHIPS["v6e"].ici_bytes_per_sec  # not closed
     assert Machine("v5p:8x8x8", CHIPS["v5p"], 1, (8, 8, 8), 512).links((1, 8, 8)) == 4 * CHIPS["v5p"].ici_bytes_per_sec
     assert Machine("8xh100", CHIPS["h100"], 1, None, 8).links(None) == 450e9
+    assert Machine("v5p:2x4x4", CHIPS["v5p"], 1, (2, 4, 4), 32).links((2, 4, 4)) == 3 * CHIPS["v5p"].ici_bytes_per_sec
+    for kind, torus in (("v5e", (16, 16)), ("v6e", (8, 8)), ("v5p", (2, 4, 4)), ("v5p", (8, 8, 8))):
+        links = Machine(kind, CHIPS[kind], 1, torus, math.prod(torus)).links(torus)
+        assert gather_bytes_per_sec(CHIPS[kind], torus) == LINKS_REACHED * links, "one rule for both"
     assert POD.spans(16) == (1, 16) and POD.spans(64) == (4, 16)
 
 

@@ -139,7 +139,7 @@ def test_figures_depend_on_no_mesh_and_no_neighbours(clips, alone, tiny_params):
     assert together == {name: None if value is None else pytest.approx(value, rel=2e-5) for name, value in alone.items()}
 
 
-def test_evaluate_reads_shards_and_checkpoint(clips, alone, released_dir, tmp_path):
+def test_evaluate_reads_shards_and_checkpoint(clips, alone, released_dir, tmp_path, monkeypatch):
     """From the disk, on all devices; and refuses shards of another codec.
 
     A released tokenizer.json is spelt in its makers' own way, and shards name the one that `prepare` wrote: both are alike.
@@ -168,6 +168,10 @@ def test_evaluate_reads_shards_and_checkpoint(clips, alone, released_dir, tmp_pa
         write(shards, clips, **made | {name: "other"})
         with pytest.raises(UserError, match=f"{name.removesuffix('_sha256')}: .* other"):
             validation.evaluate(config, checkpoint, shards, tmp_path / "out")
+    write(shards, clips, **made)
+    monkeypatch.setattr(Validation, "figures", lambda self, params: {"loss_diff": np.nan})
+    assert validation.evaluate(config, checkpoint, shards, tmp_path / "out")["loss_diff"] is None
+    assert "NaN" not in (tmp_path / "out" / "result.json").read_text(), "which no other reader of JSON knows"
 
 
 def write(directory, clips, **changes):

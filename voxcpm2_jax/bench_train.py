@@ -139,7 +139,10 @@ class _Child:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "voxcpm2_jax.bench_train"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self._last = self.hello = self._ask({"job": job, "config": to_dict(config)} | options)
+        with contextlib.ExitStack() as unless_it_answers:
+            unless_it_answers.callback(self._end)
+            self._last = self.hello = self._ask({"job": job, "config": to_dict(config)} | options)
+            unless_it_answers.pop_all()
 
     def _ask(self, question) -> dict:
         with contextlib.suppress(BrokenPipeError):  # what it died of is on standard error
@@ -175,10 +178,15 @@ class _Child:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._process.stdin.close()
+    def _end(self) -> int:
+        """Tells it that no more questions come -> its exit code."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.stdout.close()
-        if self._process.wait() < 0:
+        return self._process.wait()
+
+    def __exit__(self, *_):
+        if self._end() < 0:
             raise RuntimeError(f"a measuring process was killed by signal {-self._process.returncode}")
 
 

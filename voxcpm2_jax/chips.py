@@ -28,11 +28,6 @@ class Chip:
     source: str
 
     @property
-    def ring(self) -> int:
-        """A dimension of a TPU slice is a closed ring if it is a multiple of this many chips."""
-        return 16 if self.name in ("v5e", "v6e") else 4
-
-    @property
     def device_flops(self) -> float:
         """Peak bfloat16 FLOP/s of one JAX device."""
         return self.peak_bf16_flops / self.devices
@@ -79,7 +74,18 @@ def of_kind(device_kind: str) -> Chip | None:
     return next((chip for chip in _TABLE if re.search(chip.pattern, device_kind)), None)
 
 
-REACHED = 0.9  # share of the links' peak that large collectives get [book]
+LINKS_REACHED = 0.9  # share of the links' peak that large collectives get [book]
+
+
+def rings(layout: tuple[int, ...]) -> tuple[bool, ...]:
+    """Which dimensions of a TPU slice are closed.
+
+    Of two dimensions (v5e, v6e) those of 16, the full pod's; of three (v4, v5p, tpu7x) all, if each is of whole cubes of
+    4 x 4 x 4, and else none.
+    """
+    if len(layout) == 2:
+        return tuple(n == 16 for n in layout)
+    return (all(n % 4 == 0 for n in layout),) * len(layout)
 
 
 def gather_bytes_per_sec(chip: Chip, layout: tuple[int, ...]) -> float:
@@ -92,9 +98,10 @@ def gather_bytes_per_sec(chip: Chip, layout: tuple[int, ...]) -> float:
         layout: the dimensions of a TPU slice, such as (16, 16); of GPUs their number, such as (64,).
     """
     if chip.domain is None:
-        return REACHED * chip.ici_bytes_per_sec * sum(2 if n % chip.ring == 0 else 1 for n in layout if n > 1)
+        links = sum(2 if is_ring else 1 for n, is_ring in zip(layout, rings(layout)) if n > 1)
+        return LINKS_REACHED * chip.ici_bytes_per_sec * links
     rate = chip.ici_bytes_per_sec * chip.ici_links
     if math.prod(layout) > chip.domain:
         assert chip.dcn_bytes_per_sec, f"{chip.name}: the table has no network for more than {chip.domain}"
         rate = min(rate, chip.dcn_bytes_per_sec * chip.domain)
-    return REACHED * rate
+    return LINKS_REACHED * rate

@@ -353,7 +353,7 @@ class Writer:
     def write(self, step: int, figures: dict) -> None:
         """One row: numbers (or None) go everywhere, Audio and Image to TensorBoard."""
         media = {k: v for k, v in figures.items() if isinstance(v, Audio | Image)}
-        row = {"step": step} | {k: _number(v) for k, v in figures.items() if k not in media}
+        row = {"step": step} | {k: number(v) for k, v in figures.items() if k not in media}
         self.last_row = row
         if self._file is None:
             return
@@ -394,7 +394,7 @@ class Writer:
             self._progress.stop()
 
 
-def _number(value) -> float | int | None:
+def number(value) -> float | int | None:
     """JSON has no NaN and no infinity: what was not measured and what diverged are both null."""
     if value is None or not math.isfinite(value):
         return None

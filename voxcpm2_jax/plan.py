@@ -27,7 +27,7 @@ from functools import partial
 import numpy as np
 
 from voxcpm2_jax import roofline
-from voxcpm2_jax.chips import CHIPS
+from voxcpm2_jax.chips import CHIPS, LINKS_REACHED
 from voxcpm2_jax.config import BackboneRun, BatchConfig, UserError, from_dict, to_dict
 from voxcpm2_jax.roofline import Collective, Machine
 
@@ -199,7 +199,7 @@ def _assumed() -> dict:
         "patches_used": roofline.PATCHES_USED,
         "segment_slots": roofline.SEGMENT_SLOTS,
         "products_reach_of_peak": round(roofline.products_reached(), 3),
-        "links_reach_of_peak": roofline.LINKS_REACHED,
+        "links_reach_of_peak": LINKS_REACHED,
     }
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from voxcpm2_jax import metrics
-from voxcpm2_jax.chips import CHIPS, Chip
+from voxcpm2_jax.chips import CHIPS, LINKS_REACHED, Chip, rings
 from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig, ModelConfig, TransformerConfig
 
 # Share of slots and patches that a packed batch uses, and slots of a segment as attention meets them (squares / slots): of
@@ -97,11 +97,7 @@ class Machine:
         return max(1.0, crossed * self.links(spans) * self.chip.devices / self.chip.ici_bytes_per_sec)
 
     def _is_ring(self, dimension: int, span: int) -> bool:
-        size = self.torus[dimension]
-        if span < size:
-            return False
-        # v5e and v6e close a dimension of 16, the full pod's; the others every dimension made of whole cubes of 4 x 4 x 4.
-        return size == 16 if len(self.torus) == 2 else all(n % 4 == 0 for n in self.torus)
+        return span == self.torus[dimension] and rings(self.torus)[dimension]
 
     def spans(self, devices: int) -> tuple[int, ...] | None:
         """Chips along each dimension of a group of that many devices of one slice, side by side."""
@@ -388,7 +384,6 @@ _MEASURED_SEC = {"tslm": 0.177, "ralm": 0.051, "locdit": 0.240, "locenc": 0.105}
 _MEASURED_UPDATE_SEC = 0.037
 _MEASURED_SLOTS, _MEASURED_PATCHES = 8192, 5248
 _MEASURED_PRODUCT_FLOPS = 510e12
-LINKS_REACHED = 0.9  # of their peak, by collectives on TPU (chips.py)
 
 
 def products_reached() -> float:

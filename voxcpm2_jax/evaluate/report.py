@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 
+from voxcpm2_jax import metrics
 from voxcpm2_jax.api import Speech, VoxCPM
 from voxcpm2_jax.config import EvaluateConfig, UserError, to_dict
 from voxcpm2_jax.data import audio, corpus
@@ -74,7 +75,7 @@ def evaluate(
         "retried": sum(s.num_tries > 1 for s in spoken),
         "rows": [{"text": text} | {name: heard[name][i] for name in SETS} for i, text in enumerate(texts)],
     }
-    (output / RESULT_FILE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    metrics.replace_file(output / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 

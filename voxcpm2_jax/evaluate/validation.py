@@ -190,8 +190,8 @@ def evaluate(
         figures = validation.figures(params)
     result = {
         "checkpoint": str(checkpoint), "data": str(shards), "clips": validation.num_clips, "config": to_dict(config)
-    } | figures  # fmt: skip
-    (output / RESULT_FILE).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    } | {name: metrics.number(value) for name, value in figures.items()}  # fmt: skip
+    metrics.replace_file(output / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
 
 
