@@ -73,7 +73,7 @@ def test_on_a_cluster_that_jax_knows_it_is_told_nothing(joined, monkeypatch):
 
 def test_an_address_alone_is_not_taken_for_one_process(joined, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
-    with pytest.raises(UserError, match="do not come together: of JAX_COORDINATOR_ADDRESS, .* only the first is set"):
+    with pytest.raises(UserError, match=r"do not come together: of JAX_COORDINATOR_ADDRESS, .* only the first is set"):
         sharding.connect()
 
 
