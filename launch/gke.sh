@@ -2,12 +2,12 @@
 # Trains on TPU slices of Google Kubernetes Engine: one JobSet with a job for each slice and a pod for each host.
 #
 #   TOPOLOGY=4xv6e:16x16 IMAGE=... CLAIM=... launch/gke.sh [--dry-run] -- \
-#     --config=configs/backbone.py:2b --data=/mnt/work/shards --workdir=/mnt/work/run
+#     --config=configs/backbone.py:2b --data=/mnt/voxcpm2/shards --workdir=/mnt/voxcpm2/run
 #
 # Needs kubectl with the cluster as its context, and JobSet 0.10 or newer in the cluster.
 #   TOPOLOGY         slices, chip and shape of a slice, as for `voxcpm2-jax plan`
 #   IMAGE            of launch/Dockerfile with EXTRA=tpu, in a registry that the cluster reads
-#   CLAIM            persistent volume claim that all pods may write (Filestore, ...); it is mounted at /mnt/work
+#   CLAIM            persistent volume claim that all pods may write (Filestore, ...); it is mounted at /mnt/voxcpm2
 #   NAME             of the JobSet (default voxcpm2)          QUEUE   Kueue's local queue, if there is one
 #   CHIPS_PER_HOST   4, or 8 on the largest single hosts      SPOT=1  on spot nodes
 #   GRACE_SEC        to save in, when preempted (default 600; spot nodes give half a minute)
@@ -97,7 +97,7 @@ spec:
                   securityContext: {privileged: true, runAsUser: 0} # the chips' device files are root's
                   resources:
                     limits: {google.com/tpu: $per_host}
-                  volumeMounts: [{name: work, mountPath: /mnt/work}]
+                  volumeMounts: [{name: work, mountPath: /mnt/voxcpm2}]
               volumes:
                 - name: work
                   persistentVolumeClaim: {claimName: "$CLAIM"}

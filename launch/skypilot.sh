@@ -2,11 +2,11 @@
 # Trains wherever SkyPilot finds room: a managed job on one node of GPUs or one TPU slice.
 #
 #   ACCELERATORS=tpu-v6e-8 BUCKET=gs://... launch/skypilot.sh [--dry-run] -- \
-#     --config=configs/backbone.py:2b --data=/mnt/work/shards --workdir=/mnt/work/run
+#     --config=configs/backbone.py:2b --data=/mnt/voxcpm2/shards --workdir=/mnt/voxcpm2/run
 #
 # Needs `sky` with an account set up, and starts from this directory's copy of the code.
 #   ACCELERATORS     such as tpu-v6e-8 or H100:8
-#   BUCKET           storage for shards and checkpoints; it is mounted at /mnt/work
+#   BUCKET           storage for shards and checkpoints; it is mounted at /mnt/voxcpm2
 #   NAME             of the job (default voxcpm2)
 #   SPOT             true (default) or false
 #   MAX_FAILURES     restarts after a failure, on one machine (default 10)
@@ -36,7 +36,7 @@ resources:
     max_restarts_on_errors: 0
     recover_on_exit_codes: [75]
 file_mounts:
-  /mnt/work: {source: "$BUCKET", mode: MOUNT}
+  /mnt/voxcpm2: {source: "$BUCKET", mode: MOUNT}
 setup: |
   python3 -m pip install --quiet --user uv
   python3 -m uv venv --quiet --allow-existing --python=3.12 ~/voxcpm2

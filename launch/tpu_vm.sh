@@ -3,13 +3,13 @@
 # gives them back at the end.
 #
 #   TOPOLOGY=2xv5e:16x16 ZONE=... IMAGE=... SHARE=... launch/tpu_vm.sh [--dry-run] -- \
-#     --config=configs/backbone.py:2b --data=/mnt/work/shards --workdir=/mnt/work/run
+#     --config=configs/backbone.py:2b --data=/mnt/voxcpm2/shards --workdir=/mnt/voxcpm2/run
 #
 # Needs gcloud, signed in and with a project set, on a machine that stays up: a small VM, or a terminal multiplexer.
 #   TOPOLOGY         slices, chip and shape of a slice, as for `voxcpm2-jax plan`
 #   ZONE             such as the project has its quota in
 #   IMAGE            of launch/Dockerfile with EXTRA=tpu, in a registry that the VMs may read
-#   SHARE            an NFS export, HOST:/PATH (Filestore, ...); it is mounted at /mnt/work
+#   SHARE            an NFS export, HOST:/PATH (Filestore, ...); it is mounted at /mnt/voxcpm2
 #   NAME             of the queued resources (default voxcpm2)
 #   CAPACITY         spot (default), reserved or guaranteed
 #   RUNTIME          software of the VMs (default: that of the chip)
@@ -35,12 +35,12 @@ case "$chip" in
   v6e) RUNTIME="${RUNTIME:-v2-alpha-tpuv6e}" ;;
 esac
 # On every host: a container that is there is started again, as it was; docker leaves one alone that runs.
-start="sudo mkdir -p /mnt/work"
-start+=" && { mountpoint -q /mnt/work || {"
-start+=" sudo apt-get -qq install -y nfs-common && sudo mount -t nfs $(quoted "$SHARE") /mnt/work; }; }"
+start="sudo mkdir -p /mnt/voxcpm2"
+start+=" && { mountpoint -q /mnt/voxcpm2 || {"
+start+=" sudo apt-get -qq install -y nfs-common && sudo mount -t nfs $(quoted "$SHARE") /mnt/voxcpm2; }; }"
 [[ "$IMAGE" != *.pkg.dev/* ]] || start+=" && sudo gcloud auth configure-docker ${IMAGE%%/*} --quiet"
 start+=" && { sudo docker start $NAME 2> /dev/null || sudo docker run --detach --name=$NAME --init --stop-timeout=600"
-start+=" --privileged --user=0 --network=host --volume=/mnt/work:/mnt/work $(quoted "$IMAGE" train "${train[@]}"); }"
+start+=" --privileged --user=0 --network=host --volume=/mnt/voxcpm2:/mnt/voxcpm2 $(quoted "$IMAGE" train "${train[@]}"); }"
 
 create() {
   local nodes=(--node-id="$NAME")

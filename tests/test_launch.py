@@ -23,7 +23,7 @@ from voxcpm2_jax import main
 ROOT = pathlib.Path(__file__).parents[1]
 # Words that need quoting at every level that they pass.
 TRAIN = [
-    "--config=configs/backbone.py:2b", "--data=/mnt/work/shards", '--workdir=/mnt/work/a "run" $(HOME) $HOME \\',
+    "--config=configs/backbone.py:2b", "--data=/mnt/voxcpm2/shards", '--workdir=/mnt/voxcpm2/a "run" $(HOME) $HOME \\',
     "--config.samples.texts=(\"it's\",)", "--config.num_steps=7",
 ]  # fmt: skip
 NEEDED = {
@@ -107,7 +107,7 @@ def is_ours(command):
     assert command == ["voxcpm2-jax", "train", *TRAIN]
     args, overrides = main._parse(command[1:])
     assert main.load_config(args.config, overrides)["num_steps"] == 7
-    return args.workdir == '/mnt/work/a "run" $(HOME) $HOME \\'
+    return args.workdir == '/mnt/voxcpm2/a "run" $(HOME) $HOME \\'
 
 
 # ---- GKE -------------------------------------------------------------------------------------------------------------
@@ -288,13 +288,13 @@ def test_tpu_vm_trains_on_all_hosts(site, tmp_path):
     site.answer("sudo", (0, ""), (0, ""), (0, ""), (1, "No such container"), (0, ""))
     assert site.run("bash", "-ec", command).returncode == 0
     *_, install, mount, found, ran = site.calls_of("sudo")
-    assert install[0] == "apt-get" and mount == ["mount", "-t", "nfs", "10.0.0.2:/share", "/mnt/work"]
+    assert install[0] == "apt-get" and mount == ["mount", "-t", "nfs", "10.0.0.2:/share", "/mnt/voxcpm2"]
     assert found == ["docker", "start", "voxcpm2"] and ran[:2] == ["docker", "run"]
     image = ran.index("registry.invalid/a/b:1")
     assert is_ours(["voxcpm2-jax", *ran[image + 1 :]])
-    assert {"--detach", "--name=voxcpm2", "--network=host", "--volume=/mnt/work:/mnt/work"} < set(ran[:image])
+    assert {"--detach", "--name=voxcpm2", "--network=host", "--volume=/mnt/voxcpm2:/mnt/voxcpm2"} < set(ran[:image])
     assert site.run("bash", "-ec", command).returncode == 0
-    assert site.calls_of("sudo") == [["mkdir", "-p", "/mnt/work"], ["docker", "start", "voxcpm2"]]
+    assert site.calls_of("sudo") == [["mkdir", "-p", "/mnt/voxcpm2"], ["docker", "start", "voxcpm2"]]
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_skypilot(site, tmp_path, codes, runs):
             "accelerators": "tpu-v6e-8", "use_spot": True,
             "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75]},
         },
-        "file_mounts": {"/mnt/work": {"source": "gs://b", "mode": "MOUNT"}},
+        "file_mounts": {"/mnt/voxcpm2": {"source": "gs://b", "mode": "MOUNT"}},
     }  # fmt: skip
     assert "'.[tpu]'" in setup and "'.[cuda]'" in site.dry_run("skypilot", ACCELERATORS="H100:8")
     installed = tmp_path / "voxcpm2" / "bin"
