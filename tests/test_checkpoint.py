@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saved, tmp_pat
     # Of an altered list of checksums, it may be a file in it that no longer fits.
     named = "" if kind == checkpoint.CHECKSUMS_FILE and damage is flip else f"{name.relative_to(step)} "
     assert damaged.startswith(f"DAMAGED CHECKPOINT {step}: {named}")
-    assert aside == f"passed over 2: set aside as {checkpoints.directory}/STEP.damaged"
+    assert aside == f"passed over: set aside as {checkpoints.directory}/2.damaged"
     assert line == f"starting from step 1 of {tmp_path / 'run'} (resume)"
     # The run comes to step 2 again.
     checkpoints.save(2, state, {"config": {}})

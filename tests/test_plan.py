@@ -72,6 +72,7 @@ def test_the_largest_of_a_ramp_stands_for_it():
         ("8xrtx9090", "expected TPU slices as"),
         ("0xh100", "expected TPU slices as"),
         ("12xh100", "12 GPUs are no whole number of machines of 8"),
+        ("8xh100,rows=0", "rows=0: expected at least 1"),
         ("v5e:2x4,slots=3", "'slots=3' is none of rows=N"),
         ("v5e:2x4,rows=many", "expected a whole number, got 'many'"),
         ("v5e:2x4,mesh=2x4", "'mesh=2x4' is none of"),

@@ -135,7 +135,7 @@ class Checkpoints:
                 aside = self.directory / f"{step}.damaged"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(step)).rename(aside)
-        _say(f"passed over {', '.join(map(str, steps))}: set aside as {self.directory}/STEP.damaged")
+        _say(f"passed over: set aside as {', '.join(f'{self.directory}/{step}.damaged' for step in steps)}")
         _all_agree(True)  # nobody looks before it is done
         self._manager.reload()
 

@@ -140,10 +140,12 @@ def _with_fields(text, config: BackboneRun, fields: Sequence[str]) -> BackboneRu
 
 def with_rows(config: BackboneRun, rows: int) -> BackboneRun:
     """The run with that many rows a batch; stages with budgets of their own keep their ratio to it."""
+    if rows < 1:
+        raise UserError(f"rows={rows}: expected at least 1")
 
     def scaled(batch):
         new, rest = divmod(batch.rows * rows, config.batch.rows)
-        if rest or not new:
+        if rest:
             raise UserError(
                 f"rows={rows}: a stage has {batch.rows} rows where the run has {config.batch.rows}: no whole number"
             )
