@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -220,7 +221,24 @@ def test_a_run_starts_with_one_thing(tmp_path, backbone, run_config, capsys):
     assert run(*argv) == 0 and backbone.starts[-1]["init_params"] == "P"
 
 
-def test_exit_codes_of_training(tmp_path, backbone, run_config, capsys):
+@pytest.fixture
+def usual_signals():
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in usual.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_on_the_way_out_does_not_change_the_exit_code(tmp_path, backbone, run_config, usual_signals):
+    """What is preempted has saved; a launcher that signals it again must not see a failure."""
+    from voxcpm2_jax.train.loop import Preempted
+
+    backbone.value = Preempted("SIGTERM at step 3")
+    assert run("train", f"--config={run_config}", f"--workdir={tmp_path}/w") == 75
+    assert {signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)} == {signal.SIG_IGN}
+
+
+def test_exit_codes_of_training(tmp_path, backbone, run_config, capsys, usual_signals):
     from voxcpm2_jax.checkpoint import SaveFailed
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 

@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 import traceback
@@ -455,6 +456,8 @@ def _run_training(train) -> int:
     except BrokenRun as broken:  # this one and the next come to all processes of a run, after the same step
         return _complain(broken, FAILED)
     except Preempted as preempted:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # all is saved: on the way out none may turn 75 into a failure
         print(preempted, file=sys.stderr)
         return PREEMPTED
     except SaveFailed as failed:
