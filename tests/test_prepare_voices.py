@@ -175,12 +175,15 @@ def test_shards_refuse_a_table_that_is_missing_or_of_other_clips(make, manifest,
     monkeypatch.setattr(pipeline, "STD_RANGE", (0.0, np.inf))
     monkeypatch.setattr(pipeline, "MAX_CHANNEL_STD", np.inf)
     make("out", {})
-    file = tmp_path / "out" / pipeline.PAIRS_FILE
-    pairs = np.load(file)
+    file, header_file = (tmp_path / "out" / name for name in (pipeline.PAIRS_FILE, pipeline.HEADER_FILE))
+    pairs, header = np.load(file), header_file.read_text()
+    without_checksums = json.dumps(json.loads(header) | {"crc32": {}})  # as it was written before there were any
     for wrong in (pairs[:-1], pairs + 13):
         np.save(file, wrong)
-        with pytest.raises(UserError, match=r"pairs\.npy is of other clips"):
-            pipeline.Shards(tmp_path / "out")
+        for text, message in ((header, r"pairs\.npy: altered"), (without_checksums, r"pairs\.npy is of other clips")):
+            header_file.write_text(text)
+            with pytest.raises(UserError, match=message):
+                pipeline.Shards(tmp_path / "out")
     file.unlink()
     with pytest.raises(UserError, match=r"pairs\.npy missing"):
         pipeline.Shards(tmp_path / "out")

@@ -645,11 +645,11 @@ def _compile(config: BackboneRun, topology: str, slices: int) -> dict:
         "peak": stats.peak_memory_in_bytes,
     }
     state_bytes = {
-        "parameters": _bytes_of(state.params, layout.params),
-        "optimiser": _bytes_of(state.opt_state, layout.opt_state),
+        "parameters": sharding.device_bytes(state.params, mesh),
+        "optimiser": sharding.device_bytes(state.opt_state, mesh),
     }
     if state.ema is not None:
-        state_bytes["average"] = _bytes_of(state.ema, layout.ema)
+        state_bytes["average"] = sharding.device_bytes(state.ema, mesh)
     collectives, unknown_loops = read_collectives(compiled.as_text(), mesh)
     return {
         "fits": True,
@@ -677,14 +677,6 @@ def _batch_of(config: BackboneRun):
         target_BM=jax.ShapeDtypeStruct(patches, bool),
         stop_BM=jax.ShapeDtypeStruct(patches, jnp.int32),
     )
-
-
-def _bytes_of(shapes, layouts) -> int:
-    """Bytes that a tree takes on one device."""
-    import jax
-
-    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(layouts))
-    return sum(math.prod(layout.shard_shape(x.shape)) * x.dtype.itemsize for x, layout in leaves)
 
 
 # ---- reading the compiler's words ------------------------------------------------------------------------------------
