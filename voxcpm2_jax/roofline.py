@@ -156,20 +156,19 @@ class Collective:
 
 @dataclass(frozen=True)
 class Remat:
-    """A policy of the backward pass: what a layer keeps, in elements a position, and what it computes once more."""
+    """A policy of the backward pass: what of a layer it finds ready, and what it computes once more."""
 
-    kept: str  # names of `_widths`, with + between
-    products: float  # share of the forward products that are computed once more
-    attention: float  # likewise
+    kept: tuple[str, ...]  # arrays, named as in `_widths`
+    again: tuple[str, ...] = ()  # products, named as in `_products`; none needs what "down" made
+    attention: float = 0.0  # share of attention's forward work
 
 
-# config.REMAT_POLICIES. "narrow" computes gate and up once more: 53 % of the language models' products, 49 % of the local
-# ones'.
+# config.REMAT_POLICIES.
 REMATS = {
-    "full": Remat("D", 1.0, 1.0),
-    "narrow": Remat("D+QKV+O+D", 0.52, 0.0),
-    "products": Remat("D+QKV+O+D+F+F", 0.0, 0.0),
-    "none": Remat("D+D+D+D+QKV+QKV+O+F+F+F", 0.0, 0.0),
+    "full": Remat(("D",), ("qkv", "o", "gate_up"), 1.0),
+    "narrow": Remat(("D", "QKV", "O", "D"), ("gate_up",)),
+    "products": Remat(("D", "QKV", "O", "D", "F", "F")),
+    "none": Remat(("D", "D", "D", "D", "QKV", "QKV", "O", "F", "F", "F")),
 }
 
 
@@ -190,18 +189,30 @@ def _widths(c: TransformerConfig) -> dict[str, int]:
 def kept_bytes(c: TransformerConfig, remat: str) -> int:
     """Bytes a position and layer that wait for the backward pass, in bfloat16."""
     widths = _widths(c)
-    return 2 * sum(widths[name] for name in REMATS[remat].kept.split("+"))
+    return 2 * sum(widths[name] for name in REMATS[remat].kept)
 
 
-def _moved_bytes(c: TransformerConfig) -> int:
-    """Bytes a position and layer that a forward pass reads and writes: operands and results of its products."""
+_PRODUCTS = ("qkv", "o", "gate_up", "down")
+
+
+def _products(c: TransformerConfig) -> dict[str, tuple[int, int]]:
+    """Each product of a layer: its parameters, and the elements a position that it reads and writes with what is fused."""
     D, QKV, O, F = _widths(c).values()
-    return 2 * ((D + QKV) + (QKV + O) + (O + 2 * D) + (D + F) + (F + 2 * D))
+    return {
+        "qkv": (D * QKV, D + QKV),
+        "o": (O * D, QKV + O + O + 2 * D),  # with attention, which reads q, k, v
+        "gate_up": (2 * D * F, D + F),
+        "down": (F * D, F + 2 * D),
+    }
 
 
-def _layer_params(c: TransformerConfig) -> int:
-    D, QKV, O, F = _widths(c).values()
-    return D * QKV + O * D + 3 * D * F
+def _moved_bytes(c: TransformerConfig, products: Iterable[str] = _PRODUCTS) -> int:
+    """Bytes a position and layer that these products read and write in a forward pass."""
+    return 2 * sum(_products(c)[name][1] for name in products)
+
+
+def _layer_params(c: TransformerConfig, products: Iterable[str] = _PRODUCTS) -> int:
+    return sum(_products(c)[name][0] for name in products)
 
 
 def num_params(model: ModelConfig) -> int:
@@ -269,16 +280,19 @@ def passes(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int], *, skip
         attention = 4.0 * L * pairs_of_part * c.num_heads * c.head_dim / tensor
         weights = 2.0 * L * parts * _layer_params(c) / tensor
         moved, kept = L * positions * _moved_bytes(c) / tensor, L * positions * kept_bytes(c, remat_of(config, part))
+        products_again = products * _layer_params(c, remat.again) / _layer_params(c)
+        weights_again = weights * _layer_params(c, remat.again) / _layer_params(c)
+        moved_again = moved * _moved_bytes(c, remat.again) / _moved_bytes(c)
         work += [
             Pass(part, False, products, attention, weights + moved + kept, moved),
             # A backward product is two; attention's has five products for the forward's two (the logits once more).
             Pass(
                 part,
                 True,
-                (2 + remat.products) * products,
+                2 * products + products_again,
                 (2.5 + remat.attention) * attention,
-                (2 + remat.products) * (weights + moved) + kept,
-                (2 + remat.products) * moved,
+                2 * (weights + moved) + weights_again + moved_again + kept,
+                2 * moved + moved_again,
             ),
         ]
     whole = metrics.forward_flops(
@@ -327,10 +341,9 @@ def layer_collectives(config: BackboneRun, batch: BatchConfig, machine: Machine,
             found.append(Collective("all-reduce", part, True, times, weights, n, inside, spans, axes))
         if tensor > 1:
             n, inside, spans = group(tensor, 1)
-            again = REMATS[remat_of(config, part)].products
+            sums = 2 + ("o" in REMATS[remat_of(config, part)].again)  # gradients of what "qkv" and "gate_up" read
             found.append(Collective("all-reduce", part, False, 2 * times, rows_bytes, n, inside, spans, ("tensor",)))
-            twice = round((2 + 2 * again) * times)
-            found.append(Collective("all-reduce", part, True, twice, rows_bytes, n, inside, spans, ("tensor",)))
+            found.append(Collective("all-reduce", part, True, sums * times, rows_bytes, n, inside, spans, ("tensor",)))
     return found
 
 
@@ -402,8 +415,10 @@ def _around(part: str) -> float:
         "locenc": _MEASURED_PATCHES * (1 + model.patch_size),
         "locdit": _MEASURED_PATCHES * (3 + 2 * model.patch_size),
     }[part]
-    product_sec = 4 * 2.0 * c.num_layers * positions * _layer_params(c) / _MEASURED_PRODUCT_FLOPS
-    moved_sec = 4 * c.num_layers * positions * _moved_bytes(c) / CHIPS["h100"].hbm_bytes_per_sec
+    again = REMATS["full"].again
+    params, moved = (3 * count(c) + count(c, again) for count in (_layer_params, _moved_bytes))
+    product_sec = 2.0 * c.num_layers * positions * params / _MEASURED_PRODUCT_FLOPS
+    moved_sec = c.num_layers * positions * moved / CHIPS["h100"].hbm_bytes_per_sec
     return (_MEASURED_SEC[part] - product_sec) / moved_sec
 
 

@@ -26,6 +26,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -152,8 +153,8 @@ def make_mesh(shape: tuple[int, int, int] = (-1, -1, 1), devices=None) -> Mesh:
     is_tpu = devices[0].platform == "tpu"
     # Without TPU, JAX counts hosts as slices. One slice may have no number.
     slices = Counter(getattr(device, "slice_index", None) or 0 for device in devices)
-    wanted, shape = shape, _fill(shape, len(devices), len(slices) if is_tpu else 1)
-    if shape is None:
+    wanted, shape = shape, fill(shape, len(devices), len(slices) if is_tpu else 1)
+    if min(shape) < 1 or math.prod(shape) != len(devices):
         raise UserError(
             f"mesh {tuple(wanted)} (replica, data, tensor) does not fit {len(devices)} devices; -1 may stand once for the "
             "rest, and twice for replica and data"
@@ -186,15 +187,12 @@ def make_mesh(shape: tuple[int, int, int] = (-1, -1, 1), devices=None) -> Mesh:
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _fill(shape, num_devices: int, num_slices: int) -> tuple[int, int, int] | None:
-    """The shape with each -1 replaced; None if it does not use the devices exactly."""
+def fill(shape: Sequence[int], num_devices: int, num_slices: int) -> tuple[int, int, int]:
+    """The shape with each -1 replaced; one that cannot use the devices exactly comes out with another product."""
     if tuple(shape[:2]) == (-1, -1):
         shape = (num_slices, *shape[1:])
     known = math.prod(n for n in shape if n != -1)
-    if any(n != -1 and n < 1 for n in shape) or list(shape).count(-1) > 1 or num_devices % known:
-        return None
-    shape = tuple(num_devices // known if n == -1 else n for n in shape)
-    return shape if math.prod(shape) == num_devices else None
+    return tuple(num_devices // max(known, 1) if n == -1 else n for n in shape)
 
 
 # ---- activations and parameters --------------------------------------------------------------------------------------
