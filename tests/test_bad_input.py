@@ -1,7 +1,11 @@
 """Every mistake a user can make, through the command line: exit code 2, one line that says what to do, nothing written."""
 
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -371,12 +375,20 @@ def test_runs_that_cannot_start(refusal, override, message):
     assert message in refusal("train", TINY, "--workdir=run", override)
 
 
-@pytest.mark.parametrize("workdir", ["file", "file/run"])
+@pytest.mark.parametrize("workdir", ["file", "file/run", "/proc/run"])
 @pytest.mark.parametrize("config", ["train configs/backbone.py:tiny", "train-vae configs/vae.py:tiny"])
 def test_workdirs_that_cannot_be_written(refusal, tmp_path, workdir, config):
     (tmp_path / "file").write_text("")
     name, config = config.split()
     assert "cannot be written; expected a directory" in refusal(name, f"--config={config}", f"--workdir={workdir}")
+
+
+def test_a_platform_that_does_not_exist(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "npu", "PYTHONPATH": str(pathlib.Path(cli.__file__).parents[1])}
+    command = [sys.executable, "-m", "voxcpm2_jax", "train", TINY, "--workdir=run"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "'npu'" in done.stderr and not list(tmp_path.iterdir())
 
 
 _TRAIN = "train --config=configs/backbone.py:tiny --workdir=run"

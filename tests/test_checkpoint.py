@@ -218,6 +218,7 @@ def test_load_params_prefers_averaged_weights(tmp_path, state):
 def test_kind_tells_checkpoints_apart(tmp_path, state):
     run, released = tmp_path / "run", tmp_path / "released"
     checkpoints = Checkpoints(run, keep=2, every_steps=1)
+    checkpoints.open()
     with pytest.raises(UserError, match="without a complete checkpoint"):
         checkpoint.kind(run)
     checkpoints.save(1, state, {"config": {}})
@@ -244,7 +245,7 @@ def kept(checkpoints):
     return sorted(int(p.name) for p in checkpoints.directory.iterdir() if p.name.isdigit())
 
 
-def test_last_every_kth_and_best_stay(tmp_path):
+def test_last_every_kth_and_best_stay(tmp_path, capsys):
     state = State(jnp.int32(0), {"kernel": jnp.ones(3)}, ())
     rules = {"keep": 1, "every_steps": 1, "keep_every_steps": 3, "best_metric": "val_loss"}
     checkpoints = Checkpoints(tmp_path, **rules)
@@ -252,6 +253,7 @@ def test_last_every_kth_and_best_stay(tmp_path):
         checkpoints.save(step, state, {"config": {}}, {} if loss is None else {"val_loss": loss, "sound": "no number"})
     checkpoints.close()
     assert kept(checkpoints) == [2, 3, 4]
+    assert "best_metric val_loss is no figure of step 4 (nothing was measured there)" in capsys.readouterr().err
     assert checkpoint.read_meta(checkpoints.directory / "2")["figures"] == {"val_loss": 1.0}
     # What was best before a restart still is; then something else is better.
     checkpoints = Checkpoints(tmp_path, **rules)
@@ -265,7 +267,7 @@ def test_last_every_kth_and_best_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path, **rules | {"best_mode": "max"})
     checkpoints.save(7, state, {"config": {}}, {"val_loss": 0.1})
     checkpoints.close()
-    assert kept(checkpoints) == [3, 6, 7]
+    assert kept(checkpoints) == [3, 6, 7] and "best_metric" not in capsys.readouterr().err
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------

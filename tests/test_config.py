@@ -266,6 +266,7 @@ def test_trap_14_strides_that_do_not_agree_raise():
 
 
 TINY = MODELS["tiny"]
+BRANCH = OptimConfig(schedule="wsd", warmup_steps=9, decay_start=60, decay_steps=20)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +292,11 @@ TINY = MODELS["tiny"]
         (BatchConfig, {"patches": 0}, "patches"),
         (BatchConfig, {"patches": 8, "target_patches": 9}, "target_patches"),
         (BackboneRun, {"model": TINY, "num_steps": 0}, "num_steps"),
+        (
+            BackboneRun,
+            {"model": TINY, "num_steps": 70, "optim": BRANCH, "batch": BatchConfig(slots=64, patches=1)},
+            "num_steps 70 ends the run amid its decay, 20 updates from optim.decay_start 60 on; expected 80 or more",
+        ),
         (BackboneRun, {"model": TINY, "accumulate": 0}, "accumulate"),
         (BackboneRun, {"model": TINY, "remat": "some"}, "remat"),
         (BackboneRun, {"model": TINY, "batch": BatchConfig(slots=513, patches=1)}, "batch.slots 513"),

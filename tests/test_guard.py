@@ -64,9 +64,8 @@ def test_a_spike_is_told_from_the_recent_past_alone():
         step: int
         guard: guard.Guard
 
-    judge = jax.jit(partial(guard.judge, config))
-
-    def verdicts(losses):
+    def verdicts(losses, starts=(0,)):
+        judge = jax.jit(partial(guard.judge, config, starts=starts))
         state, found = State(jnp.int32(0), guard.init(config)), []
         for step, loss in enumerate(losses):
             figures = {"loss": jnp.float32(loss), "grad_norm": jnp.float32(1.0)}
@@ -82,6 +81,9 @@ def test_a_spike_is_told_from_the_recent_past_alone():
     deviation = np.median(np.abs(window - np.median(window)))
     # The limit of the last: of 1.1 to 1.2, for 2.0 was not kept.
     assert float(figures["loss_limit"]) == pytest.approx(np.exp(np.median(window) + 4.0 * (deviation + 0.01)), rel=1e-5)
+    # Stages that begin at 6 and 20: what the first brings is no spike, until it is as old as the window.
+    found, _ = verdicts([1.0, 1.1, 0.95, 0.9, 1.05, 1.2, 2.0, 2.1, 1.9, 2.0, 2.0, 4.0, 2.0], (0, 6, 20))
+    assert found == [False] * 11 + [True, False]
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

@@ -422,7 +422,7 @@ def test_generate_refuses_a_directory_that_is_no_checkpoint(tmp_path, capsys):
 
 
 def test_training_keeps_its_programs_where_the_user_says_or_in_the_users_cache(tmp_path, monkeypatch):
-    """Several processes share no directory that we could know of."""
+    """Several processes keep them in the workdir, which they share."""
     import jax
 
     before = jax.config.jax_compilation_cache_dir
@@ -432,8 +432,8 @@ def test_training_keeps_its_programs_where_the_user_says_or_in_the_users_cache(t
         for there, processes in (("/somewhere", 1), (None, 2), (None, 1)):
             jax.config.update("jax_compilation_cache_dir", there)
             monkeypatch.setattr(jax, "process_count", lambda n=processes: n)
-            cli._keep_programs()
+            cli._keep_programs("/run")
             found.append(jax.config.jax_compilation_cache_dir)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    assert found == ["/somewhere", None, str(tmp_path / "voxcpm2_jax" / "compiled")]
+    assert found == ["/somewhere", "/run/compiled", str(tmp_path / "voxcpm2_jax" / "compiled")]

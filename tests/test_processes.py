@@ -66,14 +66,14 @@ def train():
         raise UserError("this clip is damaged")
     process_allgather(np.zeros(1))
 
-sys.exit(main._run_training(train))
+sys.exit(main._run_training(sys.argv[2], train))
 """
 
 
 @pytest.mark.parametrize("leaving", ["0", "1", "01"])
-def test_a_mistake_that_some_process_finds_ends_all_of_them(leaving):
+def test_a_mistake_that_some_process_finds_ends_all_of_them(leaving, tmp_path):
     """Soon, and with the code by which a launcher knows not to start them again; the others fail."""
-    results = run_processes([leaving], 2, program=("-c", LEAVE), timeout_sec=60)
+    results = run_processes([leaving, str(tmp_path)], 2, program=("-c", LEAVE), timeout_sec=60)
     for i, result in enumerate(results):
         # JAX itself aborts a process that finds the first one gone before its collective does.
         assert result.code in ((2,) if str(i) in leaving else (1, -signal.SIGABRT)), results

@@ -82,7 +82,7 @@ class Checkpoints:
         policies = [ocp.checkpoint_managers.LatestN(keep)]
         policies += [] if keep_every_steps is None else [ocp.checkpoint_managers.EveryNSteps(keep_every_steps)]
         policies += [] if self._best is None else [self._best]
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
@@ -90,7 +90,14 @@ class Checkpoints:
         )
         self._saving: int | None = None  # the newest step that a save was started of
         self._has_failed = False
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self.directory, options=self._options)
+
+    def open(self) -> None:
+        """Makes the directory and removes from it what was not finished; until then it is only read. `save` opens as well."""
+        _ = self._manager
 
     def is_due(self, step: int) -> bool:
         return step % self.every_steps == 0
@@ -137,7 +144,8 @@ class Checkpoints:
                 (self.directory / str(step)).rename(aside)
         _say(f"passed over: set aside as {', '.join(f'{self.directory}/{step}.damaged' for step in steps)}")
         _all_agree(True)  # nobody looks before it is done
-        self._manager.reload()
+        if self._is_open:
+            self._manager.reload()
 
     def save(self, step: int, state, meta: dict, figures: Mapping | None = None) -> None:
         """Starts saving in the background, once a save still running has ended; `state` may be donated afterwards.
@@ -190,9 +198,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, unless a save has failed: then there is nothing to wait for."""
-        if not self._has_failed:
+        if self._is_open and not self._has_failed:
             self.wait()
             self._manager.close()
+
+    @property
+    def _is_open(self) -> bool:
+        return "_manager" in vars(self)
 
     def _seal(self) -> None:
         """Runs on the first process when all files of a step are written, before the step gets its name."""
@@ -226,6 +238,7 @@ class _Best:
     def __init__(self, metric: str, mode: str):
         self._metric, self._sign = metric, {"min": 1.0, "max": -1.0}[mode]
         self._figures: dict[int, float] = {}
+        self._has_told = False  # that a step has no such figure
 
     def add(self, step: int, figures: Mapping[str, float], directory: pathlib.Path) -> None:
         """Notes what a step is worth, and what those are worth that were there before the run's start."""
@@ -233,6 +246,13 @@ class _Best:
             path = directory / str(old)
             meta = {} if _damage(path, (_META,)) else read_meta(path)
             self._figures[old] = meta.get("figures", {}).get(self._metric, np.nan)
+        if self._metric not in figures and not self._has_told:
+            self._has_told = True
+            there = f"it has {', '.join(sorted(figures))}" if figures else "nothing was measured there"
+            _say(
+                f"checkpoint.best_metric {self._metric} is no figure of step {step} ({there}): such a step never counts as the "
+                "best; figures come of a held-out evaluation at the very step of a save"
+            )
         self._figures[step] = figures.get(self._metric, np.nan)
 
     def should_preserve(self, checkpoints, *, context) -> Sequence[bool]:
@@ -295,6 +315,7 @@ def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
     elif start.resume_from is not None:
         path, how = _whole_step(start.resume_from), "--resume-from"
     else:
+        checkpoints.open()
         _say(f"starting from {start.fresh}")
         return state, {}
     old = read_meta(path)
@@ -303,6 +324,7 @@ def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
     layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     jax.tree.map(lambda x: x.delete(), state)
     restored = restore(path, layout)
+    checkpoints.open()
     unchecked = "" if (path / CHECKSUMS_FILE).is_file() else ", not verified: an earlier version saved it without checksums"
     _say(f"starting from step {old['step']} of {path.parent.parent} ({how}){unchecked}")
     return restored

@@ -592,7 +592,7 @@ class GuardConfig:
     """Which updates are skipped, and what happens when they do not end; see train/guard.py."""
 
     on: bool = True  # False: a figure that is not finite ends the run
-    window: int = 128  # kept updates that a spike is told by; none is before there are as many
+    window: int = 128  # kept updates that a spike is told by; none is before a run or stage has as many
     spike: float | None = 12.0  # median absolute deviations of log loss or log gradient norm over their median; None: any
     max_in_a_row: int = 8  # skipped updates after which the run goes back to its last checkpoint
     max_rollbacks: int = 3  # to the same checkpoint; then the run ends
@@ -754,6 +754,12 @@ class BackboneRun:
         for batch in (self.batch, *(stage.batch for stage in self.stages if stage.batch)):
             if batch.slots > self.model.max_length:
                 raise UserError(f"batch.slots {batch.slots} exceed model.max_length {self.model.max_length}")
+        start, steps = self.optim.decay_start, self.optim.decay_steps
+        if start is not None and steps is not None and start < self.num_steps < start + steps:
+            raise UserError(
+                f"num_steps {self.num_steps} ends the run amid its decay, {steps} updates from optim.decay_start {start} on; "
+                f"expected {start + steps} or more"
+            )
 
 
 # Whether a field of a run may differ from what its checkpoint was made with. FREE: yes. SCHEDULE: where a run branches off

@@ -16,9 +16,10 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from voxcpm2_jax import __version__
 from voxcpm2_jax.config import (
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args, overrides)
     except UserError as error:
         return _complain(error, MISTAKE)
+    except RuntimeError as error:
+        if "not in the list of known backends" in str(error):  # $JAX_PLATFORMS
+            return _complain(error, MISTAKE)
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -411,7 +416,8 @@ def _train(args, overrides) -> int:
     from voxcpm2_jax.train import backbone
 
     options = _start(args) | {"init_params": args.init_params, "init_tslm": args.init_tslm, "heldout": args.heldout}
-    return _run_training(lambda: backbone.train(config, args.workdir, args.data, profile_steps=profile_steps, **options))
+    options |= {"profile_steps": profile_steps}
+    return _run_training(args.workdir, lambda: backbone.train(config, args.workdir, args.data, **options))
 
 
 def _train_vae(args, overrides) -> int:
@@ -419,7 +425,7 @@ def _train_vae(args, overrides) -> int:
     _check_directory(args.workdir)
     from voxcpm2_jax.train import vae
 
-    return _run_training(lambda: vae.train(config, args.workdir, args.data, **_start(args)))
+    return _run_training(args.workdir, lambda: vae.train(config, args.workdir, args.data, **_start(args)))
 
 
 def _start(args) -> dict:
@@ -435,11 +441,14 @@ def _check_file(path: str) -> None:
 def _check_directory(path: str) -> None:
     path = pathlib.Path(path).absolute()
     there = next(p for p in (path, *path.parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"{path}: cannot be written; expected a directory, or a name for a new one")
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()  # permissions alone say too little: of root, of /proc
+    except OSError as error:
+        reason = f"{error.strerror or error}: {there}"
+        raise UserError(f"{path}: cannot be written; expected a directory, or a name for a new one ({reason})") from None
 
 
-def _run_training(train) -> int:
+def _run_training(workdir: str, train: Callable[[], dict]) -> int:
     import jax
 
     from voxcpm2_jax import sharding
@@ -447,7 +456,7 @@ def _run_training(train) -> int:
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 
     sharding.connect()
-    _keep_programs()
+    _keep_programs(workdir)
     try:
         result = train()
         if jax.process_index() == 0:
@@ -482,17 +491,18 @@ def _run_training(train) -> int:
 _LAST_WORDS_SEC = 5
 
 
-def _keep_programs() -> None:
+def _keep_programs(workdir: str) -> None:
     """Compiled programs outlive the process, so that a run started again begins at once; JAX_COMPILATION_CACHE_DIR says where.
 
-    Several processes need a directory that they share, which only the user knows: where some find a program and some
-    compile it, those wait for each other.
+    Several processes share their workdir, and find there what the first of them wrote. In a directory of each host it alone
+    would find its programs, and processes that compile wait for all to take part.
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None and jax.process_count() == 1:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "voxcpm2_jax" / "compiled"))
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "voxcpm2_jax"
+        cache = cache if jax.process_count() == 1 else pathlib.Path(workdir).absolute()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
 
 
 def _generate(args, overrides) -> int:

@@ -209,7 +209,8 @@ def train_step(
         "slots_used": slots / batch.segment_BT.size,
         "patches_used": patches / is_patch_BM.size,
     }
-    return guard.judge(config.guard, before, state, figures | figures_of_update)
+    starts = [0, *(stage.first_step for stage in config.stages)]
+    return guard.judge(config.guard, before, state, figures | figures_of_update, starts)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Bad numbers: which updates are not taken, and what a run steps over when they do not end.
 
     bad     a figure of the update (its own norm aside) is not finite, or its loss or gradient norm is a spike:
-            log x > median + spike * (MAD + 0.01),  both over the last `window` updates that were kept
+            log x > median + spike * (MAD + 0.01),  both over the last `window` updates that were kept; a stage that
+            brings other clips or rows has no past to be told from: none is before it is `window` updates old
     1 bad   parameters, optimiser and averaged weights stay as they are; `step` goes on; the batch is named
     m bad   in a row: back to the last checkpoint, and from then on the bad batches are passed over: `step` goes on past
             them without an update. If it breaks again from the same checkpoint, everything since then is passed over,
@@ -52,12 +53,13 @@ def init(config: GuardConfig) -> Guard:
     return Guard(jnp.zeros((2, config.window)), jnp.int32(0), jnp.int32(0))
 
 
-def judge(config: GuardConfig, old, new, figures: dict) -> tuple[Any, dict]:
+def judge(config: GuardConfig, old, new, figures: dict, starts: Sequence[int] = (0,)) -> tuple[Any, dict]:
     """Takes an update or leaves it -> (state, figures with VERDICT).
 
     Args:
         old, new: states (dataclasses with `step` and `guard`) before and after the update.
         figures: of the update; scalars or (sum, count), "loss" and "grad_norm" among them.
+        starts: first steps of the run's stages.
     """
     guard = old.guard
     if guard is None or not config.on:
@@ -69,7 +71,8 @@ def judge(config: GuardConfig, old, new, figures: dict) -> tuple[Any, dict]:
         median_21 = jnp.median(guard.recent_2W, axis=1, keepdims=True)
         mad_2 = jnp.median(jnp.abs(guard.recent_2W - median_21), axis=1)
         of_window_2 = median_21[:, 0] + config.spike * (mad_2 + _LEAST_MAD)
-        limit_2 = jnp.where(guard.kept >= config.window, of_window_2, limit_2)
+        age = jnp.min(jnp.array([jnp.where(old.step < start, old.step, old.step - start) for start in starts]))
+        limit_2 = jnp.where(jnp.minimum(guard.kept, age) >= config.window, of_window_2, limit_2)
     # Not asked: norms of the update. The verdict would wait for all of it, held in memory as large as the parameters.
     asked = {name: value for name, value in figures.items() if not name.startswith("update_norm")}
     is_finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(asked)]))

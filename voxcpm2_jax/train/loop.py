@@ -86,7 +86,6 @@ def run(
         Preempted: SIGTERM or SIGINT came to some process; the state is saved, if any update was made.
     """
     workdir = pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_signals())
         dog = stack.enter_context(Watchdog(watchdog))
@@ -100,6 +99,7 @@ def run(
                 raise BrokenRun(f"step {bad[-1] + 1}: {len(bad)} bad updates in a row, and no checkpoint yet to go back to")
             state, meta = begin(checkpoints, state, config, origin or Start())
             start = step = int(state.step)
+            workdir.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 metrics.replace_file(workdir / "config.json", json.dumps(config, indent=2) + "\n")
             ledger = Ledger(workdir, guard, meta.get("ledger"))
