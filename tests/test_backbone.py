@@ -64,7 +64,7 @@ def test_mean_mode_draws_a_share_of_intervals_that_grows():
     run = dataclasses.replace(RUN, model=model)
     shares = []
     for progress in (0.0, 1.0):
-        draws = backbone.draw(jax.random.key(0), run, jnp.zeros((40, 100, 4, 16)), progress)
+        draws = backbone.draw(jax.random.key(0), run, jnp.zeros((40, 100, 4, 16)), progress * run.num_steps)
         assert (draws.start_BM <= draws.time_BM).all()
         shares.append(float(jnp.mean(draws.start_BM < draws.time_BM)))
     assert shares == pytest.approx([0.25, 0.75], abs=0.03)

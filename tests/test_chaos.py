@@ -28,7 +28,7 @@ def test_every_fault_is_survived_and_no_data_is_lost(quick):
 def test_a_difference_would_be_seen(quick, tmp_path):
     """What a run that went on wrongly would leave: another loss, a step twice, a save of another state."""
     directory, _ = quick
-    lab = chaos._Lab(chaos._lively(RUN), tmp_path, None)
+    lab = chaos._Lab(chaos._lively(RUN), tmp_path)
     lab.peace = directory / "peace"
     shutil.copytree(lab.peace, tmp_path / "run")
     assert lab.differences(tmp_path / "run") == []

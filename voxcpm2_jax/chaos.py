@@ -18,6 +18,7 @@ Faults come about from outside alone: signals, limits, files. Nothing in the tra
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -31,8 +32,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -62,6 +65,7 @@ from voxcpm2_jax.vae import autoencoder
 _STEPS, _SAVE_EVERY = 40, 5
 _CLOSE = 1e-6  # relative, of losses on another number of processes
 _PATIENCE_SEC = 600.0  # for anything that a child is waited for
+_MOST_AT_ONCE = 4  # faults under way at the same time, a core for each
 _CLOCKS = re.compile(r".*_per_sec|step_sec|data_wait_sec|checkpoint_sec|goodput|mfu")
 _DAMAGES = ("truncated", "missing", "bit flipped", "foreign")
 
@@ -89,25 +93,25 @@ def chaos(run: BackboneRun, workdir=None, *, kills: int = 20, seed: int = 0, qui
 
     Args:
         run: gives the model.   workdir: absent or empty; None: a temporary one, removed if all went well.
-        kills: SIGKILLs at random moments.   quick: three kills, and one of each kind of the rest.
+        kills: SIGKILLs at random moments.   seed: of these moments, and of which bit is flipped.
+        quick: three kills, and one of each kind of the rest.
     """
     directory = pathlib.Path(workdir or tempfile.mkdtemp(prefix="chaos-"))
     directory.mkdir(parents=True, exist_ok=True)
-    lab = _Lab(_lively(run), directory.absolute(), np.random.default_rng(seed))
+    lab = _Lab(_lively(run), directory.absolute())
     begin = time.monotonic()
     _say(f"a run left in peace, {_STEPS} updates, in {lab.directory}")
     lab.finish(lab.peace)
     trials: list[tuple[str, int, Callable]] = [
-        *((f"SIGKILL during {kind}", n, partial(_kills, kind=kind, kills=n)) for kind, n in _shares(3 if quick else kills)),
+        *(
+            (f"SIGKILL during {', '.join(kinds)}", n, partial(_kills, kinds=kinds, kills=n))
+            for kinds, n in _shares(kills, quick)
+        ),
         *((name, 1, partial(_signal, name=name)) for name in (("SIGTERM",) if quick else ("SIGTERM", "SIGINT"))),
         ("SIGTERM twice", 1, _second_signal),
         *(
             (f"{' -> '.join(map(str, n))} processes", len(n) - 1, partial(_processes, numbers=n))
             for n in ((1, 2, 1) if quick else (1, 2, 4, 1),)
-        ),
-        *(
-            (f"SIGKILL of the {('first', 'second')[n]} of two processes", 1, partial(_killed_peer, victim=n))
-            for n in ((0,) if quick else (0, 1))
         ),
         *(
             (f"newest checkpoint {how}", 1, partial(_damaged_checkpoint, how=how))
@@ -116,17 +120,31 @@ def chaos(run: BackboneRun, workdir=None, *, kills: int = 20, seed: int = 0, qui
         ("bit flipped in a data shard", 1, _altered_shard),
         ("disk full during a save", 1, _full_disk),
         ("latents that are not finite, in 3 batches", 3, _bad_numbers),
+        # After the others: by then the program of two processes is compiled.
+        *(
+            (f"SIGKILL of the {('first', 'second')[n]} of two processes", 1, partial(_killed_peer, victim=n))
+            for n in ((0,) if quick else (0, 1))
+        ),
     ]
-    faults = []
-    for name, injected, trial in trials:
+
+    def attempt(number: int) -> Fault:
+        name, injected, trial = trials[number]
         try:
-            outcome = trial(lab)
+            outcome = trial(lab.branch(np.random.default_rng((seed, number))))
         except _Fell as fell:
             outcome = _Outcome([str(fell)])
         text = "; ".join(" ".join(problem.split()) for problem in outcome.problems)[:500] or outcome.note
         survived = 0 if outcome.problems else injected
-        faults.append(Fault(name, injected, survived, outcome.lost_steps, outcome.lost_data, text))
-        _say(_line(faults[-1]))
+        fault = Fault(name, injected, survived, outcome.lost_steps, outcome.lost_data, text)
+        _say(_line(fault))
+        return fault
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_AT_ONCE)) as pool:
+        try:
+            faults = list(pool.map(attempt, range(len(trials))))
+        except BaseException:
+            lab.stop()
+            raise
     ok = all(fault.survived == fault.injected and not fault.lost_data for fault in faults)
     if ok and workdir is None:
         shutil.rmtree(directory)
@@ -179,10 +197,12 @@ def _lively(run: BackboneRun) -> BackboneRun:
     )
 
 
-def _shares(kills: int) -> list[tuple[str, int]]:
-    """How many kills of each kind."""
+def _shares(kills: int, quick: bool) -> list[tuple[tuple[str, ...], int]]:
+    """How many kills, by the moments that they come at in turn."""
+    if quick:
+        return [(("start-up", "a step", "a save"), 3)]
     start, save = -(-kills // 4), -(-kills // 4)
-    return [("start-up", start), ("a step", kills - start - save), ("a save", save)]
+    return [(("start-up",), start), (("a step",), kills - start - save), (("a save",), save)]
 
 
 # ---- children --------------------------------------------------------------------------------------------------------
@@ -230,8 +250,9 @@ class _Child:
 class _Lab:
     """Starts children and compares what they leave with what the run in peace left."""
 
-    def __init__(self, run: BackboneRun, directory: pathlib.Path, rng: np.random.Generator):
-        self.run, self.directory, self.rng = run, directory, rng
+    def __init__(self, run: BackboneRun, directory: pathlib.Path):
+        self.run, self.directory = run, directory
+        self.rng = np.random.default_rng(0)
         self.peace = directory / "peace"
         self.start_sec = 0.0  # from a child's start to its first step, with everything compiled
         (directory / "logs").mkdir()
@@ -241,6 +262,21 @@ class _Lab:
             "def get_config():\n    return ConfigDict(json.loads(pathlib.Path(__file__).with_name('run.json').read_text()))\n"
         )
         self._count = 0
+        self._running: set[_Child] = set()
+        self._is_over = threading.Event()
+        self._comparing = threading.Lock()  # one at a time, for memory
+
+    def branch(self, rng: np.random.Generator) -> "_Lab":
+        """The same lab for one of several faults that are under way at once, with random moments of its own."""
+        lab = copy.copy(self)
+        lab.rng = rng
+        return lab
+
+    def stop(self) -> None:
+        """Ends what runs in it and in its branches, and lets nothing new begin."""
+        self._is_over.set()
+        for child in list(self._running):
+            child.kill()
 
     @contextlib.contextmanager
     def children(self, workdir, *arguments: str, num: int = 1) -> Iterator[list[_Child]]:
@@ -263,13 +299,17 @@ class _Lab:
         started = []
         try:
             for i in range(num):
+                if self._is_over.is_set():
+                    raise _Fell("stopped")
                 self._count += 1
                 log = self.directory / "logs" / f"{self._count:03d}_{pathlib.Path(workdir).name}.txt"
                 started.append(_Child(command, env | {"JAX_PROCESS_ID": str(i)}, log))
+                self._running.add(started[-1])
             yield started
         finally:
             for child in started:
                 child.kill()
+                self._running.discard(child)
 
     def finish(self, workdir, *arguments: str, num: int = 1) -> str:
         """Lets a run come to its end -> what its first process said, or raises."""
@@ -305,12 +345,13 @@ class _Lab:
                 if a != b and not (a is not None and b is not None and abs(a - b) <= close * abs(b)):
                     found.append(f"{name} of step {row['step']}: {a} instead of {b}")
         if arrays:
-            layout = jax.eval_shape(partial(backbone.init_state, self.run))
+            shapes = jax.eval_shape(partial(backbone.init_state, self.run))
             place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-            layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), layout)
-            (state, meta), (other, expected_meta) = (
-                checkpoint.restore(checkpoint.step_directory(path), layout) for path in (workdir, peace)
-            )
+            layout = sharding.abstract(shapes, jax.tree.map(lambda _: place, shapes))
+            with self._comparing:
+                (state, meta), (other, expected_meta) = (
+                    checkpoint.restore(checkpoint.step_directory(path), layout) for path in (workdir, peace)
+                )
             found += [
                 f"{jax.tree_util.keystr(path)} differs"
                 for (path, x), y in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(other))
@@ -351,17 +392,17 @@ def _saved(workdir) -> list[int]:
 # ---- the faults ------------------------------------------------------------------------------------------------------
 
 
-def _kills(lab: _Lab, *, kind: str, kills: int) -> _Outcome:
-    """Kills a run again and again until there were enough kills, and lets it come to its end."""
+def _kills(lab: _Lab, *, kinds: Sequence[str], kills: int) -> _Outcome:
+    """Kills a run again and again, at each kind of moment in turn, and lets it come to its end."""
     problems, lost_steps, lost_data, done, lap = [], 0, 0, 0, 0
     while not problems and (done < kills or not lap):
-        workdir = lab.directory / f"killed_{kind.replace(' ', '_')}_{lap}"
+        workdir = lab.directory / f"killed_{'_'.join(kinds).replace(' ', '_')}_{lap}"
         saved = last = 0  # newest save and newest row of the life before
         is_over = False
         while not is_over:
             with lab.children(workdir) as (child,):
                 if done < kills:
-                    _await(lab, kind, workdir, child)
+                    _await(lab, kinds[done % len(kinds)], workdir, child)
                     is_over = not child.is_running
                     done += not is_over
                 else:

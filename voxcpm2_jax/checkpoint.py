@@ -302,7 +302,7 @@ def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
     """The state to start from, laid out as `state` is, and its meta; {} if the run starts afresh.
 
     The run's own newest whole checkpoint counts first, then `start.resume_from`, then `state` itself; one line on stderr
-    says which. The memory of `state` is given up for a checkpoint's.
+    says which. The memory of `state` is given up for a checkpoint's; ShapeDtypeStructs do where there is one.
 
     Raises:
         UserError: no whole checkpoint where there should be one, one of other arrays, or fields of the config that must
@@ -322,7 +322,7 @@ def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
     is_branch = step is None
     _check_changes(path, old["config"], config, start, is_branch)
     layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    jax.tree.map(lambda x: x.delete(), state)
+    jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, state)
     restored = restore(path, layout)
     checkpoints.open()
     unchecked = "" if (path / CHECKSUMS_FILE).is_file() else ", not verified: an earlier version saved it without checksums"

@@ -606,13 +606,11 @@ def _compile(config: BackboneRun, topology: str, slices: int) -> dict:
         batch = _batch_of(config)
         rows = sharding.batch_sharding(mesh)
 
-        def placed(shapes, layouts):
-            return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, layouts)
-
         program = partial(backbone.train_step, config=config, platform="tpu")
         step = jax.jit(program, donate_argnums=0, out_shardings=(layout, layout.step))
         begin = time.perf_counter()
-        lowered = step.lower(placed(state, layout), placed(batch, jax.tree.map(lambda _: rows, batch)))
+        placed = sharding.abstract((state, batch), (layout, jax.tree.map(lambda _: rows, batch)))
+        lowered = step.lower(*placed)
         try:
             compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
         except jax.errors.JaxRuntimeError as error:

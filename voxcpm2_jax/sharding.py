@@ -187,6 +187,11 @@ def make_mesh(shape: tuple[int, int, int] = (-1, -1, 1), devices=None) -> Mesh:
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def abstract(shapes, layouts):
+    """A tree of ShapeDtypeStructs, placed by a tree of shardings: what `checkpoint.restore` and `lower` ask for."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, layouts)
+
+
 def fill(shape: Sequence[int], num_devices: int, num_slices: int) -> tuple[int, int, int]:
     """The shape with each -1 replaced; one that cannot use the devices exactly comes out with another product."""
     if tuple(shape[:2]) == (-1, -1):

@@ -66,8 +66,8 @@ def initial_params(config: BackboneRun, layout, *, init_params=None, init_tslm=N
     return checkpoint.nest(params)
 
 
-def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2.Draws:
-    """The random part of one update; `progress` is the share of the run behind it, for mean mode."""
+def draw(key: jax.Array, config: BackboneRun, patches_BMPC, step) -> voxcpm2.Draws:
+    """The random part of one update, with `step` updates behind it."""
     flow_config = config.model.dit_config.cfm_config
     time_key, noise_key, drop_key, start_key, mean_key = jax.random.split(key, 5)
     B, M = patches_BMPC.shape[:2]
@@ -75,6 +75,7 @@ def draw(key: jax.Array, config: BackboneRun, patches_BMPC, progress) -> voxcpm2
     start_BM = None
     if config.model.dit_config.dit_mean_mode:
         first, last = flow_config.ratio_r_neq_t_range
+        progress = jnp.asarray(step, jnp.float32) / config.num_steps
         other_BM = flow.draw_times(start_key, (B, M), flow_config.t_scheduler)
         is_mean_BM = jax.random.uniform(mean_key, (B, M)) < first + progress * (last - first)
         start_BM = jnp.where(is_mean_BM, jnp.minimum(time_BM, other_BM), time_BM)
@@ -190,8 +191,7 @@ def train_step(
     """
     before = state
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    progress = state.step.astype(jnp.float32) / config.num_steps
-    draws = draw(key, config, batch.patches_BMPC, progress)
+    draws = draw(key, config, batch.patches_BMPC, state.step)
     loss, figures, grads = loss_and_grads(state.params, config, batch, draws, labels, platform)
     figures |= metrics.fsq_figures(figures.pop("fsq_levels"))
     state, figures_of_update = optim.update(config.optim, config.num_steps, state, grads)
@@ -254,15 +254,17 @@ def train(
     if data is not None and jax.process_index() == 0:
         _keep_makers(workdir, source.paths, source.header)
     with jax.set_mesh(mesh):
-        layout = sharding.param_shardings(jax.eval_shape(partial(init_state, config)), mesh)
+        shapes = jax.eval_shape(partial(init_state, config))
+        layout = sharding.param_shardings(shapes, mesh)
         fresh = f"scratch (seed {config.seed})"
-        params = None
-        if not checkpoint.has_steps(workdir) and resume_from is None:
+        if checkpoint.has_steps(workdir) or resume_from is not None:
+            state = sharding.abstract(shapes, layout)
+        else:
             _check_makers(init_params, source)
             params = initial_params(config, layout.params, init_params=init_params, init_tslm=init_tslm)
             fresh = f"the weights of {init_params} (--init-params)" if init_params else fresh
             fresh = f"the text-semantic LM of {init_tslm} (--init-tslm), else {fresh}" if init_tslm else fresh
-        state = jax.jit(partial(init_state, config), out_shardings=layout, donate_argnums=0)(params)
+            state = jax.jit(partial(init_state, config), out_shardings=layout, donate_argnums=0)(params)
         state, row = loop.run(
             workdir=workdir,
             config=to_dict(config) | {"data": _made_of(source)},

@@ -68,7 +68,7 @@ def run(
     Args:
         config: plain data; goes into WORKDIR/config.json and into every checkpoint.
         state: dataclass of arrays where they belong; consumed. `state.step` counts the batches that have gone by, those
-            that no update came of among them. Only its layout is used when the run resumes.
+            that no update came of among them. Only its layout is used when the run resumes; ShapeDtypeStructs do then.
         train_step: jitted, donates the state. Its metrics are scalars or (sum, count); with guard.VERDICT among them it
             leaves bad updates out by itself, else a figure that is not finite ends the run.
         batches_from: batch number -> iterator of the batches from there on, on the devices.
