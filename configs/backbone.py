@@ -4,7 +4,7 @@
 
     variant     shape          hardware              wall time          result
     tiny        0.1 M          any                   seconds            loss falls; needs no --data
-    demo        2.2 M          2 CPU cores           9 min              96.0 % of digits (below)
+    demo        2.2 M          2 CPU cores           10 min             94.0 % of digits (below)
     demo_long   the same       2 CPU cores           39 min, shared     98.0 % of digits
     small       100 M          one GPU or TPU        unmeasured         unmeasured
     2b          2.29 B         a pod or cluster      unmeasured         unmeasured; the released shape
