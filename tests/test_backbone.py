@@ -115,8 +115,10 @@ def test_a_branch_goes_on_from_another_runs_step(straight, tmp_path, capsys):
     changed = dataclasses.replace(RUN, seed=1, optim=dataclasses.replace(RUN.optim, learning_rate=1e-3))
     with pytest.raises(UserError, match=r"seed: 0 -> 1 \(order of the data, noise of every update\); set it back"):
         backbone.train(changed, tmp_path / "branch", resume_from=trunk)
-    assert "optim.learning_rate: 0.003 -> 0.001" in capsys.readouterr().err
+    assert "config differs" not in capsys.readouterr().err, "what is refused is told in one line"
     assert not (tmp_path / "branch").exists(), "a start that is refused leaves nothing behind"
+    with pytest.raises(UserError, match="--profile-steps=6:9: the run ends at step 6"):
+        backbone.train(RUN, tmp_path / "branch", profile_steps=(6, 9))
     backbone.train(RUN, tmp_path / "branch", resume_from=trunk)
     assert f"starting from step 3 of {straight[0]} (--resume-from)" in capsys.readouterr().err
     exact = ("step", "loss", "loss_diff", "loss_stop", "grad_norm")

@@ -460,7 +460,7 @@ def _second_signal(lab: _Lab) -> _Outcome:
         lab.until(lambda: _newest(workdir) >= _SAVE_EVERY + 2 and _saved(workdir), [child])
         saved = max(_saved(workdir))
         child.send(signal.SIGTERM)
-        lab.until(lambda: "a second signal stops at once" in child.said, [child])
+        lab.until(lambda: "stops at once" in child.said, [child])
         time.sleep(loop.ECHO_SEC)
         begin = time.monotonic()
         child.send(signal.SIGTERM)

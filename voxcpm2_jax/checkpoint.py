@@ -44,6 +44,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from voxcpm2_jax.config import FIXED, FREE, SCHEDULE, SHAPE, UserError
+from voxcpm2_jax.sharding import say
 
 TRAINING, RELEASED = "training", "released"  # what `kind` tells
 CHECKSUMS_FILE = "checksums.json"
@@ -142,7 +143,7 @@ class Checkpoints:
                 aside = self.directory / f"{step}.damaged"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(step)).rename(aside)
-        _say(f"passed over: set aside as {', '.join(f'{self.directory}/{step}.damaged' for step in steps)}")
+        say(f"passed over: set aside as {', '.join(f'{self.directory}/{step}.damaged' for step in steps)}")
         _all_agree(True)  # nobody looks before it is done
         if self._is_open:
             self._manager.reload()
@@ -249,7 +250,7 @@ class _Best:
         if self._metric not in figures and not self._has_told:
             self._has_told = True
             there = f"it has {', '.join(sorted(figures))}" if figures else "nothing was measured there"
-            _say(
+            say(
                 f"checkpoint.best_metric {self._metric} is no figure of step {step} ({there}): such a step never counts as the "
                 "best; figures come of a held-out evaluation at the very step of a save"
             )
@@ -316,7 +317,7 @@ def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
         path, how = _whole_step(start.resume_from), "--resume-from"
     else:
         checkpoints.open()
-        _say(f"starting from {start.fresh}")
+        say(f"starting from {start.fresh}")
         return state, {}
     old = read_meta(path)
     is_branch = step is None
@@ -326,7 +327,7 @@ def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
     restored = restore(path, layout)
     checkpoints.open()
     unchecked = "" if (path / CHECKSUMS_FILE).is_file() else ", not verified: an earlier version saved it without checksums"
-    _say(f"starting from step {old['step']} of {path.parent.parent} ({how}){unchecked}")
+    say(f"starting from step {old['step']} of {path.parent.parent} ({how}){unchecked}")
     return restored
 
 
@@ -343,14 +344,14 @@ def _whole_step(path) -> pathlib.Path:
 
 def _check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) -> None:
     """Names every field that differs; raises if one does that must not."""
-    refused, is_final = [], False
+    refused, accepted, is_final = [], [], False
     for field, change in sorted(_changes(old, json.loads(json.dumps(new)))):
         told = f"{field}: {change}"
         rule, why = next(((rule, why) for pattern, rule, why in start.rules if re.match(pattern, told)), (FIXED, "no rule"))
         is_new = change.startswith(_ABSENT) or change.endswith(_ABSENT)  # a field that one of the two versions has not got
         is_accepted = start.accept_changes and rule != SHAPE
         if rule == FREE or is_new or (is_branch and rule == SCHEDULE) or is_accepted:
-            _say(f"config differs from the checkpoint's: {told}")
+            accepted.append(told)
         else:
             refused.append(f"{told} ({why})")
             is_final |= rule == SHAPE
@@ -360,6 +361,8 @@ def _check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) ->
         raise UserError(
             f"{path}: the config differs from the checkpoint's in what its state means: {'; '.join(refused)}; {ways}"
         )
+    for told in accepted:
+        say(f"config differs from the checkpoint's: {told}")
 
 
 _ABSENT = "(none)"
@@ -377,11 +380,6 @@ def _changes(old, new, where="") -> Iterator[tuple[str, str]]:
                 yield inner, f"{one} -> {other}"
     elif old != new:
         yield where, f"{old!r:.80} -> {new!r:.80}"
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
 
 
 # ---- checksums -------------------------------------------------------------------------------------------------------

@@ -434,18 +434,23 @@ def _start(args) -> dict:
 
 def _check_file(path: str) -> None:
     path = pathlib.Path(path)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or _refusal(path.parent):
         raise UserError(f"{path}: cannot be written; its directory must exist and be writable")
 
 
 def _check_directory(path: str) -> None:
     path = pathlib.Path(path).absolute()
-    there = next(p for p in (path, *path.parents) if p.exists())
+    if reason := _refusal(next(p for p in (path, *path.parents) if p.exists())):
+        raise UserError(f"{path}: cannot be written; expected a directory, or a name for a new one ({reason})")
+
+
+def _refusal(directory: pathlib.Path) -> str:
+    """Why nothing new can be put there; "" if it can. Tried, for permissions alone say too little: of root, of /proc."""
     try:
-        tempfile.TemporaryDirectory(dir=there).cleanup()  # permissions alone say too little: of root, of /proc
+        tempfile.TemporaryDirectory(dir=directory).cleanup()
     except OSError as error:
-        reason = f"{error.strerror or error}: {there}"
-        raise UserError(f"{path}: cannot be written; expected a directory, or a name for a new one ({reason})") from None
+        return f"{error.strerror or error}: {directory}"
+    return ""
 
 
 def _run_training(workdir: str, train: Callable[[], dict]) -> int:
@@ -477,7 +482,8 @@ def _run_training(workdir: str, train: Callable[[], dict]) -> int:
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
-        code = FAILED
+        lost = "this process failed, or found that another one is gone; all of them end: start all again"
+        code = _complain(RuntimeError(lost), FAILED)
     if jax.process_count() > 1:
         # It may have come to this process alone: an orderly exit would wait for the others, which wait for it in a step. They
         # end when the first process does, so that one leaves last: those that have met the same can say so.

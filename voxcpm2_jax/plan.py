@@ -326,7 +326,8 @@ def variants(case: Case) -> list[Case]:
     found = []
     rows_tried = {config.batch.rows * 2**i // 8 for i in range(7)} | {machine.devices * 2**i for i in range(4)}
     remats = list(itertools.product(roofline.REMATS, repeat=2))
-    for rows, (remat, local), mesh, parts in itertools.product(sorted(rows_tried - {0}), remats, meshes, (1, 2, 4, 8)):
+    parts_tried = [2**i for i in range(7)]
+    for rows, (remat, local), mesh, parts in itertools.product(sorted(rows_tried - {0}), remats, meshes, parts_tried):
         try:
             run = dataclasses.replace(with_rows(config, rows), remat=remat, remat_local=local, mesh=mesh, accumulate=parts)
         except UserError:  # a stage's rows do not come out
@@ -369,7 +370,8 @@ def _suggest(case: Case, failed: dict) -> dict | None:
             if not entries[-1]["fits"]:
                 break
         else:
-            return {"topology": _in_words(variant, case), "plans": entries}
+            ratio = variant.config.batch.rows / case.config.batch.rows
+            return {"topology": _in_words(variant, case), "rows_ratio": ratio, "plans": entries}
         needed = entries[-1].get("peak_bytes")
         estimate = sum(entries[-1]["estimated_memory"].values())
         factor = max(factor, needed / estimate if needed else 1.1 * factor)
@@ -423,10 +425,8 @@ def brief(report: dict) -> dict:
     plans = [short(entry) for entry in report["plans"]]
     for entry in plans:
         if entry.get("suggestion"):
-            entry["suggestion"] = {
-                "topology": entry["suggestion"]["topology"],
-                "plans": [short(one) for one in entry["suggestion"]["plans"]],
-            }
+            suggestion = entry["suggestion"]
+            entry["suggestion"] = suggestion | {"plans": [short(one) for one in suggestion["plans"]]}
     searches = [one | {"front": [short(entry) for entry in one["front"]]} for one in report.get("searches", ())]
     return report | {"plans": plans} | ({"searches": searches} if searches else {})
 
@@ -450,7 +450,7 @@ def show(report: dict) -> None:
     """Prints the report as tables on standard error."""
     from rich.console import Console
 
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 150)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 180)
     console.print(_summary(report["plans"], "plan"))
     for entry in report["plans"]:
         if "bound" in entry:
@@ -458,7 +458,9 @@ def show(report: dict) -> None:
         if "problem" in entry:
             console.print(f"{entry['topology']}: does not fit: {entry['problem']}", markup=False, highlight=False)
         if suggestion := entry.get("suggestion"):
-            console.print(_summary(suggestion["plans"], f"this fits: --topology={suggestion['topology']}"))
+            ratio = suggestion["rows_ratio"]
+            what = "this fits" if ratio == 1 else f"this fits, with {ratio:.3g} times the rows in every batch"
+            console.print(_summary(suggestion["plans"], f"{what}: --topology={suggestion['topology']}"))
         elif "suggestion" in entry:
             console.print(f"{entry['topology']}: nothing was found that fits; it takes more chips, or larger ones")
     for found in report.get("searches", ()):
@@ -492,7 +494,7 @@ def _summary(entries: Sequence[dict], title: str):
                 f"{calibrated['audio_hours_per_day']:,.0f} .. {bound['audio_hours_per_day']:,.0f}",
             ]
         else:
-            cells += ["does not fit"]
+            cells += [""] * 6 + ["does not fit"]
         table.add_row(*cells)
     return table
 

@@ -80,6 +80,12 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 LOST_SEC = 100
 
 
+def say(line: str) -> None:
+    """Prints a line on standard error, once for all processes of a run."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def connect() -> None:
     """Joins this process to the others of its run; to be called before anything asks JAX for a device.
 

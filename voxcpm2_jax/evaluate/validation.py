@@ -16,7 +16,6 @@ import json
 import math
 import os
 import pathlib
-import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -76,8 +75,8 @@ class Validation:
                 f"held-out clips: none of {len(items)} bears loss and fits a row of {slots} slots, {patches} patches and "
                 f"{targets} target patches"
             )
-        if not fits_N.all() and jax.process_index() == 0:
-            print(f"validation: {(~fits_N).sum()} of {len(items)} clips fit no row and are left out", file=sys.stderr)
+        if not fits_N.all():
+            sharding.say(f"validation: {(~fits_N).sum()} of {len(items)} clips fit no row and are left out")
         self._items = [item for item, fits in zip(items, fits_N) if fits]
         self._labels = metrics.name_labels(
             packing.label_names(source.index),

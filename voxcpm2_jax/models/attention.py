@@ -20,7 +20,6 @@ H100 were taken. tests/measure_kernels.py times both on the machine at hand.
 
 import functools
 import inspect
-import sys
 from typing import NamedTuple
 
 import jax
@@ -198,8 +197,7 @@ def _cudnn():
             why = "no Hopper or later among the devices"
     if why:
         fate = "XLA with a dense mask takes its place, slower and with memory that grows with slots^2"
-        if jax.process_index() == 0:
-            print(f"attention: no cuDNN kernel for packed rows ({why}; jax {jax.__version__}): {fate}", file=sys.stderr)
+        sharding.say(f"attention: no cuDNN kernel for packed rows ({why}; jax {jax.__version__}): {fate}")
         return None
 
     def run(q_BTNH, k_BSKH, v_BSKH, **kwargs):

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -242,6 +241,8 @@ def train(
             `checkpoint.begin` refuses.
     """
     workdir = pathlib.Path(workdir)
+    if profile_steps and profile_steps[0] >= config.num_steps:
+        raise UserError(f"--profile-steps={'{}:{}'.format(*profile_steps)}: the run ends at step {config.num_steps}")
     source = _open(config, data)
     mix = Mix(config.seed, source.index, source.patch_sec, config.batch, config.stages)
     mesh = sharding.make_mesh(config.mesh)
@@ -256,9 +257,11 @@ def train(
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(partial(init_state, config))
         layout = sharding.param_shardings(shapes, mesh)
-        fresh = f"scratch (seed {config.seed})"
+        fresh = f"scratch (seed {config.seed})" + ("" if data else ", on synthetic clips of no voice, as there is no --data")
         if checkpoint.has_steps(workdir) or resume_from is not None:
             state = sharding.abstract(shapes, layout)
+            if unused := init_params or init_tslm:
+                sharding.say(f"{unused} is not used: the run goes on from a checkpoint of its own")
         else:
             _check_makers(init_params, source)
             params = initial_params(config, layout.params, init_params=init_params, init_tslm=init_tslm)
@@ -349,8 +352,8 @@ def _open(config: BackboneRun, data) -> packing.Source:
 
     shards = pipeline.Shards(data)
     pipeline.check_fit(shards, model, config.patch_sec, where=str(data))
-    if shards.dead_channels and jax.process_index() == 0:
-        print(f"{data}: latent channels {shards.dead_channels} hardly vary; the codec does not use them", file=sys.stderr)
+    if shards.dead_channels:
+        sharding.say(f"{data}: latent channels {shards.dead_channels} hardly vary; the codec does not use them")
     return shards
 
 

@@ -31,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from voxcpm2_jax import metrics
 from voxcpm2_jax.checkpoint import Checkpoints, Start, begin
 from voxcpm2_jax.config import CheckpointConfig, GuardConfig, LogConfig, WatchdogConfig
+from voxcpm2_jax.sharding import say
 from voxcpm2_jax.train.guard import VERDICT, BrokenRun, Ledger, complaint, not_finite
 from voxcpm2_jax.train.watchdog import Watchdog
 
@@ -99,12 +100,14 @@ def run(
                 raise BrokenRun(f"step {bad[-1] + 1}: {len(bad)} bad updates in a row, and no checkpoint yet to go back to")
             state, meta = begin(checkpoints, state, config, origin or Start())
             start = step = int(state.step)
+            if is_own and start >= num_steps:
+                say(f"all {num_steps} steps are done, nothing is left to do")
             workdir.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 metrics.replace_file(workdir / "config.json", json.dumps(config, indent=2) + "\n")
             ledger = Ledger(workdir, guard, meta.get("ledger"))
             if bad:
-                _say(ledger.step_over(bad, start, clips_at))
+                say(ledger.step_over(bad, start, clips_at))
             meter = metrics.Meter(meta.get("meter"))
             clock = _Clock(meta.get("clock") if is_own else None)
             with (
@@ -219,7 +222,7 @@ def _settle(step, pending, meter, *, clock, ledger, stop, clips_at) -> None:
         ledger.skip(step - 1, int(verdict["skipped_in_a_row"]))
         meter.add(dict.fromkeys(values, (0.0, 0.0)))
         clips = f"; clips {_listing(clips_at(step - 1))}" if clips_at and jax.process_index() == 0 else ""
-        _say(f"step {step}: update skipped, {ledger.in_a_row} in a row: {complaint(values, verdict)}; batch {step - 1}{clips}")
+        say(f"step {step}: update skipped, {ledger.in_a_row} in a row: {complaint(values, verdict)}; batch {step - 1}{clips}")
     elif values:
         if broken := not_finite(values):
             raise BrokenRun(f"step {step}: not finite: {', '.join(broken)}; the run stops, this state is not saved")
@@ -231,11 +234,6 @@ def _settle(step, pending, meter, *, clock, ledger, stop, clips_at) -> None:
 
 def _listing(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
 
 
 def _log(step, meter, figures, *, is_forced, clock, ledger, writer, log, flops_of):
@@ -377,7 +375,8 @@ class _Stop:
             first_sec = now_sec
             self.hear(number)
             name = signal.Signals(number).name
-            print(f"{name}: saving after this step, then stopping; a second signal stops at once", file=sys.stderr, flush=True)
+            what = f"saving after this step, then stopping; a second signal, {ECHO_SEC:.0f} s later or more, stops at once"
+            print(f"{name}: {what}", file=sys.stderr, flush=True)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
