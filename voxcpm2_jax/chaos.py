@@ -474,7 +474,8 @@ def _second_signal(lab: _Lab) -> _Outcome:
         lost_data = int(child.start is None or child.start < saved)
         lost_steps = max(last - (child.start or 0), 0)
     problems += lab.differences(workdir)
-    return _Outcome(problems, f"gone {sec:.1f} s after the second", lost_steps, lost_data)
+    note = "all was saved before the second came" if code == 75 else f"gone {sec:.1f} s after the second"
+    return _Outcome(problems, note, lost_steps, lost_data)
 
 
 def _processes(lab: _Lab, *, numbers: Sequence[int]) -> _Outcome:
