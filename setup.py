@@ -57,5 +57,5 @@ setup(
     packages=find_packages(include=["voxcpm2_jax", "voxcpm2_jax.*"]),
     install_requires=REQUIRED,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["voxcpm2-jax=voxcpm2_jax.main:main"]},
+    entry_points={"console_scripts": ["voxcpm2-jax=voxcpm2_jax.cli.main:main"]},
 )

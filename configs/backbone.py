@@ -44,17 +44,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from voxcpm2_jax.config import (
-    MODELS,
-    BackboneRun,
-    BatchConfig,
-    CheckpointConfig,
-    LogConfig,
-    OptimConfig,
-    SampleConfig,
-    StageConfig,
-    UserError,
-)
+from voxcpm2_jax.config.model import MODELS
+from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.run import BackboneRun, BatchConfig, CheckpointConfig, LogConfig, OptimConfig, SampleConfig, StageConfig
 
 VARIANTS = ("tiny", "demo", "demo_long", "small", "2b", "2b_stage1", "2b_stage2", "2b_stage3", "finetune")
 

@@ -23,7 +23,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from voxcpm2_jax.config import DEMOS, DataConfig, UserError
+from voxcpm2_jax.config.corpus import DEMOS, DataConfig
+from voxcpm2_jax.config.plain import UserError
 
 VARIANTS = (*DEMOS, "debian", "manifest")
 

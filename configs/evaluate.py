@@ -14,7 +14,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from voxcpm2_jax.config import EvaluateConfig, UserError
+from voxcpm2_jax.config.evaluate import EvaluateConfig
+from voxcpm2_jax.config.plain import UserError
 
 VARIANTS = {
     "words": EvaluateConfig(),

@@ -24,16 +24,9 @@ crops, betas 0.8 / 0.99, 1K warm-up, generator's clip 1000); that of V2 is unpub
 
 from ml_collections import ConfigDict
 
-from voxcpm2_jax.config import (
-    AudioVAEConfig,
-    CheckpointConfig,
-    LogConfig,
-    OptimConfig,
-    UserError,
-    VAELossConfig,
-    VAERun,
-    to_dict,
-)
+from voxcpm2_jax.config.model import AudioVAEConfig
+from voxcpm2_jax.config.plain import UserError, to_dict
+from voxcpm2_jax.config.run import CheckpointConfig, LogConfig, OptimConfig, VAELossConfig, VAERun
 
 VARIANTS = ("tiny", "demo", "demo_long", "small", "release")
 

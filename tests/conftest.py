@@ -35,7 +35,7 @@ def _random(shapes, seed: int):
 @pytest.fixture(scope="session")
 def tiny_params():
     """Random parameters of the backbone MODELS["tiny"]."""
-    from voxcpm2_jax.config import MODELS
+    from voxcpm2_jax.config.model import MODELS
     from voxcpm2_jax.models import voxcpm2
 
     return _random(jax.eval_shape(lambda key: voxcpm2.init(key, MODELS["tiny"]), jax.random.key(0)), 0)
@@ -47,7 +47,7 @@ def tiny_parts(tiny_params):
 
     The codec has the release's rates and hops: a patch is 160 ms, 2,560 samples in and 7,680 out.
     """
-    from voxcpm2_jax.config import MODELS, AudioVAEConfig
+    from voxcpm2_jax.config.model import MODELS, AudioVAEConfig
     from voxcpm2_jax.data.tokenizer import train_tokenizer
     from voxcpm2_jax.vae import autoencoder
 
@@ -60,10 +60,10 @@ def tiny_parts(tiny_params):
 @pytest.fixture(scope="session")
 def released_dir(tiny_parts, tmp_path_factory):
     """The same model as a directory in the released layout; not to be written to."""
-    from voxcpm2_jax import torch_io
+    from voxcpm2_jax.torch_io import released
 
     directory = tmp_path_factory.mktemp("voice") / "released"
-    torch_io.save(directory, *tiny_parts)
+    released.save(directory, *tiny_parts)
     return directory
 
 

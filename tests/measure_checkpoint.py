@@ -19,24 +19,25 @@ from functools import partial
 import jax
 import numpy as np
 
-from voxcpm2_jax import checkpoint
-from voxcpm2_jax.config import BackboneRun, from_dict
+from voxcpm2_jax.checkpoint import integrity, manager
+from voxcpm2_jax.cli.main import load_config
+from voxcpm2_jax.config.plain import from_dict
+from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.data import pipeline
 from voxcpm2_jax.data.mixing import Mix
-from voxcpm2_jax.main import load_config
-from voxcpm2_jax.train import backbone
+from voxcpm2_jax.train import backbone, pretrain
 
 STEPS = 100
 
 
 def save_cost(directory: pathlib.Path, blocks: int) -> dict:
     config = from_dict(BackboneRun, load_config("configs/backbone.py:tiny"))
-    source = backbone._open(config, None)
+    source = pretrain._open(config, None)
     batch = jax.device_put(pipeline.host_rows(source, Mix(0, source.index, source.patch_sec, config.batch), 0))
     step = jax.jit(partial(backbone.train_step, config=config), donate_argnums=0)
     state = jax.jit(partial(backbone.init_state, config))()
     size = sum(x.nbytes for x in jax.tree.leaves(state))
-    checkpoints = checkpoint.Checkpoints(directory, keep=2, every_steps=STEPS)
+    checkpoints = manager.Checkpoints(directory, keep=2, every_steps=STEPS)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     processor: dict[bool, list[float]] = {False: [], True: []}
     blocked, durable = [], []
@@ -74,7 +75,7 @@ def checksum_cost(directory: pathlib.Path) -> dict:
     for i in range(8):
         (step / "params" / str(i)).write_bytes(os.urandom(1 << 27))
     figures = {}
-    for name, work in (("write_checksums", checkpoint.write_checksums), ("verify", checkpoint._damage)):
+    for name, work in (("write_checksums", integrity.write_checksums), ("verify", integrity.find_damage)):
         begin, cpu = time.perf_counter(), time.process_time()
         assert not work(step)
         figures[f"{name}_gb_per_sec"] = round((1 << 30) / 1e9 / (time.perf_counter() - begin), 2)

@@ -14,10 +14,11 @@ from functools import partial
 
 import jax
 
-from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig
-from voxcpm2_jax.data import packing, pipeline
+from voxcpm2_jax.config.model import MODELS
+from voxcpm2_jax.config.run import BackboneRun, BatchConfig
+from voxcpm2_jax.data import pipeline, synthetic
 from voxcpm2_jax.data.mixing import Mix
-from voxcpm2_jax.train import backbone
+from voxcpm2_jax.train import backbone, pretrain
 
 ROUNDS = 5
 PLAIN = ("loss", "loss_diff", "loss_stop", "grad_norm", "audio_sec")
@@ -26,7 +27,7 @@ PLAIN = ("loss", "loss_diff", "loss_stop", "grad_norm", "audio_sec")
 def main(shape: str = "demo", slots: int = 512) -> dict:
     model = dataclasses.replace(MODELS[shape], dtype="float32")
     run = BackboneRun(model, batch=BatchConfig(rows=1, slots=slots, patches=slots * 3 // 4))
-    source = packing.synthetic_corpus(
+    source = synthetic.synthetic_corpus(
         0,
         vocab_size=model.lm_config.vocab_size,
         patch_shape=(model.patch_size, model.feat_dim),
@@ -34,7 +35,7 @@ def main(shape: str = "demo", slots: int = 512) -> dict:
         max_patches=slots // 2,
     )
     batch = pipeline.host_rows(source, Mix(0, source.index, source.patch_sec, run.batch), 0)
-    whole = partial(backbone.train_step, config=run, labels=backbone._labels(source))
+    whole = partial(backbone.train_step, config=run, labels=pretrain._labels(source))
 
     def plain(state, batch):
         state, figures = whole(state, batch)

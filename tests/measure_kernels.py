@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from voxcpm2_jax.config import MODELS, REMAT_POLICIES
+from voxcpm2_jax.config.model import MODELS
+from voxcpm2_jax.config.run import REMAT_POLICIES
 from voxcpm2_jax.models.attention import attention, find_segments
 from voxcpm2_jax.models.transformer import run_layers
 
@@ -139,7 +140,7 @@ def main():
     model, device = MODELS[args.shape], jax.devices()[0]
     dtype, platform = jnp.dtype(model.dtype), device.platform
     stacks = {name: getattr(model, name) for name in ("tslm", "locenc", "locdit")}
-    positions = {"locenc": 1 + model.patch_size, "locdit": 3 + 2 * model.patch_size}
+    positions = {"locenc": model.locenc_slots, "locdit": model.locdit_slots}
     print(f"{device.device_kind}, jax {jax.__version__}, {args.shape}, {dtype}", file=sys.stderr)
     figures = take_turns(attention_candidates(stacks["tslm"], args.rows, args.slots, dtype, platform), args.repeats)
     for name, c in stacks.items():

@@ -17,19 +17,21 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from voxcpm2_jax import checkpoint
-from voxcpm2_jax.config import BackboneRun, from_dict
+from voxcpm2_jax.config.plain import from_dict
+from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.data import pipeline
 from voxcpm2_jax.data.mixing import Mix
+from voxcpm2_jax.data.shards import Shards
 from voxcpm2_jax.train import backbone
+from voxcpm2_jax.workdir import load_params
 
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 def main(shards: str, workdir: str, num_batches: int = 100) -> None:
-    source = pipeline.Shards(shards)
+    source = Shards(shards)
     assert source.header.latent_dtype == "float32", "prepare these shards with --config.latent_dtype=float32"
-    config, params, _ = checkpoint.load_params(workdir)
+    config, params, _ = load_params(workdir)
     config.pop("data", None)
     config["model"]["dtype"] = "float32"
     run = from_dict(BackboneRun, config)

@@ -21,7 +21,7 @@ import time
 
 import numpy as np
 
-from voxcpm2_jax.config import BatchConfig
+from voxcpm2_jax.config.run import BatchConfig
 from voxcpm2_jax.data import mixing, packing
 
 SLOTS, ROWS, FAR = 4096, 256, 10**6

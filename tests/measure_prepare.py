@@ -18,10 +18,11 @@ import jax
 import numpy as np
 import soundfile
 
-from voxcpm2_jax import torch_io
-from voxcpm2_jax.config import VAERun, from_dict
-from voxcpm2_jax.data import corpus
-from voxcpm2_jax.main import load_config
+from voxcpm2_jax import workdir
+from voxcpm2_jax.cli.main import load_config
+from voxcpm2_jax.config.plain import from_dict
+from voxcpm2_jax.config.run import VAERun
+from voxcpm2_jax.corpus.manifest import Recording, write_manifest
 from voxcpm2_jax.vae import autoencoder
 
 HZ, FILES = 16000, 200
@@ -44,10 +45,10 @@ def measure(directory: pathlib.Path, hours: float) -> dict:
             soundfile.write(path, 0.1 * rng.standard_normal(int(HZ * length)), HZ)
         is_bad = i % 100 == 99
         text = "".join(rng.choice(list("etaoin shrdlu"), 60))
-        recordings.append(corpus.Recording(directory / "missing.flac" if is_bad else path, f"a{text}", language="en"))
+        recordings.append(Recording(directory / "missing.flac" if is_bad else path, f"a{text}", language="en"))
         sec += 0.0 if is_bad else soundfile.info(path).duration
     manifest = directory / f"{hours}.jsonl"
-    corpus.write_manifest(manifest, recordings)
+    write_manifest(manifest, recordings)
     start = time.monotonic()
     arguments = [
         "prepare", "--config=configs/data.py:manifest", f"--config.manifest={manifest}", "--config.vocab_size=300",
@@ -65,7 +66,7 @@ def main(all_hours: list[float]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
         vae = from_dict(VAERun, load_config("configs/vae.py:tiny")).vae
-        torch_io.save_codec(directory, vae, autoencoder.init(jax.random.key(0), vae))
+        workdir.save_codec(directory, vae, autoencoder.init(jax.random.key(0), vae))
         for hours in all_hours:
             print(json.dumps(measure(directory, hours)), flush=True)
 

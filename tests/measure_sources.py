@@ -15,9 +15,10 @@ import numpy as np
 import soundfile
 from tensorflow_datasets.core import constants
 
-from tests.test_audio import FORMATS
-from tests.test_datasets import TEXT, sound, write_set
-from voxcpm2_jax.data import audio, corpus
+from tests.corpus.test_datasets import TEXT, sound, write_set
+from tests.data.test_audio import FORMATS
+from voxcpm2_jax.corpus import manifest, sources
+from voxcpm2_jax.data import audio
 
 RATE, FILE_SEC, PART_SEC = 16000, 1800, 5
 CLIPS, CLIP_SEC = 200, 12
@@ -54,10 +55,10 @@ def measure_set(directory: pathlib.Path) -> dict[str, float]:
     )
     features = {"speech": sound(RATE, "int64"), "text": TEXT}
     write_set(directory / "tedlium/release3/1.0.0", "tedlium", features, list(examples), configName="release3")
-    found = corpus.open_corpus("tfds:tedlium/release3")
+    found = sources.open_corpus("tfds:tedlium/release3")
     texts_sec = seconds_of(lambda: [r.text for r in found])
     with ThreadPoolExecutor() as pool:
-        audio_sec = seconds_of(lambda: list(corpus.in_threads(pool, lambda r: len(audio.load(r.audio, RATE)), found)))
+        audio_sec = seconds_of(lambda: list(manifest.in_threads(pool, lambda r: len(audio.load(r.audio, RATE)), found)))
     return {"words of a clip": texts_sec / CLIPS, "audio_sec_per_sec": CLIPS * CLIP_SEC / audio_sec}
 
 

@@ -17,9 +17,11 @@ import time
 
 import numpy as np
 
-from voxcpm2_jax import torch_io
-from voxcpm2_jax.config import AudioVAEConfig, DiTConfig, LMConfig, LocalConfig, ModelConfig, to_released
+from voxcpm2_jax.config.model import AudioVAEConfig, DiTConfig, LMConfig, LocalConfig, ModelConfig
+from voxcpm2_jax.config.released import to_released
+from voxcpm2_jax.convert import export_torch, import_torch
 from voxcpm2_jax.data.tokenizer import train_tokenizer
+from voxcpm2_jax.torch_io import files, tables
 
 
 def released_shape() -> ModelConfig:
@@ -39,10 +41,10 @@ def write_random(directory: pathlib.Path) -> None:
     train_tokenizer(["one two three four"] * 4, 300).save(directory)
     rng = np.random.default_rng(0)
     for name, table, dtype in (
-        (torch_io.BACKBONE_FILE, torch_io.backbone_table(model), "BF16"),
-        (torch_io.VAE_FILE, torch_io.vae_table(vae), "F32"),
+        (files.BACKBONE_FILE, tables.backbone_table(model), "BF16"),
+        (files.VAE_FILE, tables.vae_table(vae), "F32"),
     ):
-        header = {row.name: (torch_io.DTYPES[dtype if row.path else "I32"], row.torch_shape) for row in table}
+        header = {row.name: (files.DTYPES[dtype if row.path else "I32"], row.torch_shape) for row in table}
 
         def tensors(header=header):
             for tensor_name, (kind, shape) in header.items():
@@ -51,7 +53,7 @@ def write_random(directory: pathlib.Path) -> None:
                 else:
                     yield tensor_name, np.frombuffer(rng.bytes(kind.itemsize * int(np.prod(shape))), kind).reshape(shape)
 
-        torch_io.write_safetensors(directory / name, header, tensors())
+        files.write_safetensors(directory / name, header, tensors())
 
 
 @dataclasses.dataclass
@@ -84,13 +86,13 @@ def main(directory: pathlib.Path) -> None:
     write_random(source)
     figures = {}
     for what, convert, *paths in (
-        ("import", torch_io.import_torch, source, workdir),
-        ("export", torch_io.export_torch, workdir, back),
+        ("import", import_torch, source, workdir),
+        ("export", export_torch, workdir, back),
     ):
         with Peak() as peak:
             convert(*paths)
         figures[what] = {"peak_anonymous_gb": round(peak.gigabytes, 2), "seconds": round(peak.seconds, 1)}
-    names = ("config.json", torch_io.BACKBONE_FILE, torch_io.VAE_FILE, "tokenizer.json")
+    names = ("config.json", files.BACKBONE_FILE, files.VAE_FILE, "tokenizer.json")
     figures["files_equal"] = all(filecmp.cmp(source / name, back / name, shallow=False) for name in names)
     print(json.dumps(figures))
 

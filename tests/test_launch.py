@@ -18,7 +18,7 @@ import yaml
 from dockerfile_parse import DockerfileParser
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
-from voxcpm2_jax import main
+from voxcpm2_jax.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Words that need quoting at every level that they pass.

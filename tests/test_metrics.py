@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from voxcpm2_jax import metrics
-from voxcpm2_jax.config import DiTConfig, LMConfig, LocalConfig, ModelConfig, UserError
+from voxcpm2_jax import files, flops, metrics
+from voxcpm2_jax.config.model import DiTConfig, LMConfig, LocalConfig, ModelConfig
+from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.models import transformer, voxcpm2
 from voxcpm2_jax.models.local import LocDiT, LocEnc
 from voxcpm2_jax.sequence import Batch
+from voxcpm2_jax.train.profiler import Profiler, profile_steps
 
 TINY = ModelConfig(
     lm_config=LMConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=3,
@@ -102,7 +104,7 @@ def test_profiler_traces_whole_updates(tmp_path, last):
     """Also of a run that ends before the trace does."""
     update = jax.jit(lambda x: x @ x)
     running = None
-    with metrics.Profiler((2, 4), tmp_path / "profile") as profiler:
+    with Profiler((2, 4), tmp_path / "profile") as profiler:
         for step in range(last):
             profiler.at(step, running)
             assert (tmp_path / "profile").exists() == (step >= 4)  # written when the trace ends
@@ -112,20 +114,20 @@ def test_profiler_traces_whole_updates(tmp_path, last):
 
 
 def test_steps_to_profile_are_two_numbers():
-    assert metrics.profile_steps("100:103") == (100, 103)
+    assert profile_steps("100:103") == (100, 103)
     for text in ("100", "3:3", "a:b", "-1:2", ""):
         with pytest.raises(UserError, match=f"--profile-steps={text}: expected A:B"):
-            metrics.profile_steps(text)
+            profile_steps(text)
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 9, "lo', "\x00\x00"])
 def test_heal_drops_the_torn_line_and_later_steps(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
-    assert metrics.heal(path, 5) is None and not path.exists()
+    assert files.heal(path, 5) is None and not path.exists()
     path.write_text('{"step": 2, "loss": 1.0}\n{"step": 5, "loss": 0.5}\n{"step": 8, "loss": 9.0}\n' + torn)
-    assert metrics.heal(path, 5) == {"step": 5, "loss": 0.5}
+    assert files.heal(path, 5) == {"step": 5, "loss": 0.5}
     assert path.read_text() == '{"step": 2, "loss": 1.0}\n{"step": 5, "loss": 0.5}\n'
-    assert metrics.heal(path, 1) is None and path.read_text() == ""
+    assert files.heal(path, 1) is None and path.read_text() == ""
 
 
 def test_writer_writes_rows_and_tensorboard(tmp_path, capsys):
@@ -175,11 +177,11 @@ def test_flops_count_every_kernel_as_often_as_it_is_used():
         if name.endswith("kernel"):
             (part,) = [part for part in rows if name.startswith(part + "/")]
             products += 2 * leaf.size * rows[part]
-    parts = metrics.forward_flops(TINY, slots=slots, patches=patches, targets=targets, squares=0)
+    parts = flops.forward_flops(TINY, slots=slots, patches=patches, targets=targets, squares=0)
     # `squares=0` leaves the diagonal of causal attention and the local stacks' whole attention: 4 * L * N * H * pairs.
     attention = 4 * (32 * 5 * slots / 2 + 16 * 2 * patches * 25 + 16 * 3 * targets * 121)
     assert sum(parts.values()) == products + attention
-    assert metrics.train_flops(TINY, slots=slots, patches=patches, targets=targets, squares=0) == 3 * sum(parts.values())
+    assert flops.train_flops(TINY, slots=slots, patches=patches, targets=targets, squares=0) == 3 * sum(parts.values())
 
 
 def test_flops_agree_with_xla_of_an_unrolled_model(monkeypatch):
@@ -209,7 +211,7 @@ def test_flops_agree_with_xla_of_an_unrolled_model(monkeypatch):
     def part(module, name, *args) -> float:
         return counted(lambda params, *args: module.apply({"params": params}, *args), params[name], *args)
 
-    useful = metrics.forward_flops(model, slots=B * T, patches=B * M, targets=B * M, squares=B * T * (2 * T - 1))
+    useful = flops.forward_flops(model, slots=B * T, patches=B * M, targets=B * M, squares=B * T * (2 * T - 1))
     x_BTD, position_BT, mask_BTS = bfloat16((B, T, D)), integer((B, T)), jax.ShapeDtypeStruct((B, T, T), bool)
     patches_RPC, time_R = float32((B * M, P, C)), float32((B * M,))
     found = {
@@ -241,8 +243,8 @@ def test_flops_of_the_released_shape():
         encoder_config=LocalConfig(num_layers=12, kv_channels=128),
         dit_config=DiTConfig(num_layers=12, kv_channels=128),
     )
-    assert metrics.train_flops(released, slots=8192, patches=5248, targets=5248, squares=0) == pytest.approx(188e12, rel=0.02)
-    short, long = (metrics.train_flops(released, slots=8192, patches=0, targets=0, squares=8192 * n) for n in (64, 8192))
+    assert flops.train_flops(released, slots=8192, patches=5248, targets=5248, squares=0) == pytest.approx(188e12, rel=0.02)
+    short, long = (flops.train_flops(released, slots=8192, patches=0, targets=0, squares=8192 * n) for n in (64, 8192))
     assert long - short == 3 * 4 * 36 * 2048 * 8192 * (8192 - 64) / 2
 
 
@@ -253,8 +255,8 @@ def test_flops_of_the_released_shape():
      ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA B200", 2250)],
 )  # fmt: skip
 def test_peak_of_known_chips(kind, tera):
-    assert metrics.peak_flops(kind) == tera * 1e12
+    assert flops.peak_flops(kind) == tera * 1e12
 
 
 def test_mfu_is_unknown_on_a_cpu():
-    assert metrics.peak_flops("cpu") is None and metrics.mfu(1e12, 1.0) is None
+    assert flops.peak_flops("cpu") is None and flops.mfu(1e12, 1.0) is None

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from voxcpm2_jax import optim, sequence, sharding
+from voxcpm2_jax import optim, processes, sequence, sharding
 from voxcpm2_jax.chips import CHIPS
-from voxcpm2_jax.config import MODELS, BackboneRun, BatchConfig, OptimConfig, UserError
+from voxcpm2_jax.config.model import MODELS
+from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.run import BackboneRun, BatchConfig, OptimConfig
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.train import backbone
 
@@ -45,18 +47,18 @@ def joined(monkeypatch):
     return calls
 
 
-WAITS = {"heartbeat_timeout_seconds": sharding.LOST_SEC, "shutdown_timeout_seconds": sharding.LOST_SEC}
+WAITS = {"heartbeat_timeout_seconds": processes.LOST_SEC, "shutdown_timeout_seconds": processes.LOST_SEC}
 
 
 def test_a_process_by_itself_joins_nothing(joined):
-    sharding.connect()
+    processes.connect()
     assert joined == []
 
 
 def test_processes_that_are_told_join(joined, monkeypatch):
-    for name, value in zip(sharding._PROCESS_VARIABLES, ("host:1234", "4", "3")):
+    for name, value in zip(processes._PROCESS_VARIABLES, ("host:1234", "4", "3")):
         monkeypatch.setenv(name, value)
-    sharding.connect()
+    processes.connect()
     told = {"coordinator_address": "host:1234", "num_processes": 4, "process_id": 3}
     assert joined == [told | WAITS]
 
@@ -64,17 +66,17 @@ def test_processes_that_are_told_join(joined, monkeypatch):
 def test_on_a_cluster_that_jax_knows_it_is_told_nothing(joined, monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"):
         monkeypatch.setenv(name, "2")
-    sharding.connect()
+    processes.connect()
     assert joined == [WAITS]
     monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
-    sharding.connect()
+    processes.connect()
     assert len(joined) == 1
 
 
 def test_an_address_alone_is_not_taken_for_one_process(joined, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     with pytest.raises(UserError, match=r"do not come together: of JAX_COORDINATOR_ADDRESS, .* only the first is set"):
-        sharding.connect()
+        processes.connect()
 
 
 def test_in_a_pod_that_may_not_ask_for_others(joined, monkeypatch):
@@ -89,16 +91,16 @@ def test_in_a_pod_that_may_not_ask_for_others(joined, monkeypatch):
     monkeypatch.setitem(sys.modules, "kubernetes", kubernetes)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     with pytest.raises(UserError, match="do not come together: no token; JAX_NUM_PROCESSES=1 keeps one by itself"):
-        sharding.connect()
+        processes.connect()
     assert joined == []
 
 
 @pytest.mark.parametrize("values", [("", "2", "0"), ("host:1", "two", "0"), ("host:1", "2", "2"), ("host:1", "2", "")])
 def test_half_of_what_a_process_must_be_told(joined, monkeypatch, values):
-    for name, value in zip(sharding._PROCESS_VARIABLES, values):
+    for name, value in zip(processes._PROCESS_VARIABLES, values):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID: expected HOST:PORT"):
-        sharding.connect()
+        processes.connect()
 
 
 def test_processes_that_do_not_come(joined, monkeypatch):
@@ -108,7 +110,7 @@ def test_processes_that_do_not_come(joined, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1:34911")
     with pytest.raises(UserError, match="do not come together: DEADLINE_EXCEEDED"):
-        sharding.connect()
+        processes.connect()
 
 
 # ---- mesh ------------------------------------------------------------------------------------------------------------

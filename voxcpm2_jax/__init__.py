@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-_LAZY = {"VoxCPM": "voxcpm2_jax.api", "UserError": "voxcpm2_jax.config"}
+_LAZY = {"VoxCPM": "voxcpm2_jax.inference.api", "UserError": "voxcpm2_jax.config.plain"}
 
 
 def __getattr__(name):

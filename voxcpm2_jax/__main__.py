@@ -2,6 +2,6 @@
 
 import sys
 
-from voxcpm2_jax.main import main
+from voxcpm2_jax.cli.main import main
 
 sys.exit(main())

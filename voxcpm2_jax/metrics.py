@@ -17,17 +17,14 @@ import json
 import math
 import os
 import pathlib
-import re
 import sys
-import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from voxcpm2_jax import chips
-from voxcpm2_jax.config import ModelConfig, TransformerConfig, UserError
+from voxcpm2_jax.files import heal
 
 # ---- accumulation ----------------------------------------------------------------------------------------------------
 
@@ -173,116 +170,6 @@ def norms(tree: dict) -> dict[str, jax.Array]:
     }
 
 
-# ---- useful work -----------------------------------------------------------------------------------------------------
-
-
-def forward_flops(config: ModelConfig, *, slots, patches, targets, squares) -> dict[str, float]:
-    """FLOPs of the matrix products of one forward pass, by part; work spent on padding and recomputation is not useful.
-
-    Args:
-        slots: slots in use (text and audio).   patches: audio patches in use.   targets: those that bear loss.
-        squares: sum over segments of their length squared; slots * mean length is a fair estimate.
-    """
-    c = config
-    width, local, P, C, Q = c.tslm.width, c.locdit.width, c.patch_size, c.feat_dim, c.scalar_quantization_latent_dim
-    causal_pairs = (squares + slots) / 2
-    enc_rows, dit_rows = 1 + P, 3 + 2 * P  # special token + patch; two prefix tokens + time + previous patch + patch
-    projections = (
-        patches * c.locenc.width * width  # enc_to_lm_proj
-        + slots * 2 * width * width  # fusion_concat_proj
-        + targets * 2 * width * local  # lm_to_dit_proj, res_to_dit_proj
-    )
-    return {
-        "tslm": _stack_flops(c.tslm, slots, causal_pairs),
-        "ralm": _stack_flops(c.ralm, slots, causal_pairs),
-        "locenc": _stack_flops(c.locenc, patches * enc_rows, patches * enc_rows**2) + 2 * patches * P * C * c.locenc.width,
-        "locdit": _stack_flops(c.locdit, targets * dit_rows, targets * dit_rows**2)
-        + 2 * targets * (3 * P * C * local + 4 * local * local),  # in, cond, out projections; the two time MLPs
-        "fsq": 2 * patches * 2 * width * Q,
-        "projections": 2 * projections,
-        "stop": 2 * targets * (width * width + 2 * width),
-    }
-
-
-def _stack_flops(c: TransformerConfig, positions, pairs) -> float:
-    """Layers over `positions`, with `pairs` (query, key) pairs in their attention."""
-    per_position = c.width * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 3 * c.width * c.mlp_width
-    return 2.0 * c.num_layers * (positions * per_position + pairs * 2 * c.num_heads * c.head_dim)
-
-
-def train_flops(config: ModelConfig, *, slots, patches, targets, squares) -> float:
-    """Useful FLOPs of one update: forward, and twice that for the backward pass. Arguments as in `forward_flops`."""
-    parts = forward_flops(config, slots=slots, patches=patches, targets=targets, squares=squares)
-    return 3.0 * sum(parts.values())
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of a device by `jax.Device.device_kind`; None where none is known (a CPU)."""
-    chip = chips.of_kind(device_kind)
-    return None if chip is None else chip.device_flops
-
-
-def mfu(flops: float, step_sec: float) -> float | None:
-    """Model FLOP utilisation of all devices, 0 to 1, for `flops` useful ones in each step; None on unknown devices."""
-    peak = peak_flops(jax.devices()[0].device_kind)
-    return None if peak is None else flops / (step_sec * peak * jax.device_count())
-
-
-# ---- tracing ---------------------------------------------------------------------------------------------------------
-
-
-class Profiler:
-    """Traces some updates for XProf (`xprof WORKDIR/profile`, or TensorBoard's profile plugin); a context manager.
-
-    Args:
-        steps: (a, b): updates a, a + 1 .. b - 1; None: none.   directory: where the trace goes.
-    """
-
-    def __init__(self, steps: tuple[int, int] | None, directory):
-        self._steps, self._directory = steps, str(directory)
-        self._is_on = False
-
-    def at(self, step: int, running: Any = None) -> None:
-        """Called before update number `step` is dispatched; the trace begins or ends here if it is time.
-
-        Args:
-            running: results of the update before, still on the devices; waited for where the trace begins and ends, so
-                that it holds whole updates.
-        """
-        is_wanted = self._steps is not None and self._steps[0] <= step < self._steps[1]
-        if is_wanted == self._is_on:
-            return
-        jax.block_until_ready(running)
-        if is_wanted:
-            jax.profiler.start_trace(self._directory)
-            self._is_on = True
-        else:
-            self._stop()
-
-    def _stop(self) -> None:
-        self._is_on = False
-        jax.profiler.stop_trace()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self._is_on:
-            self._stop()
-
-
-def profile_steps(text: str) -> tuple[int, int]:
-    """ "100:103" -> (100, 103).
-
-    Raises:
-        UserError: not two step numbers, the first below the second.
-    """
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or int(match[1]) >= int(match[2]):
-        raise UserError(f"--profile-steps={text}: expected A:B, two step numbers with A < B; updates A .. B - 1 are traced")
-    return int(match[1]), int(match[2])
-
-
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -297,30 +184,6 @@ class Image(NamedTuple):
     """A figure to see."""
 
     pixels_HWC: Any  # uint8, or float32 0 .. 1
-
-
-def heal(path, last_step: int) -> dict | None:
-    """Cuts metrics.jsonl back to whole lines of steps up to `last_step` -> its last row; None if none is left."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return None
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # torn by whatever ended the run
-    rows = [line for line in lines if json.loads(line)["step"] <= last_step]
-    replace_file(path, "".join(rows))
-    return json.loads(rows[-1]) if rows else None
-
-
-def replace_file(path, text: str) -> None:
-    """Writes aside, then renames: a reader sees the old file or the new one."""
-    path = pathlib.Path(path)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 class Writer:

@@ -22,9 +22,7 @@ rows x 11 of LocDiT), of what the axes cost. Functions at the end of this file c
 """
 
 import math
-import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +33,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from voxcpm2_jax.chips import Chip, gather_bytes_per_sec
-from voxcpm2_jax.config import UserError
+from voxcpm2_jax.config.plain import UserError
 
 MESH_AXES = ("replica", "data", "tensor")
 
@@ -71,66 +69,6 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"stop_head/kernel", ("embed", None)),
     (r".*/bias", (None,)),
 )  # fmt: skip
-
-
-# ---- the processes of a run ------------------------------------------------------------------------------------------
-
-# A process that is not heard of for so long, or stays behind when others end, is lost; they then end without it, for a
-# launcher to start all again.
-LOST_SEC = 100
-
-
-def say(line: str) -> None:
-    """Prints a line on standard error, once for all processes of a run."""
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
-
-
-def connect() -> None:
-    """Joins this process to the others of its run; to be called before anything asks JAX for a device.
-
-    Cloud TPU (GKE too), Slurm and Open MPI tell JAX all it needs. Elsewhere each process gets JAX_COORDINATOR_ADDRESS
-    (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; JAX_NUM_PROCESSES=1 keeps a process by itself whatever
-    surrounds it. A process that nothing is told stays by itself.
-
-    Raises:
-        UserError: the variables are incomplete or no numbers, or the others do not come within JAX's five minutes.
-    """
-    from jax._src.clusters import ClusterEnv  # no public function tells whether JAX finds a cluster
-
-    address, *numbers = (os.environ.get(name, "") for name in _PROCESS_VARIABLES)
-    if numbers[0] == "1" or jax.distributed.is_initialized():
-        return
-    told = {}
-    if any(numbers):
-        if not address or not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
-            raise UserError(
-                f"{', '.join(_PROCESS_VARIABLES)}: expected HOST:PORT, the number of processes and which of them this is, "
-                f"counted from 0; got {', '.join(repr(value) for value in (address, *numbers))}"
-            )
-        told = {"coordinator_address": address, "num_processes": int(numbers[0]), "process_id": int(numbers[1])}
-    try:
-        clusters = [cluster for cluster in ClusterEnv._cluster_types if not cluster.opt_in_only_method]
-        if not told and not any(cluster.is_env_present() for cluster in clusters):
-            if address:
-                raise ValueError(f"of {', '.join(_PROCESS_VARIABLES)} only the first is set")
-            return
-        # Its own notice of SIGTERM would take the signal away from train/loop.py, which tells the others itself.
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(**told, heartbeat_timeout_seconds=LOST_SEC, shutdown_timeout_seconds=LOST_SEC)
-    except _refusals() as error:
-        raise UserError(
-            f"the processes of this run do not come together: {error}; JAX_NUM_PROCESSES=1 keeps one by itself"
-        ) from None
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """What JAX raises, and the package by which it looks for other pods, in a pod that may not ask for them."""
-    kubernetes = sys.modules.get("kubernetes")
-    return (RuntimeError, ValueError, OSError) + ((kubernetes.config.ConfigException,) if kubernetes else ())
-
-
-_PROCESS_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")  # JAX itself reads the first only
 
 
 # ---- the mesh --------------------------------------------------------------------------------------------------------

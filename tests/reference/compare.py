@@ -6,7 +6,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from voxcpm2_jax import bench_reference, sequence
+from voxcpm2_jax import sequence
+from voxcpm2_jax.bench import reference
 
 BOUND = 1e-5
 errors: list[float] = []  # of the test that runs; conftest.py collects the worst of each file
@@ -38,5 +39,5 @@ def sampler_noise(noise_MPC):
 
 def reference_losses(model, clip: sequence.Sequence, draws_M) -> dict:
     """The reference's two mean losses of one clip; `draws_M` = (time, noise, drop) or with start, one entry a patch."""
-    with bench_reference.training_draws(*(bench_reference.at_slots([clip], [x_M]) for x_M in draws_M)):
-        return bench_reference.losses(model, bench_reference.pad([clip]))
+    with reference.training_draws(*(reference.at_slots([clip], [x_M]) for x_M in draws_M)):
+        return reference.losses(model, reference.pad([clip]))

@@ -33,8 +33,8 @@ if importlib.util.find_spec("torchaudio") is None:  # the reference imports it f
     torchaudio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
     sys.modules["torchaudio"] = torchaudio
 
-from voxcpm2_jax import torch_io
 from voxcpm2_jax.data.tokenizer import train_tokenizer
+from voxcpm2_jax.torch_io.released import Loaded, load
 
 TEXTS = (
     "one two three four five six seven eight nine ten",
@@ -94,7 +94,7 @@ class Pair:
     name: str
     directory: pathlib.Path
     torch_model: object
-    loaded: torch_io.Loaded | None = None
+    loaded: Loaded | None = None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -173,7 +173,7 @@ def released(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pair(released):
-    return dataclasses.replace(released, loaded=torch_io.load(released.directory))
+    return dataclasses.replace(released, loaded=load(released.directory))
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from voxcpm.modules.audiovae import AudioVAEV2
 from voxcpm.modules.audiovae.audio_vae_v2 import AudioVAEConfig as ReferenceConfig
 
 from tests.reference.compare import close
-from voxcpm2_jax import torch_io
-from voxcpm2_jax.config import AudioVAEConfig
+from voxcpm2_jax.config.model import AudioVAEConfig
+from voxcpm2_jax.torch_io import tables
 from voxcpm2_jax.vae import autoencoder
 
 SHAPES = {
@@ -63,7 +63,7 @@ def codec(request):
         _randomise(model)
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     params: dict = {}
-    for row in torch_io.vae_table(config):
+    for row in tables.vae_table(config):
         if row.path is None:  # the boundaries: configuration
             continue
         *parents, last = row.path.split("/")

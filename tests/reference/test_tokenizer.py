@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.test_tokenizer import LANGUAGES
+from tests.data.test_tokenizer import LANGUAGES
 from voxcpm2_jax.data.tokenizer import balanced, load_tokenizer, train_tokenizer
 
 CHUNKS = [

@@ -8,7 +8,8 @@ import ml_dtypes
 import pytest
 import torch
 
-from voxcpm2_jax import torch_io
+from voxcpm2_jax import convert
+from voxcpm2_jax.torch_io import released, tables
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def assert_same_state(model, other, dtype=None):
 
 
 def test_the_table_has_every_tensor_of_the_reference(pair):
-    table = torch_io.backbone_table(pair.loaded.config)
-    codec = torch_io.vae_table(pair.loaded.vae_config)
+    table = tables.backbone_table(pair.loaded.config)
+    codec = tables.vae_table(pair.loaded.vae_config)
     state = pair.torch_model.state_dict()
     assert sorted([row.name for row in table] + [f"audio_vae.{row.name}" for row in codec]) == sorted(state)
     assert all(tuple(state[row.name].shape) == row.torch_shape for row in table)
@@ -54,7 +55,7 @@ def test_the_table_has_every_tensor_of_the_reference(pair):
 
 def test_the_reference_loads_what_we_save(pair, strictly, judge, tmp_path):
     loaded = pair.loaded
-    torch_io.save(
+    released.save(
         tmp_path / "ours", loaded.config, loaded.params, loaded.vae_config, loaded.vae_params, loaded.tokenizer_dir, loaded.raw
     )
     assert json.loads((tmp_path / "ours/config.json").read_text()) == loaded.raw
@@ -64,7 +65,7 @@ def test_the_reference_loads_what_we_save(pair, strictly, judge, tmp_path):
 
 def test_the_reference_loads_a_config_of_our_own(pair, strictly, tmp_path):
     loaded = pair.loaded
-    torch_io.save(tmp_path / "ours", loaded.config, loaded.params, loaded.vae_config, loaded.vae_params, loaded.tokenizer_dir)
+    released.save(tmp_path / "ours", loaded.config, loaded.params, loaded.vae_config, loaded.vae_params, loaded.tokenizer_dir)
     assert_same_state(strictly(tmp_path / "ours"), pair.torch_model)
 
 
@@ -72,11 +73,11 @@ def test_the_reference_loads_bfloat16(pair, strictly, tmp_path):
     loaded = pair.loaded
     config = dataclasses.replace(loaded.config, dtype="bfloat16")
     params = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), loaded.params)
-    torch_io.save(tmp_path / "ours", config, params, loaded.vae_config, loaded.vae_params, loaded.tokenizer_dir, loaded.raw)
+    released.save(tmp_path / "ours", config, params, loaded.vae_config, loaded.vae_params, loaded.tokenizer_dir, loaded.raw)
     assert_same_state(strictly(tmp_path / "ours"), pair.torch_model, torch.bfloat16)
 
 
 def test_the_reference_loads_an_exported_import(pair, strictly, tmp_path):
-    torch_io.import_torch(pair.directory, tmp_path / "work")
-    torch_io.export_torch(tmp_path / "work", tmp_path / "ours")
+    convert.import_torch(pair.directory, tmp_path / "work")
+    convert.export_torch(tmp_path / "work", tmp_path / "ours")
     assert_same_state(strictly(tmp_path / "ours"), pair.torch_model)

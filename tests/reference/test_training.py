@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.reference.compare import close, reference_losses
-from voxcpm2_jax import sequence, torch_io
+from voxcpm2_jax import sequence
 from voxcpm2_jax.models import voxcpm2
+from voxcpm2_jax.torch_io import tables
 
 
 def clips(config, seed=0):
@@ -103,7 +104,7 @@ def test_gradients_of_packed_rows(pair, case):
     finally:
         model.eval()
     theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    for row in torch_io.backbone_table(pair.loaded.config):
+    for row in tables.backbone_table(pair.loaded.config):
         leaf = functools.reduce(dict.__getitem__, row.path.split("/"), ours)
         got = np.asarray(leaf if row.layer is None else leaf[row.layer])
         close(row.to_torch(got), theirs[row.name])

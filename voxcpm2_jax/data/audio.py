@@ -7,8 +7,6 @@ from the two libraries underneath it: librosa itself takes seconds to import and
 """
 
 import contextlib
-import hashlib
-import importlib.util
 import io
 import math
 import os
@@ -18,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from voxcpm2_jax.config import UserError
+from voxcpm2_jax.config.plain import UserError
 
 
 class BadRecording(UserError):  # noqa: N818
@@ -191,57 +189,12 @@ def trim_silence(audio_A: np.ndarray, rate: int, *, threshold_db: float = -40.0,
     Args:
         keep_ms: silence that stays at each end, as far as there is any.
     """
-    return _cut(audio_A, rate, sound_span(audio_A, rate, threshold_db=threshold_db), keep_ms)
+    return cut(audio_A, rate, sound_span(audio_A, rate, threshold_db=threshold_db), keep_ms)
 
 
-def trim_to_speech(audio_A: np.ndarray, rate: int, *, keep_ms: float = 200.0) -> np.ndarray:
-    """Cuts what is no speech before the first and after the last speech (see `speech_span`); nothing stays of no speech.
-
-    Args:
-        keep_ms: of the rest that stays at each end, as far as there is any.
-    """
-    start, end = speech_span(audio_A, rate)
-    return _cut(audio_A, rate, (start, end), keep_ms) if start < end else audio_A[:0]
-
-
-def _cut(audio_A: np.ndarray, rate: int, span: tuple[int, int], keep_ms: float) -> np.ndarray:
+def cut(audio_A: np.ndarray, rate: int, span: tuple[int, int], keep_ms: float) -> np.ndarray:
     keep = round(keep_ms * rate / 1000)
     return audio_A[max(0, span[0] - keep) : span[1] + keep]
-
-
-# ---- voice activity --------------------------------------------------------------------------------------------------
-
-VAD_HZ = 16000
-# Speech begins where its probability in 32 ms is over the first, and ends where it is under the second: soft consonants at
-# the end keep it that high. Sounds under 60 ms are no speech.
-VAD_OPTIONS = {"threshold": 0.5, "neg_threshold": 0.2, "min_speech_duration_ms": 60}
-
-
-def load_vad() -> dict:
-    """Loads silero's voice activity detector, which faster-whisper carries -> what identifies it.
-
-    Raises:
-        UserError: faster-whisper is not installed.
-    """
-    if importlib.util.find_spec("faster_whisper") is None:
-        raise UserError("trim 'vad' needs faster-whisper, which carries the detector: pip install 'voxcpm2-jax[eval]'")
-    from faster_whisper import vad
-
-    vad.get_vad_model()  # kept by faster-whisper; loaded here, before threads ask for it
-    (file,) = pathlib.Path(vad.get_assets_path()).glob("silero_vad*.onnx")
-    return {"name": file.stem, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()} | VAD_OPTIONS
-
-
-def speech_span(audio_A: np.ndarray, rate: int) -> tuple[int, int]:
-    """First and last sample + 1 of the speech that silero's detector hears; (0, 0): it hears none. Threads may share it."""
-    from faster_whisper.vad import VadOptions, get_speech_timestamps
-
-    options = VadOptions(**VAD_OPTIONS, min_silence_duration_ms=100, speech_pad_ms=0)
-    heard = get_speech_timestamps(resample(audio_A, rate, VAD_HZ), options)
-    if not heard:
-        return 0, 0
-    start, end = heard[0]["start"] / VAD_HZ, heard[-1]["end"] / VAD_HZ
-    return int(start * rate), min(math.ceil(end * rate), len(audio_A))
 
 
 def mel_filters(rate: int, window: int, bins: int) -> np.ndarray:
@@ -268,33 +221,3 @@ def save(path: str | os.PathLike, audio_A: np.ndarray, rate: int) -> None:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise UserError(f"{path}: cannot be written ({error})") from None
-
-
-def draw_spectrograms(
-    path: str | os.PathLike, audio_A: np.ndarray, other_A: np.ndarray, rate: int, titles: tuple[str, str]
-) -> None:
-    """A picture of two recordings side by side, as PNG of some 40 kB.
-
-    Args:
-        audio_A, other_A: both at `rate` Hz.   titles: what stands over each.
-    """
-    import matplotlib
-    import PIL.Image
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.2), sharey=True, constrained_layout=True)
-    window, hop = 1024, 256
-    for axis, x_A, title in zip(axes, (audio_A, other_A), titles):
-        x_A = np.pad(x_A, (0, max(0, window - len(x_A))))
-        blocks = np.lib.stride_tricks.sliding_window_view(x_A, window)[::hop] * np.hanning(window)
-        level_db = 20 * np.log10(np.abs(np.fft.rfft(blocks)).T + 1e-4)
-        extent = (0, len(x_A) / rate, 0, rate / 2)
-        axis.imshow(level_db, origin="lower", aspect="auto", extent=extent, vmin=-60, vmax=30)
-        axis.set(title=title, xlabel="s")
-    axes[0].set_ylabel("Hz")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=75)
-    pyplot.close(figure)
-    PIL.Image.open(drawn).convert("RGB").quantize(32, dither=PIL.Image.Dither.NONE).save(path, format="PNG", optimize=True)

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from voxcpm2_jax.config import BatchConfig, StageConfig, UserError
+from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.run import BatchConfig, StageConfig
 from voxcpm2_jax.data import packing
 from voxcpm2_jax.data.packing import (
     DESCRIBED,

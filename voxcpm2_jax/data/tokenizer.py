@@ -20,14 +20,13 @@ import os
 import pathlib
 import random
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from voxcpm2_jax.config import UserError
+from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.sequence import AUDIO_END_ID, AUDIO_START_ID, BOS_ID, EOS_ID, REFERENCE_END_ID, REFERENCE_START_ID, UNK_ID
 
 SPACE = "\u2581"
@@ -39,18 +38,6 @@ _MARKERS = {  # names in our own vocabularies; no text can spell them
     REFERENCE_START_ID: "<|reference_start|>",
     REFERENCE_END_ID: "<|reference_end|>",
 }
-
-
-def normal_text(text: str, sentence_case: bool = False) -> str:
-    """A transcript as it is tokenized: Unicode NFC, runs of white space as one space, none at the ends.
-
-    Args:
-        sentence_case: a transcript in capitals alone becomes small letters, capitals at the start of its sentences.
-    """
-    text = " ".join(unicodedata.normalize("NFC", text).split())
-    if sentence_case and text.isupper():
-        text = re.sub(r"(^|[.!?…]\s+)(\w)", lambda match: match[1] + match[2].upper(), text.lower())
-    return text
 
 
 class Tokenizer:

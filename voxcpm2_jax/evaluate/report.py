@@ -14,12 +14,14 @@ import time
 
 import numpy as np
 
-from voxcpm2_jax import metrics
-from voxcpm2_jax.api import Speech, VoxCPM
-from voxcpm2_jax.config import EvaluateConfig, UserError, to_dict
-from voxcpm2_jax.data import audio, corpus
-from voxcpm2_jax.data.tokenizer import normal_text
-from voxcpm2_jax.evaluate import speech as judge
+from voxcpm2_jax import files
+from voxcpm2_jax.config.evaluate import EvaluateConfig
+from voxcpm2_jax.config.plain import UserError, to_dict
+from voxcpm2_jax.corpus import sources
+from voxcpm2_jax.data import audio
+from voxcpm2_jax.data.text import normal_text
+from voxcpm2_jax.evaluate import pictures, scores, whisper
+from voxcpm2_jax.inference.api import Speech, VoxCPM
 
 RESULT_FILE = "result.json"
 SETS = ("recordings", "reconstructions", "generated")
@@ -35,8 +37,8 @@ def evaluate(
     Raises:
         UserError: no checkpoint, no manifest, no judge installed, or an output directory that cannot be written to.
     """
-    recordings = list(corpus.open_corpus(manifest))
-    judge.whisper_directory()  # a judge that is not installed is told of before anything is spoken
+    recordings = list(sources.open_corpus(manifest))
+    whisper.whisper_directory()  # a judge that is not installed is told of before anything is spoken
     model = VoxCPM.from_pretrained(checkpoint)
     output = pathlib.Path(output)
     try:
@@ -55,13 +57,13 @@ def evaluate(
         "generated": [s.audio_A for s in spoken],
     }
     texts = [r.text for r in recordings]
-    heard = {name: judge.transcribe(waves, model.sample_rate) for name, waves in sets.items()}
+    heard = {name: whisper.transcribe(waves, model.sample_rate) for name, waves in sets.items()}
     for i, speech in enumerate(spoken):
         audio.save(output / "audio" / f"{i:04d}.wav", speech.audio_A, model.sample_rate)
     for i in _spread(len(texts), config.num_pictures):
         pair = sets["recordings"][i], sets["generated"][i]
         titles = f"recording: {texts[i]}", f"generated, heard as: {heard['generated'][i]}"
-        audio.draw_spectrograms(output / f"spectrogram_{i:04d}.png", *pair, model.sample_rate, titles)
+        pictures.draw_spectrograms(output / f"spectrogram_{i:04d}.png", *pair, model.sample_rate, titles)
     seconds = sum(len(x) for x in sets["generated"]) / model.sample_rate
     result = {
         "checkpoint": str(checkpoint),
@@ -75,7 +77,7 @@ def evaluate(
         "retried": sum(s.num_tries > 1 for s in spoken),
         "rows": [{"text": text} | {name: heard[name][i] for name in SETS} for i, text in enumerate(texts)],
     }
-    metrics.replace_file(output / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    files.replace_file(output / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
@@ -107,9 +109,9 @@ def _speak(model: VoxCPM, config: EvaluateConfig, texts: list[str]) -> list[Spee
 
 def _scores(config: EvaluateConfig, texts: list[str], heard: list[str]) -> dict[str, float]:
     if config.measure == "digits":
-        whole = np.mean([judge.digits(text) == judge.digits(h) for text, h in zip(texts, heard)])
-        return {"digits right": judge.digit_accuracy(texts, heard), "strings right": float(whole)}
-    return {"WER": judge.word_error_rate(texts, heard), "CER": judge.character_error_rate(texts, heard)}
+        whole = np.mean([scores.digits(text) == scores.digits(h) for text, h in zip(texts, heard)])
+        return {"digits right": scores.digit_accuracy(texts, heard), "strings right": float(whole)}
+    return {"WER": scores.word_error_rate(texts, heard), "CER": scores.character_error_rate(texts, heard)}
 
 
 def _spread(n: int, k: int) -> list[int]:

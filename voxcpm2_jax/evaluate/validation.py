@@ -24,8 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from voxcpm2_jax import metrics, sharding
-from voxcpm2_jax.config import BatchConfig, EvaluateConfig, ModelConfig, UserError, ValidationConfig, to_dict
+from voxcpm2_jax import files, metrics, processes, sharding
+from voxcpm2_jax.config.evaluate import EvaluateConfig
+from voxcpm2_jax.config.model import ModelConfig
+from voxcpm2_jax.config.plain import UserError, to_dict
+from voxcpm2_jax.config.run import BatchConfig, ValidationConfig
 from voxcpm2_jax.data import packing
 from voxcpm2_jax.data.packing import DESCRIBED, IS_PROMPT, NO_REFERENCE, OWN_REFERENCE, REFERENCE, Draw
 from voxcpm2_jax.models import voxcpm2
@@ -76,7 +79,7 @@ class Validation:
                 f"{targets} target patches"
             )
         if not fits_N.all():
-            sharding.say(f"validation: {(~fits_N).sum()} of {len(items)} clips fit no row and are left out")
+            processes.say(f"validation: {(~fits_N).sum()} of {len(items)} clips fit no row and are left out")
         self._items = [item for item, fits in zip(items, fits_N) if fits]
         self._labels = metrics.name_labels(
             packing.label_names(source.index),
@@ -170,13 +173,13 @@ def evaluate(
     Raises:
         UserError: no checkpoint, no shards, shards of another model, or an output directory that cannot be written to.
     """
-    from voxcpm2_jax import torch_io
-    from voxcpm2_jax.data import pipeline
+    from voxcpm2_jax import workdir
+    from voxcpm2_jax.data.shards import Shards, check_fit
 
-    loaded = torch_io.load_model(checkpoint)
-    source = pipeline.Shards(shards)
-    pipeline.check_fit(source, loaded.config, where=str(shards))
-    torch_io.check_makers(checkpoint, source.header)
+    loaded = workdir.load_model(checkpoint)
+    source = Shards(shards)
+    check_fit(source, loaded.config, where=str(shards))
+    workdir.check_provenance(checkpoint, source.header)
     output = pathlib.Path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -190,7 +193,7 @@ def evaluate(
     result = {
         "checkpoint": str(checkpoint), "data": str(shards), "clips": validation.num_clips, "config": to_dict(config)
     } | {name: metrics.number(value) for name, value in figures.items()}  # fmt: skip
-    metrics.replace_file(output / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    files.replace_file(output / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
 
 

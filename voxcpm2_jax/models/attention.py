@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from voxcpm2_jax import sharding
+from voxcpm2_jax import processes, sharding
 
 MIN_SEGMENT_SLOTS = 3  # of a clip as sequence.py lays it out: two marks and a patch
 _LANES = 128  # splash reads blocks of a multiple of this many slots
@@ -197,7 +197,7 @@ def _cudnn():
             why = "no Hopper or later among the devices"
     if why:
         fate = "XLA with a dense mask takes its place, slower and with memory that grows with slots^2"
-        sharding.say(f"attention: no cuDNN kernel for packed rows ({why}; jax {jax.__version__}): {fate}")
+        processes.say(f"attention: no cuDNN kernel for packed rows ({why}; jax {jax.__version__}): {fate}")
         return None
 
     def run(q_BTNH, k_BSKH, v_BSKH, **kwargs):

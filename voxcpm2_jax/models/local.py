@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from voxcpm2_jax.config import TransformerConfig
+from voxcpm2_jax.config.model import TransformerConfig
 from voxcpm2_jax.models.transformer import Linear, run_layers
 
 TIME_SCALE = 1000.0

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from voxcpm2_jax.config import REMAT_POLICIES, TransformerConfig
+from voxcpm2_jax.config.model import TransformerConfig
+from voxcpm2_jax.config.run import REMAT_POLICIES
 from voxcpm2_jax.models.attention import attention, einsum
 from voxcpm2_jax.sharding import constrain
 

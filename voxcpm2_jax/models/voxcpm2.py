@@ -17,7 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from voxcpm2_jax.config import ModelConfig, UserError
+from voxcpm2_jax.config.model import ModelConfig
+from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.models import flow
 from voxcpm2_jax.models.attention import causal_mask, find_segments
 from voxcpm2_jax.models.local import LocDiT, LocEnc

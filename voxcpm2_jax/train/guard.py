@@ -23,9 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from voxcpm2_jax import metrics
-from voxcpm2_jax.checkpoint import from_first
-from voxcpm2_jax.config import GuardConfig
+from voxcpm2_jax import files
+from voxcpm2_jax.config.run import GuardConfig
+from voxcpm2_jax.processes import from_first
 
 
 class BrokenRun(RuntimeError):  # noqa: N818
@@ -189,6 +189,6 @@ class Ledger:
             self._over[n] = {"batch": n, "back_to": back_to, "rollback": time, "clips": clips}
         if jax.process_index() == 0:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.state["stepped_over"])
-            metrics.replace_file(self._path, text)
+            files.replace_file(self._path, text)
         numbers = ", ".join(map(str, batches))
         return f"{what}; back to step {back_to} (time {time} of at most {most}), passing over batches {numbers}: {self._path}"

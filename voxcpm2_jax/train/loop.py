@@ -14,25 +14,24 @@ processes have heard, fetched with the step's metrics, one step late.
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from voxcpm2_jax import metrics
-from voxcpm2_jax.checkpoint import Checkpoints, Start, begin
-from voxcpm2_jax.config import CheckpointConfig, GuardConfig, LogConfig, WatchdogConfig
-from voxcpm2_jax.sharding import say
+from voxcpm2_jax import files, metrics
+from voxcpm2_jax.checkpoint.manager import Checkpoints
+from voxcpm2_jax.config.run import CheckpointConfig, GuardConfig, LogConfig, WatchdogConfig
+from voxcpm2_jax.flops import mfu
+from voxcpm2_jax.processes import say
+from voxcpm2_jax.train.clock import Clock
 from voxcpm2_jax.train.guard import VERDICT, BrokenRun, Ledger, complaint, not_finite
+from voxcpm2_jax.train.profiler import Profiler
+from voxcpm2_jax.train.signals import listening
+from voxcpm2_jax.train.start import Start, begin
 from voxcpm2_jax.train.watchdog import Watchdog
 
 
@@ -88,7 +87,7 @@ def run(
     """
     workdir = pathlib.Path(workdir)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_signals())
+        stop = stack.enter_context(listening())
         dog = stack.enter_context(Watchdog(watchdog))
         checkpoints = Checkpoints(workdir, **dataclasses.asdict(checkpoint))
         stack.callback(checkpoints.close)
@@ -104,15 +103,15 @@ def run(
                 say(f"all {num_steps} steps are done, nothing is left to do")
             workdir.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
-                metrics.replace_file(workdir / "config.json", json.dumps(config, indent=2) + "\n")
+                files.replace_file(workdir / "config.json", json.dumps(config, indent=2) + "\n")
             ledger = Ledger(workdir, guard, meta.get("ledger"))
             if bad:
                 say(ledger.step_over(bad, start, clips_at))
             meter = metrics.Meter(meta.get("meter"))
-            clock = _Clock(meta.get("clock") if is_own else None)
+            clock = Clock(meta.get("clock") if is_own else None)
             with (
                 metrics.Writer(workdir, start_step=start, num_steps=num_steps) as writer,
-                metrics.Profiler(profile_steps, workdir / "profile") as profiler,
+                Profiler(profile_steps, workdir / "profile") as profiler,
                 contextlib.closing(_Feed(batches_from, start, num_steps)) as feed,
             ):
                 settle = partial(_settle, clock=clock, ledger=ledger, stop=stop, clips_at=clips_at)
@@ -248,162 +247,10 @@ def _log(step, meter, figures, *, is_forced, clock, ledger, writer, log, flops_o
         row[f"{name}_per_sec"] = row[name] / clock.step_sec if is_counted else None
     row |= clock.row | {"skipped": len(ledger.without_update(step))}
     parts = flops_of(row) if flops_of and is_counted else {}
-    row["mfu"] = metrics.mfu(sum(parts.values()), clock.step_sec) if parts else None
+    row["mfu"] = mfu(sum(parts.values()), clock.step_sec) if parts else None
     row |= {f"tflop/{part}": flops / 1e12 for part, flops in parts.items()}
     writer.write(step, row | figures)
     if not is_turn:
         return meter
     clock.reset()
     return metrics.Meter()
-
-
-class _Clock:
-    """Where wall time goes.
-
-    A step's time is what it costs the host, waiting for data and devices included; compiling, evaluating and saving are
-    none of it. Goodput is the share of the time since the run's first start that went into updates which still count:
-    what a kill or a way back undoes, starting, compiling, data, saves, evaluations and standing still are the rest.
-
-    Args:
-        saved: `state` of the checkpoint that the run goes on from; None: it starts.
-    """
-
-    def __init__(self, saved: dict | None):
-        self.state = saved or {"first_start": time.time(), "counted_sec": 0.0}
-        self._unsettled_sec = self._last_wait_sec = 0.0
-        self.reset()
-
-    def reset(self) -> None:
-        self._busy_sec = self._wait_sec = self._save_sec = 0.0
-        self._steps = 0
-
-    @contextlib.contextmanager
-    def busy(self):
-        """Around what a step costs the host beside the wait for its batch."""
-        begin = time.perf_counter()
-        yield
-        sec = time.perf_counter() - begin
-        self._busy_sec += sec
-        self._unsettled_sec += sec
-
-    @contextlib.contextmanager
-    def waiting(self):
-        """Around the wait for a batch."""
-        begin = time.perf_counter()
-        yield
-        self._last_wait_sec = time.perf_counter() - begin
-        self._wait_sec += self._last_wait_sec
-
-    @contextlib.contextmanager
-    def compiling(self):
-        """In place of `busy` where the step meets a new shape: the feed started as well, so that this wait counts neither."""
-        self._wait_sec -= self._last_wait_sec
-        yield
-
-    @contextlib.contextmanager
-    def saving(self):
-        """Around what a save holds the loop up."""
-        begin = time.perf_counter()
-        yield
-        self._save_sec += time.perf_counter() - begin
-
-    def settled(self, *, is_kept: bool) -> None:
-        """A step is over; its time counts if its update does."""
-        self._steps += 1
-        if is_kept:
-            self.state["counted_sec"] += self._unsettled_sec
-        self._unsettled_sec = 0.0
-
-    @property
-    def step_sec(self) -> float:
-        return (self._busy_sec + self._wait_sec) / max(self._steps, 1)
-
-    @property
-    def row(self) -> dict:
-        return {
-            "step_sec": self.step_sec,
-            "data_wait_sec": self._wait_sec / max(self._steps, 1),
-            "checkpoint_sec": self._save_sec,
-            "goodput": self.state["counted_sec"] / max(time.time() - self.state["first_start"], 1e-9),
-        }
-
-
-class _Stop:
-    """A signal to any of the processes.
-
-    Attributes:
-        number: of the signal, once every process knows it; 0: none.
-    """
-
-    def __init__(self):
-        self._heard = 0  # by this process
-        self._agreed = 0
-        if jax.process_count() > 1:
-            devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-            mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
-            self._split = NamedSharding(mesh, PartitionSpec("process"))
-            self._highest = jax.jit(lambda heard: heard.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    @property
-    def number(self) -> int:
-        return self._heard if jax.process_count() == 1 else self._agreed
-
-    def ask(self):
-        """With every step: what any process has heard by now, still on the devices."""
-        if jax.process_count() == 1:
-            return None
-        heard = np.array([self._heard], np.int32)
-        return self._highest(jax.make_array_from_process_local_data(self._split, heard, (jax.process_count(),)))
-
-    def settle(self, asked) -> None:
-        """When that step is settled."""
-        if asked is not None:
-            self._agreed = int(asked)
-
-    def hear(self, number: int, _frame=None) -> None:
-        self._heard = self._heard or number
-
-    def listen(self, pipe: int) -> None:
-        """Counts signals, from a thread: the loop's own may be deep in a call that does not come back."""
-        first_sec = None
-        for (number,) in (n for n in iter(lambda: os.read(pipe, 1), b"") if n[0] in _SIGNALS):
-            now_sec = time.monotonic()
-            if first_sec is not None:
-                if now_sec - first_sec < ECHO_SEC:
-                    continue
-                os._exit(128 + number)  # what is on disk is whole at any time
-            first_sec = now_sec
-            self.hear(number)
-            name = signal.Signals(number).name
-            what = f"saving after this step, then stopping; a second signal, {ECHO_SEC:.0f} s later or more, stops at once"
-            print(f"{name}: {what}", file=sys.stderr, flush=True)
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ECHO_SEC = 1.0  # `timeout`, Slurm and others signal a process and then its group: that is one signal
-
-
-@contextlib.contextmanager
-def _signals():
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one ends the process at once."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    usual = {number: signal.getsignal(number) or signal.SIG_DFL for number in _SIGNALS}
-    out, into = os.pipe()
-    os.set_blocking(into, False)
-    thread = threading.Thread(target=stop.listen, args=(out,), name="signals", daemon=True)
-    thread.start()
-    usual_pipe = signal.set_wakeup_fd(into)
-    for number in _SIGNALS:
-        signal.signal(number, stop.hear)
-    try:
-        yield stop
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(usual_pipe)
-        os.close(into)
-        thread.join()
-        os.close(out)

@@ -19,18 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from voxcpm2_jax import metrics, optim, sharding
-from voxcpm2_jax.checkpoint import Start
-from voxcpm2_jax.config import CHANGES, UserError, VAERun, to_dict
-from voxcpm2_jax.data import audio, corpus
+from voxcpm2_jax import metrics, sharding
+from voxcpm2_jax.config.plain import UserError, to_dict
+from voxcpm2_jax.config.run import CHANGES, VAERun
+from voxcpm2_jax.corpus import manifest, sources
+from voxcpm2_jax.data import audio
 from voxcpm2_jax.train import guard, loop
+from voxcpm2_jax.train.start import Start
+from voxcpm2_jax.train.state import TrainState, apply_update, fresh_state
 from voxcpm2_jax.vae import autoencoder, losses
 
 
-def init_state(config: VAERun, key=None) -> optim.TrainState:
+def init_state(config: VAERun, key=None) -> TrainState:
     """A fresh state; the key is the run's seed unless given."""
     params = autoencoder.init(jax.random.key(config.seed) if key is None else key, config.vae)
-    state = optim.init_state(config.optim, config.num_steps, params)
+    state = fresh_state(config.optim, config.num_steps, params)
     return dataclasses.replace(state, guard=guard.init(config.guard))
 
 
@@ -54,7 +57,7 @@ def objective(params, config: VAERun, batch: dict, key):
     return weights.mel * mel + weights.spectrum * spectrum + weights.kl * kl, figures
 
 
-def train_step(state: optim.TrainState, batch: dict, *, config: VAERun) -> tuple[optim.TrainState, dict]:
+def train_step(state: TrainState, batch: dict, *, config: VAERun) -> tuple[TrainState, dict]:
     """One update -> (state, metrics).
 
     Args:
@@ -63,7 +66,7 @@ def train_step(state: optim.TrainState, batch: dict, *, config: VAERun) -> tuple
     before = state
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     (loss, figures), grads = jax.value_and_grad(objective, has_aux=True)(state.params, config, batch, key)
-    state, figures_of_update = optim.update(config.optim, config.num_steps, state, grads)
+    state, figures_of_update = apply_update(config.optim, config.num_steps, state, grads)
     seconds = batch["target_BA"].size / config.vae.out_sample_rate
     figures |= {
         "loss": loss,
@@ -123,7 +126,7 @@ def tiny_clips(config: VAERun, *, num_clips: int = 16, sec: float = 1.0) -> tupl
     return clips
 
 
-def load_clips(recordings: Sequence[corpus.Recording], config: VAERun) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def load_clips(recordings: Sequence[manifest.Recording], config: VAERun) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Every recording at the encoder's and at the decoder's rate, in memory."""
     inputs, targets = [], []
     for r in recordings:
@@ -177,12 +180,12 @@ def train(config: VAERun, workdir, data=None, *, resume_from=None, accept_change
     return {name: row.get(name) for name in ("step", "loss", "loss_mel", "loss_kl", "audio_sec_per_sec", "mfu")}
 
 
-def _recordings(data) -> tuple[corpus.Corpus, corpus.Corpus]:
+def _recordings(data) -> tuple[sources.Corpus, sources.Corpus]:
     """What is trained on, and what is listened to."""
     path = pathlib.Path(data) / "train.jsonl" if pathlib.Path(data).is_dir() else pathlib.Path(data)
-    recordings = corpus.open_corpus(path if path.is_file() else data)
+    recordings = sources.open_corpus(path if path.is_file() else data)
     heldout = path.with_name("heldout.jsonl")
-    return recordings, corpus.open_corpus(heldout) if path.is_file() and heldout.is_file() else recordings
+    return recordings, sources.open_corpus(heldout) if path.is_file() and heldout.is_file() else recordings
 
 
 def _batches(crops: Crops, config: VAERun, mesh, step: int) -> Iterator[dict]:
@@ -201,7 +204,7 @@ def _listener(config: VAERun, samples: Sequence[np.ndarray]) -> loop.Evaluator:
     audio_BA = np.stack([np.pad(wave_A, (0, longest - len(wave_A))) for wave_A in samples])
     reconstruct = jax.jit(lambda params: autoencoder.decode(params, vae, autoencoder.encode(params, vae, audio_BA)))
 
-    def run(state: optim.TrainState):
+    def run(state: TrainState):
         reconstructed_BA = np.asarray(reconstruct(state.best_params))
         for i, wave_A in enumerate(samples):
             samples_A = reconstructed_BA[i, : len(wave_A) * vae.out_sample_rate // vae.sample_rate]

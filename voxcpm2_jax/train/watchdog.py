@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 
-from voxcpm2_jax.config import WatchdogConfig
+from voxcpm2_jax.config.run import WatchdogConfig
 
 EXIT_CODE = 1
 

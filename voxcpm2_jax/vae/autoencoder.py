@@ -37,7 +37,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from voxcpm2_jax.config import AudioVAEConfig
+from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.vae.conv import Conv, DownConv, Snake, UpConv
 
 _WINDOW = 7  # of every convolution that is neither pointwise nor strided, but for the two heads

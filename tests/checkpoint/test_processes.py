@@ -1,0 +1,76 @@
+"""Checkpoints of two real processes over loopback: one sealed step, damage that both agree on, other process counts."""
+
+import numpy as np
+
+from tests import processes
+from voxcpm2_jax import workdir
+from voxcpm2_jax.checkpoint import integrity
+
+WORK = """
+import dataclasses, sys
+from typing import Any
+import jax, numpy as np
+from voxcpm2_jax import checkpoint, sharding
+from voxcpm2_jax.checkpoint import Checkpoints, Start
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: Any
+    params: Any
+
+workdir, what = sys.argv[1:]
+sharding.connect()
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+split, copied = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+
+def state(step):
+    whole_DF = np.arange(4 * 2048, dtype=np.float32).reshape(4, 2048) * step
+    kernel = jax.make_array_from_callback(whole_DF.shape, split, lambda index: whole_DF[index])
+    return State(jax.make_array_from_callback((), copied, lambda _: np.int32(step)), {"kernel": kernel})
+
+checkpoints = Checkpoints(workdir, keep=3, every_steps=1)
+if what == "save":
+    for step in (1, 2):
+        checkpoints.save(step, state(step), {"config": {}})
+else:
+    if jax.process_index() != 0:
+        checkpoint._steps = lambda directory: []  # an old view of a disk that the processes share
+    begun, meta = checkpoint.begin(checkpoints, state(7), {}, Start())
+    want = state(meta["step"])
+    for got, expected in zip(begun.params["kernel"].addressable_shards, want.params["kernel"].addressable_shards):
+        np.testing.assert_array_equal(got.data, expected.data)
+    print(f"began at {meta['step']}")
+    checkpoints.save(meta["step"] + 1, state(meta["step"] + 1), {"config": {}})
+    words = checkpoint.from_first(["größer", 2] if jax.process_index() == 0 else None)
+    assert words == ["größer", 2] and checkpoint.has_steps(workdir)
+checkpoints.close()
+"""
+
+
+def work(num, *argv):
+    results = processes.run_processes(argv, num, program=("-c", WORK))
+    assert [result.code for result in results] == [0] * num, results
+    return results
+
+
+def test_two_processes_agree_on_what_is_damaged_and_one_goes_on(tmp_path):
+    work(2, tmp_path, "save")
+    newest = tmp_path / "checkpoints" / "2"
+    integrity.verify(newest)
+    files = [f"params/ocdbt.process_{i}/d" for i in range(2)]
+    first, second = (next((newest / name).iterdir()) for name in files)  # each process wrote one
+    data = bytearray(second.read_bytes())
+    data[len(data) // 2] ^= 1
+    second.write_bytes(data)
+    results = work(2, tmp_path, "begin")
+    assert all("began at 1" in result.stdout for result in results)
+    altered = f"DAMAGED CHECKPOINT {newest}: {second.relative_to(newest)} was altered"
+    named = [result for result in results if altered in result.stderr]
+    assert len(named) == 1, "the process that read the file names it"
+    assert (tmp_path / "checkpoints" / "2.damaged").is_dir() and first != second
+    (alone,) = work(1, tmp_path, "begin")
+    assert "began at 2" in alone.stdout and f"starting from step 2 of {tmp_path} (resume)" in alone.stderr
+    _, params, step = workdir.load_params(tmp_path)
+    np.testing.assert_array_equal(params["kernel"].reshape(-1), np.arange(4 * 2048) * 3)
+    assert step == 3

@@ -1,0 +1,543 @@
+"""Every mistake a user can make, through the command line: exit code 2, one line that says what to do, nothing written."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from safetensors.numpy import load_file, save_file
+from tensorflow_datasets.core import constants
+
+import voxcpm2_jax
+from voxcpm2_jax.cli import main
+from voxcpm2_jax.data.tokenizer import train_tokenizer
+
+QUICK = ("--inference-timesteps=1", "--max-len=2", "--min-len=0", "--seed=1")
+
+
+def content_of(directory):
+    return {path.relative_to(directory): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """Runs a command in an empty directory and gives back the one line that a mistake gets."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        before = content_of(tmp_path)
+        capsys.readouterr()
+        code = main.main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        assert code == 2, err
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), (out, err)
+        assert content_of(tmp_path) == before
+        return err
+
+    return run
+
+
+@pytest.fixture
+def speak(released_dir, refusal):
+    """A refusal of `generate` by a whole checkpoint."""
+
+    def run(*argv, output="out.wav"):
+        return refusal("generate", f"--checkpoint={released_dir}", *argv, f"--output={output}")
+
+    return run
+
+
+@pytest.fixture
+def copy(released_dir, tmp_path):
+    """A checkpoint to spoil."""
+    shutil.copytree(released_dir, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def noise(sec, rate, channels=1, seed=0):
+    return 0.2 * np.random.default_rng(seed).normal(size=(round(sec * rate), channels))
+
+
+# ---- text and modes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "one of the arguments --text --input is required"),
+        (["--text="], "--text must not be empty"),
+        (["--text=   "], "--text must not be empty"),
+        (["--text=\n\t"], "--text must not be empty"),
+        (["--text"], "argument --text: expected one argument"),
+        (["--text=a", "--text-file=b"], "unrecognized arguments: --text-file=b"),
+        (["--text=a", "--control="], "--control must not be empty"),
+        (["--text=a", "--control=deep", "--prompt-text=b"], "--control does not go with --prompt-text"),
+        (
+            ["--text=a", "--control=deep", "--prompt-text=b", "--prompt-audio=ok.wav"],
+            "--control does not go with --prompt-text",
+        ),
+        (["--text=a", "--prompt-audio=ok.wav"], "prompt audio without prompt text"),
+        (["--text=a", "--prompt-text=b"], "prompt text without prompt audio"),
+        (["--text=a", "--prompt-text=b", "--reference-audio=ok.wav"], "prompt text without prompt audio"),
+        (["--text=a", "--cfg-value=-1"], "cfg_value must lie between 0 and 10"),
+        (["--text=a", "--cfg-value=10.5"], "cfg_value must lie between 0 and 10"),
+        (["--text=a", "--cfg-value=inf"], "cfg_value must lie between 0 and 10"),
+        (["--text=a", "--cfg-value=two"], "argument --cfg-value: invalid float value: 'two'"),
+        (["--text=a", "--inference-timesteps=0"], "inference_timesteps must lie between 1 and 1000"),
+        (["--text=a", "--inference-timesteps=1001"], "inference_timesteps must lie between 1 and 1000"),
+        (["--text=a", "--inference-timesteps=2.5"], "argument --inference-timesteps: invalid int value: '2.5'"),
+        (["--text=a", "--max-len=0"], "min_len and max_len must satisfy"),
+        (["--text=a", "--min-len=-1"], "min_len and max_len must satisfy"),
+        (["--text=a", "--seed=2147483648"], "--seed must lie between 0 and 2147483647"),
+        (["--text=\udcff"], "text is not valid Unicode"),
+    ],
+)
+def test_texts_modes_and_settings(speak, tmp_path, argv, message):
+    soundfile.write(tmp_path / "ok.wav", noise(0.5, 16000), 16000)
+    assert message in speak(*argv)
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_a_text_longer_than_the_model(speak, tmp_path, stream):
+    (tmp_path / "out.wav").write_bytes(b"what was there before")
+    assert "slots of the model's 512 (max_length); shorten them" in speak("--text=" + "one two three " * 300, *stream)
+
+
+# ---- recordings ------------------------------------------------------------------------------------------------------
+
+
+def write_bad_recordings(directory):
+    (directory / "empty.wav").write_bytes(b"")
+    (directory / "text.wav").write_text("this is not a recording " * 50)
+    (directory / "folder.wav").mkdir()
+    soundfile.write(directory / "no_samples.wav", np.zeros((0, 1)), 16000)
+    soundfile.write(directory / "silent.wav", np.zeros(16000), 16000)
+    soundfile.write(directory / "short.wav", noise(0.1, 16000), 16000)
+    soundfile.write(directory / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    soundfile.write(directory / "ok.flac", noise(0.5, 16000), 16000)
+    whole = (directory / "ok.flac").read_bytes()
+    (directory / "cut.flac").write_bytes(whole[:40])
+    (directory / "cut.wav").write_bytes(b"RIFF\x00\x00")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.wav", "=missing.wav: no such file"),
+        ("folder.wav", "=folder.wav: no such file"),
+        ("empty.wav", "empty.wav: not a readable recording"),
+        ("text.wav", "text.wav: not a readable recording"),
+        ("cut.wav", "cut.wav: not a readable recording"),
+        ("cut.flac", "cut.flac: "),
+        ("no_samples.wav", "no_samples.wav: empty recording"),
+        ("silent.wav", "silent.wav: silent (peak 0.0e+00)"),
+        ("short.wav", "short.wav: 0.100 s is too short; expected at least 0.160 s"),
+        ("nan.wav", "nan.wav: samples that are not finite numbers"),
+    ],
+)
+@pytest.mark.parametrize("flags", [("--reference-audio={}",), ("--prompt-audio={}", "--prompt-text=b")])
+def test_recordings_of_no_use(speak, tmp_path, name, message, flags):
+    write_bad_recordings(tmp_path)
+    assert message in speak("--text=a", *(flag.format(name) for flag in flags))
+
+
+def test_a_bad_recording_while_streaming_leaves_no_file(speak, tmp_path):
+    write_bad_recordings(tmp_path)
+    assert "silent" in speak("--text=a", "--reference-audio=silent.wav", "--stream")
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "channels"), [("a.wav", 8000, 1), ("b.flac", 44100, 6), ("c.wav", 11025, 2), ("d.ogg", 48000, 2)]
+)
+def test_every_rate_and_number_of_channels_is_taken(released_dir, tmp_path, capsys, name, rate, channels):
+    soundfile.write(tmp_path / name, noise(0.4, rate, channels), rate)
+    argv = ["generate", f"--checkpoint={released_dir}", "--text=one", f"--reference-audio={tmp_path / name}", *QUICK]
+    assert main.main([*argv, f"--output={tmp_path}/out.wav"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    audio_A, hz = soundfile.read(tmp_path / "out.wav")
+    assert hz == 48000 and len(audio_A) == 2 * 7680 == said["sec"] * 48000
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "out.wav"])
+
+
+# ---- where the speech goes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("no/out.wav", "no/out.wav: cannot be written; its directory must exist"),
+        ("file/out.wav", "file/out.wav: cannot be written"),
+        ("folder.wav", "folder.wav: cannot be written"),
+        ("out.mp4", "out.mp4: expected a name that ends in .wav"),
+        ("out", "out: expected a name that ends in .wav"),
+    ],
+)
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_outputs_that_cannot_be_written(speak, tmp_path, output, message, stream):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.wav").mkdir()
+    assert message in speak("--text=a", *stream, output=output)
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_an_output_that_only_the_system_refuses(speak, monkeypatch, stream):
+    """A file system that says yes and means no."""
+    monkeypatch.setattr("os.access", lambda *_: True)
+    assert "/proc/out.wav: cannot be written" in speak("--text=one", *QUICK, *stream, output="/proc/out.wav")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--input=no.txt", "--output-dir=d"], "--input=no.txt"),
+        (["--input=blank.txt", "--output-dir=d"], "--input=blank.txt: no text in it"),
+        (["--input=latin.txt", "--output-dir=d"], "--input=latin.txt: 'utf-8' codec can't decode"),
+        (["--input=.", "--output-dir=d"], "--input=."),
+        (["--input=lines.txt", "--output-dir=lines.txt"], "--output-dir=lines.txt"),
+        (["--input=lines.txt", "--output=a.wav"], "--input with --output-dir"),
+        (["--input=lines.txt"], "one of the arguments --output --output-dir is required"),
+    ],
+)
+def test_files_of_texts(refusal, released_dir, tmp_path, argv, message):
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "lines.txt").write_text("one\n")
+    (tmp_path / "latin.txt").write_bytes("fünf".encode("latin-1"))
+    assert message in refusal("generate", f"--checkpoint={released_dir}", *argv)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "generate": ("generate", "--checkpoint={}", "--text=a", "--output=out.wav"),
+    "export-torch": ("export-torch", "{}", "exported"),
+    "import-torch": ("import-torch", "{}", "imported"),
+}
+
+
+def command(name, path):
+    return [argument.format(path) for argument in COMMANDS[name]]
+
+
+@pytest.mark.parametrize("name", ["generate", "export-torch"])
+def test_directories_that_are_no_checkpoint(refusal, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for path, message in (
+        ("nothing", "nothing: no such directory; expected a training workdir"),
+        ("file", "file: a file, not a directory"),
+        ("empty", "empty: not a checkpoint; expected a training workdir (checkpoints/STEP/)"),
+        ("run", "run: a training workdir without a complete checkpoint"),
+    ):
+        assert message in refusal(*command(name, path))
+
+
+def test_directories_that_cannot_be_imported(refusal, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in ("nothing", "empty"):
+        assert "no such file; expected a released VoxCPM2 directory with config.json" in refusal(*command("import-torch", path))
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+@pytest.mark.parametrize("file", ["model.safetensors", "audiovae.safetensors"])
+def test_files_that_are_cut_short_or_missing(refusal, copy, name, file):
+    whole = (copy / file).read_bytes()
+    for size in (len(whole) // 2, 100, 4, 0):
+        (copy / file).write_bytes(whole[:size])
+        assert f"{file}: not a whole safetensors file" in refusal(*command(name, copy))
+    (copy / file).unlink()
+    assert f"expected one of {file}" in refusal(*command(name, copy))
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("patch_size", 0, "patch_size must be at least 1, got 0"),
+        ("patch_size", "four", "patch_size: expected int, got 'four'"),
+        ("lm_config.num_attention_heads", 0, "lm_config.num_attention_heads must be at least 1, got 0"),
+        ("lm_config.num_key_value_heads", 3, "4 heads cannot share 3 key/value heads evenly"),
+        ("lm_config", None, "lm_config: expected fields of LMConfig, got None"),
+        ("audio_vae_config.sample_rate", 48000, "sample rates and strides must agree"),
+        ("architecture", "voxcpm", """expected "architecture": "voxcpm2", got 'voxcpm'"""),
+        ("lm_config.hidden_size", 64, "tensors differ from what config.json describes"),
+        ("residual_lm_num_layers", 2, "tensors differ from what config.json describes: missing residual_lm.layers.1"),
+    ],
+)  # fmt: skip
+def test_configs_that_no_model_has(refusal, copy, name, path, value, message):
+    config = json.loads((copy / "config.json").read_text())
+    *parents, last = path.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    assert message in refusal(*command(name, copy))
+
+
+def test_a_config_that_is_no_json(refusal, copy):
+    for content in (b"{", b"\xff\xfe\x00", b""):
+        (copy / "config.json").write_bytes(content)
+        assert "config.json: not valid JSON" in refusal(*command("generate", copy))
+
+
+def test_unknown_keys_of_a_released_config_are_no_mistake(copy, tmp_path, capsys):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"strange": 1}))
+    with pytest.warns(UserWarning, match="no part reads strange"):
+        assert main.main(["generate", f"--checkpoint={copy}", "--text=one", *QUICK, f"--output={tmp_path}/out.wav"]) == 0
+    assert json.loads(capsys.readouterr().out)["stopped_by"] in ("stop head", "max_len")
+
+
+def test_every_tensor_that_differs_is_in_the_line(refusal, copy):
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["stop_head.weight"]
+    tensors["audio_vae.x"] = np.zeros(1, np.float32)
+    save_file(tensors, copy / "model.safetensors")
+    line = refusal(*command("generate", copy))
+    assert "missing stop_head.weight" in line and "unexpected audio_vae.x" in line and "hint: move" in line
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_tokenizers_without_the_special_ids(refusal, copy, name):
+    content = json.loads((copy / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    without = {piece: i for piece, i in vocab.items() if i not in (101, 104)}
+    small = {piece: i for piece, i in vocab.items() if i < 100}
+    swapped = {"<s>": 2, "</s>": 1} | {piece: i for piece, i in vocab.items() if i not in (1, 2)}
+    for pieces, message in (
+        (without, "no piece has id 101 (an audio or reference mark); no piece has id 104"),
+        (small, "pieces; expected over 104, the last special id"),
+        (swapped, "the special ids are not where the model expects them"),
+    ):
+        merges = [m for m in content["model"]["merges"] if {*m, "".join(m)} <= pieces.keys()]
+        added = [token for token in content["added_tokens"] if token["content"] in pieces]
+        spoilt = content | {"model": content["model"] | {"vocab": pieces, "merges": merges}, "added_tokens": added}
+        (copy / "tokenizer.json").write_text(json.dumps(spoilt))
+        assert message in refusal(*command(name, copy))
+    (copy / "tokenizer.json").write_text("{}")
+    assert "expected a BPE vocabulary" in refusal(*command(name, copy))
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.model").unlink()
+    assert "no tokenizer; expected tokenizer.json or tokenizer.model" in refusal(*command(name, copy))
+
+
+def test_a_tokenizer_of_another_model(refusal, copy):
+    texts = ["a different corpus with quite some more words in it", "so that there are pieces enough"]
+    train_tokenizer(texts * 3, 386).save(copy)
+    assert "the tokenizer has 386 pieces, the model embeds 384" in refusal(*command("generate", copy))
+
+
+@pytest.mark.parametrize("name", ["import-torch", "export-torch"])
+def test_conversions_overwrite_nothing(refusal, released_dir, tmp_path, name):
+    for destination in ("imported", "exported"):
+        (tmp_path / destination).mkdir()
+        (tmp_path / destination / "mine").write_text("")
+    assert "already there; choose a directory that is absent or empty" in refusal(*command(name, released_dir))
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+TINY = "--config=configs/backbone.py:tiny"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.batch.rows=6", "batch.rows 6 cannot be split over 8 devices (mesh (-1, -1, 1))"),
+        ("--config.mesh=1,3,1", "mesh (1, 3, 1) (replica, data, tensor) does not fit 8 devices"),
+        ("--config.mesh=0,-1,1", "mesh (0, -1, 1) (replica, data, tensor) does not fit 8 devices"),
+        ("--config.mesh=8", "mesh: expected 3 values, got 1"),
+        ("--config.mesh=1,2,4", "tensor 4 does not divide base_lm/layers/k/kernel, whose kv_heads are 2"),
+        ("--config.batch.row=8", "--config.batch.row: unknown key; config.batch has patches, rows, segments, slots"),
+        ("--config.optim.learning_rate=high", "--config.optim.learning_rate=high"),
+        ("--config.optim.schedule=steps", "optim.schedule: expected cosine, wsd or constant, got 'steps'"),
+        ("--config.num_steps=0", "num_steps must be at least 1, got 0"),
+        ("--config.seed=-1", "seed must be 0 or more, and less than 2^32, got -1"),
+        ("--config.stop_weight=nan", "stop_weight must be a number of 0 or more, got nan"),
+        ("--config.patch_sec=-1.0", "patch_sec must be a number over 0, got -1.0"),
+        ("--config.samples.every_steps=-4", "samples.every_steps must be at least 0, got -4"),
+        ("--profile-steps=9:3", "--profile-steps=9:3: expected A:B"),
+        ("--config.model.lm_config.num_attention_heads=0", "lm_config.num_attention_heads must be at least 1"),
+        ("--config.model.encoder_config.num_heads=3", "encoder_config: 3 heads cannot share 2 key/value heads evenly"),
+        ("--config.model.dtype=float16", "dtype must be float32 or bfloat16, got 'float16'"),
+        ("--config.batch.slots=1024", "batch.slots 1024 exceed model.max_length 512"),
+        ("--config.batch.target_patches=100", "target_patches at most patches"),
+        ("--config.stages=({'batch': {'slots': 1024}},)", "batch.slots 1024 exceed model.max_length 512"),
+        ("--config.stages=({'first_step': 5},)", "expected one from step 0 on; the first begins at step 5"),
+    ],
+)
+def test_runs_that_cannot_start(refusal, override, message):
+    assert message in refusal("train", TINY, "--workdir=run", override)
+
+
+@pytest.mark.parametrize("workdir", ["file", "file/run", "/proc/run"])
+@pytest.mark.parametrize("config", ["train configs/backbone.py:tiny", "train-vae configs/vae.py:tiny"])
+def test_workdirs_that_cannot_be_written(refusal, tmp_path, workdir, config):
+    (tmp_path / "file").write_text("")
+    name, config = config.split()
+    assert "cannot be written; expected a directory" in refusal(name, f"--config={config}", f"--workdir={workdir}")
+
+
+def test_a_platform_that_does_not_exist(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "npu", "PYTHONPATH": str(pathlib.Path(voxcpm2_jax.__file__).parents[1])}
+    command = [sys.executable, "-m", "voxcpm2_jax", "train", TINY, "--workdir=run"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "'npu'" in done.stderr and not list(tmp_path.iterdir())
+
+
+_TRAIN = "train --config=configs/backbone.py:tiny --workdir=run"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --config=configs/backbone.py:tiny --workdir={}", "train-vae --config=configs/vae.py:tiny --workdir={}",
+        "train --config=configs/backbone.py:tiny --workdir={} --dry-run", f"{_TRAIN} --data={{}}", f"{_TRAIN} --data=a,{{}}",
+        f"{_TRAIN} --resume-from={{}}", f"{_TRAIN} --init-params={{}}", f"{_TRAIN} --data=a --heldout={{}}",
+        "prepare --config=configs/data.py:tiny --output={}", "doctor --manifest={}",
+        "generate --text=a --output=a.wav --checkpoint={}", "import-torch {} there",
+    ],
+)  # fmt: skip
+def test_buckets_that_are_not_mounted(refusal, command):
+    assert refusal(*command.format("gs://bucket/run").split()).endswith(
+        "gs://bucket/run: expected a path of this machine; mount the bucket and name the mount\n"
+    )
+
+
+def test_data_that_is_no_shards(refusal, tmp_path):
+    for name, content in {"json": b"{", "binary": b"\xff\xfe\x00", "list": b"[]", "other": b'{"clips": 3}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "header.json").write_bytes(content)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for path, message in (
+        ("nothing", "nothing: no shards here (no header.json); make some with voxcpm2-jax prepare"),
+        ("empty", "empty: no shards here"),
+        ("file", "file: a file; expected a directory of shards"),
+        ("json", "header.json: not valid JSON"),
+        ("binary", "header.json: not valid JSON"),
+        ("list", "header.json: expected fields of Header, got []"),
+        ("other", "header.json.clips: unknown key"),
+    ):
+        assert message in refusal("train", TINY, "--workdir=run", f"--data={path}")
+
+
+# ---- data and evaluation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (None, "m.jsonl"),
+        ("", "m.jsonl"),
+        ("not json", "m.jsonl"),
+        ('{"text": "a"}', "audio"),
+        ('{"audio": "a.wav"}', "text"),
+        ('{"audio": "a.wav", "text": "a", "speeker": "b"}', "speeker"),
+        ('{"audio": 3, "text": "a"}', "audio"),
+    ],
+)
+def test_manifests_that_are_none(refusal, released_dir, tmp_path, line, message):
+    if line is not None:
+        (tmp_path / "m.jsonl").write_text(line + "\n")
+    argv = ["--config=configs/data.py:manifest", "--config.manifest=m.jsonl", f"--vae={released_dir}", "--output=shards"]
+    assert message in refusal("prepare", *argv)
+
+
+def test_prepare_without_a_codec_or_a_place(refusal, released_dir, tmp_path):
+    (tmp_path / "m.jsonl").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("")
+    manifest = "--config=configs/data.py:manifest", "--config.manifest=m.jsonl"
+    assert "prepare needs a codec: --vae=CKPT" in refusal("prepare", *manifest, "--output=shards")
+    assert "nothing: no such directory" in refusal("prepare", *manifest, "--output=shards", "--vae=nothing")
+    assert "already there" in refusal("prepare", *manifest, "--output=full", f"--vae={released_dir}")
+
+
+def test_names_that_name_nothing(refusal, released_dir):
+    assert "--manifest=,: names no recordings" in refusal("doctor", "--manifest=,")
+    argv = "--config=configs/data.py:manifest", "--config.manifest=,", f"--vae={released_dir}", "--output=shards"
+    assert "source 'manifest' needs --config.manifest=FILE[,FILE]" in refusal("prepare", *argv)
+    argv = "--config=configs/backbone.py:tiny", "--data=,", "--workdir=run"
+    assert "expected one or more directories, each once" in refusal("train", *argv)
+
+
+def test_a_name_that_no_file_can_have(refusal, released_dir, tmp_path):
+    (tmp_path / "m.jsonl").write_text(json.dumps({"audio": f"{'a' * 300}.wav", "text": "one"}) + "\n")
+    argv = "--config.manifest=m.jsonl", f"--config.tokenizer={released_dir}", f"--vae={released_dir}", "--output=shards"
+    assert "none of 1 recordings is of use; the first: " in refusal("prepare", "--config=configs/data.py:manifest", *argv)
+
+
+@pytest.mark.parametrize("encoder", ["json:loads", "no_such_module:x", "json:nothing", "builtins:dict"])
+def test_speaker_encoders_that_are_none(refusal, released_dir, tmp_path, encoder):
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "text": "one"}\n')
+    argv = "--config.manifest=m.jsonl", f"--config.pairs.encoder={encoder}", f"--vae={released_dir}", "--output=shards"
+    assert f"pairs.encoder {encoder}: " in refusal("prepare", "--config=configs/data.py:manifest", *argv)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("def get_config(variant='')\n", "not Python"),
+        ("def get_config(variant=''):\n    return {}\n", "get_config gives dict; expected an ml_collections.ConfigDict"),
+        ("x = 1\n", "has no get_config(variant)"),
+    ],
+)
+def test_config_files_that_are_none(refusal, tmp_path, content, message):
+    (tmp_path / "mine.py").write_text(content)
+    assert message in refusal("train", "--config=mine.py", "--workdir=run")
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_doctor", interrupt)
+    assert main.main(["doctor", "--manifest=m.jsonl"]) == main.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_evaluate_without_recordings_or_a_model(refusal, released_dir, tmp_path, monkeypatch):
+    from voxcpm2_jax.evaluate import whisper
+
+    monkeypatch.setattr(whisper, "whisper_directory", lambda: tmp_path)
+    config = "--config=configs/evaluate.py:tiny"
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "text": "one"}\n')
+    for data, checkpoint, message in (
+        ("no.jsonl", released_dir, "no.jsonl"),
+        ("empty.jsonl", released_dir, "empty.jsonl"),
+        ("m.jsonl", "nothing", "nothing: no such directory; expected a training workdir"),
+    ):
+        assert message in refusal("evaluate", config, f"--data={data}", f"--checkpoint={checkpoint}", "--output=judged")
+
+
+def test_sets_of_tensorflow_that_are_not_there(refusal, released_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
+    advice = "prepare it once, with TensorFlow: tfds.builder('ljspeech', file_format='array_record')"
+    manifest = "--config=configs/data.py:manifest", "--config.manifest=tfds:ljspeech"
+    for argv in (
+        ("doctor", "--manifest=tfds:ljspeech"),
+        ("prepare", *manifest, f"--vae={released_dir}", "--output=shards"),
+        ("train-vae", "--config=configs/vae.py:tiny", "--data=tfds:ljspeech", "--workdir=codec"),
+        ("evaluate", "--config=configs/evaluate.py:tiny", "--data=tfds:ljspeech", f"--checkpoint={released_dir}", "--output=o"),
+    ):
+        assert advice in refusal(*argv)
+    assert "expected one of tfds:voxcpm2_demo/tiny" in refusal("doctor", "--manifest=tfds:voxcpm2_demo")
+    monkeypatch.setattr(constants, "DATA_DIR", "/dev/null/tfds")
+    assert "cannot be made in /dev/null/tfds" in refusal("doctor", "--manifest=tfds:voxcpm2_demo/tiny")
+
+
+def test_debian_that_cannot_be_had(refusal, monkeypatch):
+    debian = "prepare", "--config=configs/data.py:debian", "--output=out"
+    assert "languages must be some of en,es,fr,it,ru" in refusal(*debian, "--config.debian.languages=xx")
+    assert "nothing: no package asterisk-core-sounds-en_*.deb here" in refusal(*debian, "--config.debian.packages=nothing")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "needs apt-get: use a Debian or Ubuntu system" in refusal(*debian)

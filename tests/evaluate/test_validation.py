@@ -1,0 +1,200 @@
+"""The held-out loss: a clip's draws are its own, and the figures those of the weights and the clips alone."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.data.test_pipeline import HEADER
+from voxcpm2_jax import sharding, workdir
+from voxcpm2_jax.config.evaluate import EvaluateConfig
+from voxcpm2_jax.config.model import MODELS
+from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.run import BatchConfig, ValidationConfig
+from voxcpm2_jax.data import packing
+from voxcpm2_jax.data.packing import Clip, Index
+from voxcpm2_jax.data.shards import LENGTHS_FILE, write_header, write_shard
+from voxcpm2_jax.data.tokenizer import load_tokenizer
+from voxcpm2_jax.evaluate import validation
+from voxcpm2_jax.evaluate.validation import Validation
+
+TINY = MODELS["tiny"]
+GROUPS = (("books", "en"), ("books", "fr"), ("films", "en"))
+
+
+class InMemory(list):
+    patch_shape, patch_sec = (4, 16), 0.16
+
+    def __init__(self, clips):
+        super().__init__(clips)
+        lengths = [
+            (len(c.text_ids), len(c.patches_MPC), 0 if c.reference_MPC is None else len(c.reference_MPC), c.is_prompt,
+             0 if c.described_ids is None else len(c.described_ids), GROUPS.index((c.dataset, c.language)))
+            for c in clips
+        ]  # fmt: skip
+        self.index = Index(np.array(lengths, np.int32), GROUPS)
+
+
+def clip(i):
+    rng = np.random.default_rng(i)
+
+    def patches(m):
+        return rng.standard_normal((m, 4, 16)).astype(np.float16).astype(np.float32)
+
+    dataset, language = GROUPS[i % 3]
+    return Clip(
+        rng.integers(105, 384, rng.integers(1, 8)).astype(np.int32),
+        patches(rng.integers(1, 12)),
+        patches(3) if i % 2 == 0 else None,
+        rng.integers(105, 384, 9).astype(np.int32) if i % 5 == 0 else None,
+        i == 11,
+        dataset=dataset,
+        language=language,
+    )
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return [clip(i) for i in range(24)]
+
+
+def validation_of(clips, mesh_shape, budgets, **changes):
+    mesh = sharding.make_mesh(mesh_shape, jax.devices()[: int(np.prod(mesh_shape))])
+    return Validation(TINY, InMemory(clips), budgets, ValidationConfig(**changes), mesh), mesh
+
+
+def figures_of(clips, mesh_shape, budgets, params, **changes):
+    held_out, mesh = validation_of(clips, mesh_shape, budgets, **changes)
+    with jax.set_mesh(mesh):
+        return held_out.figures(jax.device_put(params, sharding.param_shardings(params, mesh)))
+
+
+@pytest.fixture(scope="module")
+def alone(clips, tiny_params):
+    """The figures on one device, two rows a batch."""
+    return figures_of(clips, (1, 1, 1), BatchConfig(rows=2, slots=40, patches=24, target_patches=20), tiny_params)
+
+
+def test_a_clip_keeps_its_draws_whatever_it_is_heard_with(clips):
+    """Whichever clips there are and in which order; another seed draws anew."""
+
+    def heard(clips, seed=0):
+        source = InMemory(clips)
+        return {bytes(clips[i].text_ids): validation._item(source, i, seed, "log-norm") for i in range(len(clips))}
+
+    alike, fewer, other = heard(clips), heard(clips[::-2]), heard(clips, seed=1)
+    assert len(alike) == 24 and len(fewer) == 12
+    for text, item in fewer.items():
+        jax.tree.map(np.testing.assert_array_equal, item, alike[text])
+    assert all((item.noise_MPC[:1] != other[text].noise_MPC[:1]).all() for text, item in alike.items())
+    modes = {packing.label_names(InMemory(clips).index)[item.label][2] for item in alike.values()}
+    assert modes == set(packing.MODES), "every way of laying out is heard"
+
+
+def test_flow_times_are_stratified(clips):
+    """One time in each n-th of the distribution that training draws from; what is given has none."""
+    source = InMemory(clips)
+    for scheduler, share_of in (("uniform", lambda t: t), ("log-norm", lambda t: _normal_cdf(np.log(t / (1 - t)) + 0.4))):
+        for number in range(len(clips)):
+            item = validation._item(source, number, 0, scheduler)
+            share = share_of(item.time_M[item.sequence.target_M].astype(np.float64))
+            assert sorted((share * len(share)).astype(int)) == list(range(len(share)))
+            assert not item.time_M[~item.sequence.target_M].any()
+
+
+def _normal_cdf(x):
+    from scipy.stats import norm
+
+    return norm.cdf(x)
+
+
+def test_figures_add_up(clips, alone):
+    assert alone["loss_diff_se"] > 0 and alone["loss_stop"] > 0
+    assert {name.removeprefix("loss_diff/") for name in alone if name.startswith("loss_diff/") and "time" not in name} == {
+        "dataset/books", "dataset/films", "language/en", "language/fr", "mode/zero-shot", "mode/described", "mode/reference",
+        "mode/described-reference",
+    }  # fmt: skip
+    frames = np.array([4 * len(c.patches_MPC) for c in clips]) * [not c.is_prompt for c in clips]
+    for kind in ("dataset", "language"):
+        names = [getattr(c, kind) for c in clips]
+        share = {name: sum(n for n, other in zip(frames, names) if other == name) / frames.sum() for name in set(names)}
+        whole = sum(share[name] * alone[f"loss_diff/{kind}/{name}"] for name in share)
+        assert whole == pytest.approx(alone["loss_diff"], rel=1e-6)
+
+
+def test_standard_error_is_that_of_many_drawn_sets():
+    rng = np.random.default_rng(0)
+    count_SN = rng.integers(1, 20, (4000, 50)).astype(float)
+    sum_SN = count_SN * (1 + 0.3 * rng.standard_normal(count_SN.shape))
+    ratios = sum_SN.sum(axis=1) / count_SN.sum(axis=1)
+    told = [validation._standard_error(np.stack(pair)) for pair in zip(sum_SN, count_SN)]
+    assert np.mean(told) == pytest.approx(np.std(ratios), rel=0.05)
+    assert validation._standard_error(np.ones((2, 1))) is None
+
+
+def test_figures_depend_on_no_mesh_and_no_neighbours(clips, alone, tiny_params):
+    """Eight devices with a tensor axis, rows and batches of another size, clips in another order."""
+    together = figures_of(clips[::-1], (2, 2, 2), BatchConfig(rows=8, slots=96, patches=60), tiny_params)
+    assert together.keys() == alone.keys()
+    assert together == {name: None if value is None else pytest.approx(value, rel=2e-5) for name, value in alone.items()}
+
+
+def test_evaluate_reads_shards_and_checkpoint(clips, alone, released_dir, tmp_path, monkeypatch):
+    """From the disk, on all devices; and refuses shards of another codec.
+
+    A released tokenizer.json is spelt in its makers' own way, and shards name the one that `prepare` wrote: both are alike.
+    """
+    checkpoint = tmp_path / "released"
+    shutil.copytree(released_dir, checkpoint)
+    spelt = checkpoint / "tokenizer.json"
+    spelt.write_text(json.dumps(json.loads(spelt.read_text(encoding="utf-8"))), encoding="utf-8")
+    load_tokenizer(checkpoint).save(tmp_path / "prepared")
+    prepared = (tmp_path / "prepared" / "tokenizer.json").read_bytes()
+    assert prepared != spelt.read_bytes()
+    loaded = workdir.load_model(checkpoint)
+    made = {
+        "codec_sha256": workdir.codec_sha256(loaded.vae_params, loaded.vae_config),
+        "tokenizer_sha256": hashlib.sha256(prepared).hexdigest(),
+    }
+    shards = write(tmp_path / "shards", clips, **made)
+    config = EvaluateConfig(measure="loss", batch=BatchConfig(rows=8, slots=96, patches=60))
+    result = validation.evaluate(config, checkpoint, shards, tmp_path / "out")
+    assert result["clips"] == 23
+    assert {name: result[name] for name in alone} == {
+        name: None if value is None else pytest.approx(value, rel=2e-5) for name, value in alone.items()
+    }
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["loss_diff"] == result["loss_diff"]
+    for name in made:
+        write(shards, clips, **made | {name: "other"})
+        with pytest.raises(UserError, match=f"{name.removesuffix('_sha256')}: .* other"):
+            validation.evaluate(config, checkpoint, shards, tmp_path / "out")
+    write(shards, clips, **made)
+    monkeypatch.setattr(Validation, "figures", lambda self, params: {"loss_diff": np.nan})
+    assert validation.evaluate(config, checkpoint, shards, tmp_path / "out")["loss_diff"] is None
+    assert "NaN" not in (tmp_path / "out" / "result.json").read_text(), "which no other reader of JSON knows"
+
+
+def write(directory, clips, **changes):
+    directory.mkdir(exist_ok=True)
+    write_shard(directory / "all.array_record", clips, "float16")
+    np.save(directory / LENGTHS_FILE, InMemory(clips).index.lengths)
+    header = dataclasses.replace(
+        HEADER, num_clips=len(clips), shards=("all.array_record",), groups=GROUPS, patch_size=4, latent_dim=16, vocab_size=384,
+        latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16, **changes,
+    )  # fmt: skip
+    write_header(directory, header)
+    return directory
+
+
+def test_clips_that_fit_no_row_are_left_out_and_told(clips, capsys):
+    held_out, _ = validation_of(clips, (1, 1, 1), BatchConfig(rows=2, slots=16, patches=8))
+    assert 0 < held_out.num_clips < 23
+    assert f"{23 - held_out.num_clips} of 23 clips fit no row" in capsys.readouterr().err
+    with pytest.raises(UserError, match="none of 23 bears loss and fits a row of 2 slots"):
+        validation_of(clips, (1, 1, 1), BatchConfig(rows=2, slots=2, patches=1))
+    few, _ = validation_of(clips, (1, 1, 1), BatchConfig(rows=2, slots=40, patches=24), max_clips=5)
+    assert few.num_clips == 5

@@ -1,0 +1,132 @@
+"""What this machine gives: figures side by side with how they were taken. `voxcpm2-jax bench data` is one function here.
+
+`data` runs the path that training reads from (plan, ArrayRecord, decoding, packing, prefetch) and nothing else. Wall time
+tells what the machine gives with all its cores; the time of its threads on a core, what one core gives.
+"""
+
+import math
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.run import BackboneRun
+from voxcpm2_jax.data import packing, pipeline
+from voxcpm2_jax.data.mixing import Mix
+from voxcpm2_jax.data.shards import LENGTHS_FILE, Header, Shards, write_header, write_shard
+
+_HOURS = 2.0  # of synthetic clips
+_SHARDS = 4
+
+
+def data(config: BackboneRun, shards: str | os.PathLike | None = None, *, seconds: float = 10.0) -> dict:
+    """Feeding speed: how much audio the batches of a run hold, by time.
+
+    Args:
+        config: gives budgets, stages and seed; rows are those of one host.   shards: made by prepare; None: synthetic ones.
+        seconds: how long to take batches, the first not counted.
+    Raises:
+        UserError: no shards there, clips that fit no row of this config, or no time to take.
+    """
+    if not 0 < seconds < math.inf:
+        raise UserError(f"seconds must be a number over 0, got {seconds}")
+    if shards is not None:
+        return _measure(config, shards, seconds)
+    with tempfile.TemporaryDirectory(prefix="voxcpm2-bench-") as directory:
+        write_synthetic(directory, config)
+        return _measure(config, directory, seconds) | {"data": "synthetic"}
+
+
+def _measure(config: BackboneRun, directory, seconds: float) -> dict:
+    source = Shards(directory)
+    begin = time.perf_counter()
+    mix = Mix(config.seed, source.index, source.patch_sec, config.batch, config.stages)
+    batches = pipeline.batches(source, mix)
+    first = next(batches)
+    first_batch_sec = time.perf_counter() - begin
+
+    num_batches = num_clips = slots = patches = all_slots = all_patches = 0
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    wall_sec = 0.0
+    while wall_sec < seconds:
+        batch = next(batches)
+        wall_sec = time.perf_counter() - begin
+        num_batches += 1
+        num_clips += int(batch.segment_BT.max(axis=1).sum())
+        slots += int(np.count_nonzero(batch.segment_BT))
+        patches += int(np.count_nonzero(batch.slot_BM >= 0))
+        all_slots += batch.segment_BT.size
+        all_patches += batch.slot_BM.size
+    cpu_sec = time.process_time() - begin_cpu
+    batches.close()
+    audio_sec = patches * source.patch_sec
+    record_bytes = patches * np.prod(source.patch_shape) * np.dtype(source.header.latent_dtype).itemsize
+    return {
+        "audio_sec_per_sec": round(audio_sec / wall_sec),
+        "audio_sec_per_cpu_sec": round(audio_sec / cpu_sec),
+        "cores_used": round(cpu_sec / wall_sec, 2),
+        "cores": len(os.sched_getaffinity(0)),
+        "batches": num_batches,
+        "rows": first.tokens_BT.shape[0],
+        "clips_per_sec": round(num_clips / wall_sec),
+        "latent_mb_per_sec": round(float(record_bytes) / wall_sec / 1e6, 1),
+        "slots_used": round(slots / all_slots, 4),
+        "patches_used": round(patches / all_patches, 4),
+        "first_batch_sec": round(first_batch_sec, 3),
+        "wall_sec": round(wall_sec, 2),
+        "data": str(directory),
+    }
+
+
+def show(result: dict) -> None:
+    """The figures as a line for people, on standard error."""
+    print(
+        f"{result['audio_sec_per_cpu_sec']:,} s of audio a second and core ({result['audio_sec_per_sec']:,} by the clock, "
+        f"{result['cores_used']} of {result['cores']} cores busy); rows {result['slots_used']:.1%} full, their patches "
+        f"{result['patches_used']:.1%}; the first batch took {result['first_batch_sec']:.2f} s",
+        file=sys.stderr,
+    )
+
+
+def write_synthetic(directory: str | os.PathLike, config: BackboneRun, hours: float = _HOURS) -> None:
+    """Shards of noise with the lengths of speech: log-normal, median 7 s, sigma 0.6, 1 to 30 s, 3.2 tokens a second.
+
+    Clips that would not fit the rows of the config are as long as fits.
+    """
+    directory, model, batch = pathlib.Path(directory), config.model, config.batch
+    rng = np.random.default_rng(0)
+    longest = min(batch.patches, batch.target_patches or batch.patches, int((batch.slots - 2) / (1 + 3.2 * config.patch_sec)))
+    if longest < 1:
+        raise UserError(f"batch: {batch.slots} slots hold no clip")
+    num_clips = max(_SHARDS, round(hours * 3600 / 8.4))
+    sec = (7 * np.exp(0.6 * rng.standard_normal(num_clips))).clip(1, 30)
+    patches = np.minimum(np.ceil(sec / config.patch_sec), longest).astype(np.int32)
+    lengths = np.zeros((num_clips, 6), np.int32)
+    lengths[:, packing.PATCHES] = patches
+    lengths[:, packing.TEXT] = np.maximum(1, 3.2 * config.patch_sec * patches)
+    shape = (model.patch_size, model.feat_dim)
+
+    def clips(numbers):
+        for i in numbers:
+            ids = rng.integers(105, model.lm_config.vocab_size, lengths[i, packing.TEXT], dtype=np.int32)
+            patches_MPC = rng.standard_normal((lengths[i, packing.PATCHES], *shape), np.float32)
+            text = "noise " * (len(ids) // 2)
+            yield packing.Clip(ids, patches_MPC, text=text, dataset="noise", language="none", speaker=str(i % 50))
+
+    names = [f"shard-{i:05d}-of-{_SHARDS:05d}.array_record" for i in range(_SHARDS)]
+    for name, numbers in zip(names, np.array_split(np.arange(num_clips), _SHARDS)):
+        write_shard(directory / name, clips(numbers), "float16")
+    np.save(directory / LENGTHS_FILE, lengths)
+    zeros, ones = (0.0,) * model.feat_dim, (1.0,) * model.feat_dim
+    header = Header(
+        num_clips=num_clips, hours=float(patches.sum() * config.patch_sec / 3600), patch_size=model.patch_size,
+        latent_dim=model.feat_dim, patch_sec=config.patch_sec, encoder_hz=16000, decoder_hz=48000, codec_sha256="",
+        tokenizer_sha256="", vocab_size=model.lm_config.vocab_size, groups=(("noise", "none"),), latent_dtype="float16",
+        latent_mean=zeros, latent_std=ones, latent_min=zeros, latent_max=zeros, shards=tuple(names), trim_db=0.0,
+        trim_keep_ms=0.0, sources=("noise",), sources_sha256="",
+    )  # fmt: skip
+    write_header(directory, header)

@@ -1,0 +1,224 @@
+"""TODO bench.lab."""
+
+import contextlib
+import copy
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from voxcpm2_jax import sharding
+from voxcpm2_jax.checkpoint.arrays import restore
+from voxcpm2_jax.checkpoint.steps import step_directory
+from voxcpm2_jax.config.plain import to_dict
+from voxcpm2_jax.config.run import BackboneRun
+from voxcpm2_jax.train import backbone
+
+STEPS, SAVE_EVERY = 40, 5
+CLOSE = 1e-6  # relative, of losses on another number of processes
+PATIENCE_SEC = 600.0  # for anything that a child is waited for
+
+_CLOCKS = re.compile(r".*_per_sec|step_sec|data_wait_sec|checkpoint_sec|goodput|mfu")
+
+
+class Outcome(NamedTuple):
+    problems: Sequence[str]  # none: the fault was survived
+    note: str = ""
+    lost_steps: int = 0
+    lost_data: int = 0
+
+
+# ---- children --------------------------------------------------------------------------------------------------------
+
+
+class Child:
+    """A process of `voxcpm2-jax train`."""
+
+    def __init__(self, command: Sequence[str], env: dict, log: pathlib.Path):
+        self._log = log
+        with log.open("w") as file:
+            self._popen = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    @property
+    def is_running(self) -> bool:
+        return self._popen.poll() is None
+
+    @property
+    def start(self) -> int | None:
+        """The step it went on from; None: it has not come so far."""
+        found = re.search(r"starting from (?:step (\d+)|scratch)", self.said)
+        return found and int(found[1] or 0)
+
+    def send(self, number: int) -> None:
+        self._popen.send_signal(number)
+
+    def limit(self, size: int) -> None:
+        """No file of it may grow beyond that many bytes."""
+        resource.prlimit(self._popen.pid, resource.RLIMIT_FSIZE, (size, size))
+
+    def wait(self, timeout_sec: float = PATIENCE_SEC) -> int:
+        """Exit code; the negative number of a signal that ended it."""
+        return self._popen.wait(timeout_sec)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
+
+
+class Lab:
+    """Starts children and compares what they leave with what the run in peace left."""
+
+    def __init__(self, run: BackboneRun, directory: pathlib.Path):
+        self.run, self.directory = run, directory
+        self.rng = np.random.default_rng(0)
+        self.peace = directory / "peace"
+        self.start_sec = 0.0  # from a child's start to its first step, with everything compiled
+        (directory / "logs").mkdir()
+        (directory / "run.json").write_text(json.dumps(to_dict(run)))
+        (directory / "run.py").write_text(
+            "import json, pathlib\nfrom ml_collections import ConfigDict\n\n"
+            "def get_config():\n    return ConfigDict(json.loads(pathlib.Path(__file__).with_name('run.json').read_text()))\n"
+        )
+        self._count = 0
+        self._running: set[Child] = set()
+        self._is_over = threading.Event()
+        self._comparing = threading.Lock()  # one at a time, for memory
+
+    def branch(self, rng: np.random.Generator) -> "Lab":
+        """The same lab for one of several faults that are under way at once, with random moments of its own."""
+        lab = copy.copy(self)
+        lab.rng = rng
+        return lab
+
+    def stop(self) -> None:
+        """Ends what runs in it and in its branches, and lets nothing new begin."""
+        self._is_over.set()
+        for child in list(self._running):
+            child.kill()
+
+    @contextlib.contextmanager
+    def children(self, workdir, *arguments: str, num: int = 1) -> Iterator[list[Child]]:
+        """Starts a run of `num` processes; what still runs at the end is killed."""
+        command = [sys.executable, "-m", "voxcpm2_jax", "train", f"--config={self.directory / 'run.py'}"]
+        command += [f"--workdir={workdir}", *arguments]
+        env = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1",
+            "PYTHONPATH": f"{pathlib.Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_PROCESSES": str(num),
+        }
+        if num > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                address = f"127.0.0.1:{free.getsockname()[1]}"
+            env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address}
+        started = []
+        try:
+            for i in range(num):
+                if self._is_over.is_set():
+                    raise Fell("stopped")
+                self._count += 1
+                log = self.directory / "logs" / f"{self._count:03d}_{pathlib.Path(workdir).name}.txt"
+                started.append(Child(command, env | {"JAX_PROCESS_ID": str(i)}, log))
+                self._running.add(started[-1])
+            yield started
+        finally:
+            for child in started:
+                child.kill()
+                self._running.discard(child)
+
+    def finish(self, workdir, *arguments: str, num: int = 1) -> str:
+        """Lets a run come to its end -> what its first process said, or raises."""
+        begin = time.monotonic()
+        with self.children(workdir, *arguments, num=num) as children:
+            codes = [child.wait() for child in children]
+            if any(codes):
+                raise Fell(f"exit codes {codes}: {children[0].said[-2000:]}")
+            self.start_sec = max(time.monotonic() - begin - 1.0, 1.0)
+            return children[0].said
+
+    def until(self, condition: Callable[[], object], children: Sequence[Child]) -> bool:
+        """Waits for something to happen -> whether it did before a child ended."""
+        end = time.monotonic() + PATIENCE_SEC
+        while not condition():
+            if not all(child.is_running for child in children):
+                return bool(condition())
+            if time.monotonic() > end:
+                raise Fell(f"nothing happened for {PATIENCE_SEC:.0f} s: {children[0].said[-2000:]}")
+            time.sleep(0.01)
+        return True
+
+    def differences(self, workdir, *, peace=None, arrays: bool = True, close: float = 0.0, steps: int = STEPS) -> list[str]:
+        """What is otherwise than in the run in peace."""
+        peace = peace or self.peace
+        rows, expected = rows_of(workdir), rows_of(peace)[:steps]
+        found = [] if [row["step"] for row in rows] == list(range(1, steps + 1)) else ["steps missing or twice"]
+        for row, other in zip(rows, expected):
+            for name in (name for name in row.keys() | other.keys() if not _CLOCKS.fullmatch(name)):
+                a, b = row.get(name), other.get(name)
+                if close and name not in ("loss", "loss_diff", "loss_stop", "slots", "patches", "targets", "skipped"):
+                    continue
+                if a != b and not (a is not None and b is not None and abs(a - b) <= close * abs(b)):
+                    found.append(f"{name} of step {row['step']}: {a} instead of {b}")
+        if arrays:
+            shapes = jax.eval_shape(partial(backbone.init_state, self.run))
+            place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+            layout = sharding.abstract(shapes, jax.tree.map(lambda _: place, shapes))
+            with self._comparing:
+                (state, meta), (other, expected_meta) = (restore(step_directory(path), layout) for path in (workdir, peace))
+            found += [
+                f"{jax.tree_util.keystr(path)} differs"
+                for (path, x), y in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(other))
+                if not np.array_equal(x, y)
+            ]
+            found += [] if meta["data"] == expected_meta["data"] else ["not the same clips were heard"]
+        return found
+
+    def copy(self, name: str) -> pathlib.Path:
+        """The finished run in peace, in another directory."""
+        shutil.copytree(self.peace, self.directory / name)
+        return self.directory / name
+
+
+class Fell(RuntimeError):  # noqa: N818
+    """A child did not do what it should; the fault is not survived."""
+
+
+def rows_of(workdir, newest: int = 0) -> list[dict]:
+    """The rows of metrics.jsonl that are whole; all of them, or some of the newest."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in [line for line in lines if line.endswith("\n")][-newest:]]
+
+
+def newest_step(workdir) -> int:
+    """Step of the last row of metrics.jsonl; 0 without one."""
+    rows = rows_of(workdir, newest=1)
+    return rows[0]["step"] if rows else 0
+
+
+def saved_steps(workdir) -> list[int]:
+    """Steps that are whole on disk."""
+    directory = pathlib.Path(workdir) / "checkpoints"
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())

@@ -1,0 +1,139 @@
+"""TODO config.corpus."""
+
+import re
+from dataclasses import dataclass
+
+from voxcpm2_jax.config.plain import UserError, check_at_least
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The corpus that is spoken on the spot: digit strings in English, some words of five other languages."""
+
+    seed: int = 0
+    num_digit_clips: int = 8000  # English training clips
+    num_foreign_clips: int = 300  # at most 15 % of the training clips
+    max_digits: int = 4  # of a string
+    num_heldout: int = 50  # strings of 2 digits and more that are never in training
+
+    def __post_init__(self):
+        def check(ok, message):
+            if not ok:
+                raise UserError(f"demo: {message}")
+
+        check(self.num_digit_clips >= 1, f"num_digit_clips must be at least 1, got {self.num_digit_clips}")
+        check(
+            0 <= self.num_foreign_clips <= 0.15 * (self.num_digit_clips + self.num_foreign_clips),
+            f"num_foreign_clips must be at most 15 % of all clips, got {self.num_foreign_clips} beside {self.num_digit_clips}",
+        )
+        check(2 <= self.max_digits <= 20, f"max_digits must lie in 2..20, got {self.max_digits}")
+        check(
+            0 <= self.num_heldout <= 50 * (self.max_digits - 1),
+            f"num_heldout must lie in 0..{50 * (self.max_digits - 1)} (half of the 2-digit strings), got {self.num_heldout}",
+        )
+
+
+# The demo corpus by name, in rising size.
+DEMOS = {
+    "tiny": DemoConfig(num_digit_clips=60, num_foreign_clips=10, max_digits=2, num_heldout=8),
+    "demo": DemoConfig(),
+    "demo_long": DemoConfig(num_digit_clips=12_000, num_foreign_clips=400),
+}
+
+
+@dataclass(frozen=True)
+class DebianConfig:
+    """Real recordings out of Debian's packages: the voice prompts of the Asterisk telephone exchange."""
+
+    seed: int = 0  # of what is held out
+    languages: str = "en,es,fr,it,ru"  # some of these
+    num_heldout: int = 20  # texts of each language that are never in training
+    packages: str = ""  # directory with the .deb files; empty: apt-get downloads them
+
+    def __post_init__(self):
+        known = type(self).languages.split(",")
+        chosen = self.languages.split(",")
+        if len(set(chosen) & set(known)) < len(chosen):
+            raise UserError(f"debian: languages must be some of {','.join(known)} with commas between, got {self.languages!r}")
+        check_at_least(0, self, "debian", "num_heldout")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Which clips may be a clip's reference: others of its speaker and session that sound alike; data/speaker.py.
+
+    All but the encoder may change from one run of `prepare` to the next: the pairs are then chosen anew, and nothing else.
+    """
+
+    encoder: str = ""  # of voices: "resemblyzer", or "module:name" of one's own; empty: no pairs
+    min_cosine: float = 0.7  # of two voices' embeddings: what is not above it is no pair
+    references: int = 4  # k, clips that are kept to draw a clip's reference from
+    min_sec: float = 1.0  # shorter clips are nobody's reference
+    max_sec: float = 30.0  # longer clips are nobody's reference
+    need_session: bool = False  # clips without a session: True: have no pairs; False: a speaker's are one session
+    seed: int = 0  # of the choice
+
+    def __post_init__(self):
+        def check(ok, message):
+            if not ok:
+                raise UserError(f"pairs: {message}")
+
+        known = self.encoder in ("", "resemblyzer") or re.fullmatch(r"[\w.]+:\w+", self.encoder)
+        check(known, f"encoder must be resemblyzer, MODULE:NAME or empty, got {self.encoder!r}")
+        check(-1 <= self.min_cosine < 1, f"min_cosine must lie in [-1, 1), got {self.min_cosine}")
+        check(self.references >= 1, f"references must be at least 1, got {self.references}")
+        check(0 <= self.min_sec < self.max_sec, f"expected 0 <= min_sec < max_sec, got {self.min_sec} and {self.max_sec}")
+        check(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What `prepare` makes shards from; configs/data.py has the variants."""
+
+    source: str = "demo"  # "demo": spoken on the spot; "debian": out of Debian's packages; "manifest": what one has
+    demo: DemoConfig = DemoConfig()
+    debian: DebianConfig = DebianConfig()
+    manifest: str = ""  # JSON lines or tfds:NAME (data/corpus.py); several with commas between
+    heldout: str = ""  # the same, for clips that are not trained on; they become shards of their own, OUTPUT/heldout
+    tokenizer: str = ""  # directory or file; empty: a new vocabulary from the transcripts
+    vocab_size: int = 512  # V of a new vocabulary
+    vocab_temperature: float = 1.0  # a language counts its characters ** (1 / temperature) in it: over 1 is more even
+    vocab_chars: int = 100_000_000  # most characters of text that it is learned from: bounds memory
+    patch_size: int = 4  # P, latent frames in a patch
+    trim: str = "none"  # cut at both ends: "silence", "vad" (what is no speech, silence or not), "none"
+    trim_db: float = -50.0  # silence is this far below the loudest 10 ms
+    trim_keep_ms: float = 200.0  # stays at each end, as far as it is there; "vad" hears soft consonants up to 120 ms late
+    min_sec: float = 0.16  # shorter clips are left out
+    max_sec: float = 60.0  # longer clips are left out
+    latent_dtype: str = "float16"  # in the shards: "float16", "bfloat16", "float32"
+    sentence_case: bool = False  # transcripts in capitals alone become small letters with capitals at sentence starts
+    shard_clips: int = 4096  # recordings of one shard
+    host: int = 0  # this machine makes shards host, host + num_hosts, ..
+    num_hosts: int = 1
+    encode_sec: float = 60.0  # seconds of audio the codec hears at once
+    pairs: PairsConfig = PairsConfig()
+
+    def __post_init__(self):
+        def check(ok, message):
+            if not ok:
+                raise UserError(f"data config: {message}")
+
+        sources = ("demo", "debian", "manifest")
+        check(self.source in sources, f"source must be one of {', '.join(sources)}, got {self.source!r}")
+        check(self.source != "manifest" or self.manifest.strip(","), "source 'manifest' needs --config.manifest=FILE[,FILE]")
+        check(self.source == "manifest" or not (self.manifest or self.heldout), "manifest and heldout need source 'manifest'")
+        dtypes = ("float16", "bfloat16", "float32")
+        check(self.latent_dtype in dtypes, f"latent_dtype must be one of {', '.join(dtypes)}, got {self.latent_dtype!r}")
+        check(self.vocab_size > 104, f"vocab_size must be over 104 (the special ids), got {self.vocab_size}")
+        check(self.vocab_temperature > 0, f"vocab_temperature must be over 0, got {self.vocab_temperature}")
+        check(self.vocab_chars >= 1, f"vocab_chars must be at least 1, got {self.vocab_chars}")
+        check(self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
+        check(0 < self.min_sec < self.max_sec, f"expected 0 < min_sec < max_sec, got {self.min_sec} and {self.max_sec}")
+        check(self.trim in ("none", "silence", "vad"), f"trim must be none, silence or vad, got {self.trim!r}")
+        check(self.trim_db < 0, f"trim_db must be negative, got {self.trim_db}; to leave silence, set trim to none")
+        check(self.trim_keep_ms >= 0, f"trim_keep_ms must be 0 or more, got {self.trim_keep_ms}")
+        check(self.shard_clips >= 1, f"shard_clips must be at least 1, got {self.shard_clips}")
+        check(0 <= self.host < self.num_hosts, f"host must lie in 0..num_hosts - 1, got {self.host} of {self.num_hosts}")
+        check(self.encode_sec > 0, f"encode_sec must be over 0, got {self.encode_sec}")

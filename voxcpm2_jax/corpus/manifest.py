@@ -1,0 +1,188 @@
+"""Where clips come from: `open_corpus` of a name -> recordings with a hash.
+
+    FILE                                    a manifest, JSON lines
+    tfds:NAME[/CONFIG][:VERSION][@SPLIT]    a TensorFlow data set on this machine (datasets.py)
+
+A manifest has one object per line. The reference's fine-tuning manifests are read as they are; of our own are the keys
+from `dataset` on:
+
+    {"audio": "wav/00001.wav", "text": "three seven two", "ref_audio": "wav/00007.wav", "duration": 1.2,
+     "ref_duration": 1.0, "dataset_id": 0, "is_prompt": false, "dataset": "demo", "language": "en", "speaker": "heart",
+     "session": "a", "description": "a calm woman", "start_sec": 0.5, "end_sec": 1.7}
+
+Only `audio` and `text` must be there. Paths are relative to the manifest. Other keys are left alone, unless they look
+like one of these misspelt.
+"""
+
+import array
+import collections
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.data import audio
+
+TFDS = "tfds:"
+TRAIN, HELDOUT = "train.jsonl", "heldout.jsonl"  # manifests of an embedded corpus
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One clip of a corpus, not yet loaded."""
+
+    audio: pathlib.Path | audio.Stored
+    text: str
+    ref_audio: pathlib.Path | None = None  # another recording of the same voice
+    duration: float | None = None  # s, a hint
+    ref_duration: float | None = None  # s, a hint
+    dataset_id: int = 0
+    is_prompt: bool = False  # only listened to: bears no loss
+    dataset: str | None = None
+    language: str | None = None
+    speaker: str | None = None
+    session: str | None = None
+    description: str | None = None  # of voice or style; goes in parentheses before the text
+    start_sec: float | None = None  # the part of the file that is meant
+    end_sec: float | None = None
+
+    @property
+    def full_text(self) -> str:
+        """What the tokenizer sees."""
+        return f"({self.description}){self.text}" if self.description else self.text
+
+
+_KEYS = {field.name: field for field in dataclasses.fields(Recording)}
+_TYPES = {"audio": str, "text": str, "ref_audio": str, "dataset_id": int, "is_prompt": bool, "duration": float,
+          "ref_duration": float, "start_sec": float, "end_sec": float}  # fmt: skip
+
+
+class Manifest(Sequence):
+    """The recordings of a manifest, in its order. In memory is only where each line begins; audio is not opened.
+
+    Attributes:
+        name: its path.   sha256: of the file.
+    Raises:
+        UserError: no such file, or a line that is wrong, with its number.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path, self.name = pathlib.Path(path), str(path)
+        digest, begins, at = hashlib.sha256(), array.array("q"), 0
+        try:
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    digest.update(line)
+                    if line.strip():
+                        _recording(line, self.path.parent, f"{path}:{number}")
+                        begins.append(at)
+                    at += len(line)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such manifest") from None
+        except OSError as error:
+            raise UserError(f"{path}: not a manifest ({error}); expected JSON lines in UTF-8") from None
+        if not begins:
+            raise UserError(f"{path}: empty manifest")
+        self._begins, self.sha256 = np.array(begins), digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with self.path.open("rb") as file:
+            file.seek(self._begins[index])
+            return _recording(file.readline(), self.path.parent, str(self.path))
+
+    def __iter__(self) -> Iterator[Recording]:
+        with self.path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    yield _recording(line, self.path.parent, str(self.path))
+
+
+def read_manifest(path: str | os.PathLike) -> list[Recording]:
+    """All recordings of a manifest at once; raises as `Manifest`."""
+    return list(Manifest(path))
+
+
+def _recording(line: bytes, root: pathlib.Path, where: str) -> Recording:
+    try:
+        entry = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not a manifest ({error}); expected JSON lines in UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected an object, got {line.decode().strip():.80}")
+    for key in entry.keys() - _KEYS.keys():
+        if close := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85):
+            raise UserError(f"{where}: unknown key {key!r}; did you mean {close[0]!r}?")
+    fields = {}
+    for key in entry.keys() & _KEYS.keys():
+        value, kind = entry[key], _TYPES.get(key, str)
+        if value is None and _KEYS[key].default is not dataclasses.MISSING:
+            continue
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if kind is bool and value in (0, 1):
+            value = bool(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise UserError(f"{where}: {key} must be {kind.__name__}, got {value!r}")
+        if kind is float and not math.isfinite(value):
+            raise UserError(f"{where}: {key} must be a finite number, got {value}")
+        if kind is str and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{where}: {key} is not valid Unicode: {value!r:.80}")
+        fields[key] = root / value if key in ("audio", "ref_audio") else value
+    for key in ("audio", "text"):
+        if not str(entry.get(key, "")).strip():
+            raise UserError(f"{where}: no {key}")
+    start, end = fields.get("start_sec", 0.0), fields.get("end_sec")
+    if start < 0 or (end is not None and end <= start):
+        raise UserError(f"{where}: start_sec {start} and end_sec {end} do not bound a part")
+    return Recording(**fields)
+
+
+def in_threads(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int = 64) -> Iterator[tuple]:
+    """(item, function(item)) of all items, in order, never more than `ahead` results waiting."""
+    pending = collections.deque()
+    for item in items:
+        pending.append((item, pool.submit(function, item)))
+        if len(pending) > ahead:
+            item, future = pending.popleft()
+            yield item, future.result()
+    for item, future in pending:
+        yield item, future.result()
+
+
+def write_manifest(path: str | os.PathLike, recordings: Iterable[Recording]) -> None:
+    """Writes a manifest, whole or not at all; paths below its directory become relative to it."""
+    path = pathlib.Path(path)
+    root = path.parent.resolve()
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        for recording in recordings:
+            entry = {k: v for k, v in vars(recording).items() if v != _KEYS[k].default}
+            for key in entry.keys() & {"audio", "ref_audio"}:
+                target = pathlib.Path(entry[key]).resolve()
+                entry[key] = str(target.relative_to(root) if target.is_relative_to(root) else target)
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    aside.replace(path)
+
+
+def write_split(directory: pathlib.Path, train: list[Recording], heldout: list[Recording]) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes the two manifests of an embedded corpus -> their paths; without held-out clips there is no second file."""
+    if heldout:
+        write_manifest(directory / HELDOUT, heldout)
+    write_manifest(directory / TRAIN, train)
+    return directory / TRAIN, directory / HELDOUT

@@ -1,0 +1,181 @@
+"""What the compiler says of a program: its collectives, from the text of the HLO, and how much memory it lacked."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from voxcpm2_jax.plan.machine import Collective
+
+
+def parse_exhausted(message: str) -> dict | None:
+    """Bytes needed and there, of the compiler's message about memory; None for another message."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    units = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    sizes = {}
+    for name, pattern in (
+        ("needed_bytes", r"(?:\(|Used |used )([\d.]+)([KMGTB]?)\)? (?:exceeds|of)"),
+        ("hbm_bytes", r"(?:available HBM \(|of )([\d.]+)([KMGTB]?)\)?(?: hbm)?"),
+    ):
+        found = re.search(pattern, message)
+        sizes[name] = None if found is None else int(float(found[1]) * units[found[2]])
+    return sizes | {"message": message.splitlines()[0]}
+
+
+_COLLECTIVES = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
+_COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([^\s,}]+)")
+_DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
+                "u64": 8, "f64": 8}  # fmt: skip
+# Names of modules in an operation's path.
+_PART_OF = {"base_lm": "tslm", "residual_lm": "ralm", "feat_encoder": "locenc", "feat_decoder": "locdit"}
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    name: str
+    result: str
+    op: str
+    rest: str
+
+    @property
+    def path(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+
+def read_collectives(text: str, mesh) -> tuple[list[Collective], int]:
+    """The collectives of a compiled program, those inside loops counted as often as they run.
+
+    Args:
+        text: HLO, of one slice's program where there are several slices.   mesh: whose devices it was compiled for.
+    Returns:
+        (collectives, alike ones of a part and pass added up as one with more `times`; loops whose length the text does not
+        tell, which count once).
+    """
+    computations, entry = _computations(text)
+    found, unknown = Counter(), 0
+
+    def visit(name: str, times: int, path: str) -> None:
+        nonlocal unknown
+        instructions = computations.get(name, {})
+        for one in instructions.values():
+            base = one.op.removesuffix("-done")
+            if one.op == "while":
+                length = _loop_length(one, computations)
+                unknown += length is None
+                inner = one.path if _part(one.path) != "rest" else path
+                visit(re.search(r"body=%?([^\s,}]+)", one.rest)[1], times * (length or 1), inner)
+            elif re.fullmatch(_COLLECTIVES, base):
+                start = instructions[re.match(r"\s*%?([^\s,)]+)", one.rest)[1]] if one.op.endswith("-done") else one
+                # A fusion of this name keeps its own share of what its all-reduce adds up: a reduce-scatter on TPU.
+                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else base
+                found[_placed(kind, base, _result_bytes(one.result), start, path or one.path or start.path, mesh)] += times
+            elif one.op == "send" and "_xla_megascale_transfer_type" in one.rest:
+                kind = re.search(r'transfer_type="(\w+)"', one.rest)[1].lower().replace("_", "-")
+                payload = _result_bytes(one.result) - 4  # beside it a counter of four bytes
+                found[_between_slices(kind, payload, path or one.path, mesh)] += times
+            elif one.op not in ("reduce", "all-reduce", "scatter", "sort", "map", "reduce-window", "select-and-scatter"):
+                for called in _CALLED.findall(one.rest):
+                    visit(called, times, path)
+
+    visit(entry, 1, "")
+    return [dataclasses.replace(one, times=times) for one, times in found.items()], unknown
+
+
+def _computations(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    computations, current, entry = {}, {}, ""
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = computations[head[2]] = {}
+            entry = head[2] if head[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            current[found[1]] = _Instruction(*found.groups())
+    return computations, entry
+
+
+def _loop_length(loop: _Instruction, computations) -> int | None:
+    """Times a loop runs: as the compiler notes it, or by the number its condition compares a counter from 0 with."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(known[1])
+    condition = computations[re.search(r"condition=%?([^\s,}]+)", loop.rest)[1]]
+    for one in condition.values():
+        if one.op == "compare" and "direction=LT" in one.rest:
+            limit = condition.get(re.match(r"\s*%?[^\s,]+, %?([^\s,)]+)", one.rest)[1])
+            if limit is not None and limit.op == "constant":
+                return int(limit.rest.split(")")[0])
+    return None
+
+
+def _result_bytes(result: str) -> int:
+    shapes = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
+    return sum(_DTYPE_BYTES.get(d, 0) * math.prod(int(n) for n in dims.split(",") if n) for d, dims in shapes)
+
+
+def _part(path: str) -> str:
+    return next((part for module, part in _PART_OF.items() if f"/{module}/" in f"/{path}/"), "rest")
+
+
+def _placed(kind: str, op: str, num_bytes: int, start: _Instruction, path: str, mesh) -> Collective:
+    group = max(_groups(start.rest, mesh), key=len)
+    if op == "reduce-scatter":
+        num_bytes *= len(group)  # its result is one share of what is reduced
+    devices = mesh.devices.reshape(-1)
+    places_in_mesh = [_coordinates(i, mesh.devices.shape) for i in group]
+    axes = tuple(name for k, name in enumerate(mesh.axis_names) if len({c[k] for c in places_in_mesh}) > 1)
+    places = [devices[i].coords for i in group]
+    spans = tuple(len(set(along)) for along in zip(*places))
+    return Collective(kind, _part(path), "transpose(" in path, 0, num_bytes, len(group), len(group), spans, axes)
+
+
+def _coordinates(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Coordinates in the mesh of its device number `index`."""
+    coordinates = []
+    for size in reversed(shape):
+        index, at = divmod(index, size)
+        coordinates.append(at)
+    return tuple(reversed(coordinates))
+
+
+def _between_slices(kind: str, payload: int, path: str, mesh) -> Collective:
+    slices = len({device.slice_index for device in mesh.devices.flat})
+    return Collective(kind, _part(path), "transpose(" in path, 0, payload, slices, 1, None, ("replica",))
+
+
+def _groups(rest: str, mesh) -> list[list[int]]:
+    """Groups of device numbers of a collective, in each way that HLO writes them."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
+        return [_numbers(pair) for pair in re.findall(r"\{([\d,]+)", pairs[1])]
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
+        return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        return np.reshape(_iota(iota[2], iota[3]), _numbers(iota[1])).tolist()
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))? \{([^}]*)\}", rest
+    )
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        inside = re.findall(r"'(\w+)'", named[5])
+        names = list(sizes)
+        ids = _numbers(named[4]) if named[4] else _iota(named[2] or str(math.prod(sizes.values())), named[3])
+        order = [names.index(name) for name in names if name not in inside] + [names.index(name) for name in inside]
+        placed = np.reshape(ids, tuple(sizes.values())).transpose(order)
+        return placed.reshape(-1, math.prod(sizes[name] for name in inside)).tolist()
+    assert "replica_groups={}" in rest, f"replica groups in a form that is not known: {rest[:200]}"
+    return [list(range(mesh.devices.size))]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _iota(dims: str, order: str | None):
+    """The numbers 0, 1, .. as HLO's [dims]T(order) writes them in another order."""
+    numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return (numbers.transpose(_numbers(order)) if order else numbers).reshape(-1)

@@ -1,0 +1,118 @@
+"""TODO plan.report."""
+
+import sys
+from collections.abc import Sequence
+
+from voxcpm2_jax.plan.entry import gib
+from voxcpm2_jax.plan.topology import mesh_name
+
+
+def brief(report: dict) -> dict:
+    """The report without passes, collectives and kinds of memory: one line of JSON."""
+    left_out = ("passes", "collectives", "memory", "estimated_memory")
+
+    def short(entry):
+        return {name: value for name, value in entry.items() if name not in left_out}
+
+    plans = [short(entry) for entry in report["plans"]]
+    for entry in plans:
+        if entry.get("suggestion"):
+            suggestion = entry["suggestion"]
+            entry["suggestion"] = suggestion | {"plans": [short(one) for one in suggestion["plans"]]}
+    searches = [one | {"front": [short(entry) for entry in one["front"]]} for one in report.get("searches", ())]
+    return report | {"plans": plans} | ({"searches": searches} if searches else {})
+
+
+def show(report: dict) -> None:
+    """Prints the report as tables on standard error."""
+    from rich.console import Console
+
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 180)
+    console.print(_summary(report["plans"], "plan"))
+    for entry in report["plans"]:
+        if "bound" in entry:
+            console.print(_details(entry))
+        if "problem" in entry:
+            console.print(f"{entry['topology']}: does not fit: {entry['problem']}", markup=False, highlight=False)
+        if suggestion := entry.get("suggestion"):
+            ratio = suggestion["rows_ratio"]
+            what = "this fits" if ratio == 1 else f"this fits, with {ratio:.3g} times the rows in every batch"
+            console.print(_summary(suggestion["plans"], f"{what}: --topology={suggestion['topology']}"))
+        elif "suggestion" in entry:
+            console.print(f"{entry['topology']}: nothing was found that fits; it takes more chips, or larger ones")
+    for found in report.get("searches", ()):
+        console.print(_summary(found["front"], f"{found['topology']}: fastest for the memory it leaves free"))
+    for line in _explanation(report["assumed"]):
+        console.print(line, markup=False, highlight=False)
+
+
+def _summary(entries: Sequence[dict], title: str):
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in ("topology", "rows x slots", "mesh", "remat", "acc."):
+        table.add_column(name)
+    for name in ("compile s", "HBM GiB", "of", "PFLOP", "bound s", "MFU", "calibr. s", "MFU", "exposed", "audio h/day"):
+        table.add_column(name, justify="right")
+    for e in entries:
+        remat = "/".join(filter(None, (e["remat"], e["remat_local"])))
+        cells = [e["topology"], f"{e['rows']} x {e['slots']}", mesh_name(e["mesh"]), remat, str(e["accumulate"])]
+        cells += [f"{e['compile_sec']:.0f}" if "compile_sec" in e else "-"]
+        cells += [gib(e["peak_bytes"]) if e.get("peak_bytes") else "-", gib(e["hbm_bytes"])]
+        if "bound" in e:
+            bound, calibrated = e["bound"], e["calibrated"]
+            cells += [
+                f"{e['useful_flops'] / 1e15:.3g}",
+                f"{bound['step_sec']:.3g}",
+                f"{bound['mfu']:.1%}",
+                f"{calibrated['step_sec']:.3g}",
+                f"{calibrated['mfu']:.1%}",
+                "no" if not e["exposed_sec"] else f"{e['exposed_sec'] * 1e3:.3g} ms",
+                f"{calibrated['audio_hours_per_day']:,.0f} .. {bound['audio_hours_per_day']:,.0f}",
+            ]
+        else:
+            cells += [""] * 6 + ["does not fit"]
+        table.add_row(*cells)
+    return table
+
+
+def _details(entry: dict):
+    """Where the time, the memory and the bytes of one plan go."""
+    from rich.console import Group
+    from rich.table import Table
+
+    title = f"{entry['topology']}, {entry['rows']} x {entry['slots']}: ms of an update on each device"
+    passes = Table(title=title)
+    for name in ("part", "pass", "compute", "HBM", "ICI", "DCN", "bound", "calibrated", "exposed"):
+        passes.add_column(name, justify="left" if name in ("part", "pass") else "right")
+    for p in entry["passes"]:
+        names = ("compute", "hbm", "ici", "dcn", "bound", "calibrated", "exposed")
+        passes.add_row(p["part"], p["pass"], *(f"{1e3 * p[f'{name}_sec']:.2f}" for name in names))
+    passes.add_row("optimiser", "", "", f"{1e3 * entry['optimiser_sec']:.2f}")
+    parts = [passes]
+    if entry["collectives"]:
+        traffic = Table(title="collectives of an update, on each device")
+        for name in ("what", "times", "GB whole", "GB over ICI", "GB over DCN"):
+            traffic.add_column(name, justify="left" if name == "what" else "right")
+        for what, t in sorted(entry["collectives"].items(), key=lambda item: -item[1]["bytes"]):
+            traffic.add_row(what, str(t["times"]), *(f"{t[name] / 1e9:.3f}" for name in ("bytes", "ici_bytes", "dcn_bytes")))
+        parts.append(traffic)
+    memory = entry.get("memory") or entry["estimated_memory"]
+    kind = "HBM by the compiler" if "memory" in entry else "HBM, estimated"
+    parts.append(f"{kind}, GiB: " + ", ".join(f"{name} {gib(value)}" for name, value in memory.items()))
+    if entry.get("unknown_loops"):
+        parts.append(f"{entry['unknown_loops']} loops of unknown length: their collectives count once")
+    return Group(*parts)
+
+
+def _explanation(assumed: dict) -> list[str]:
+    a = assumed
+    return [
+        f"Useful FLOPs: rows {a['slots_used']:.1%} full, their patches {a['patches_used']:.1%} (measured on log-normal speech "
+        "in 15 languages); padding, recomputation and attention between clips are not useful.",
+        "bound: every pass at the chip's peak, memory and links at theirs, all at once; nobody reaches it. calibrated: "
+        f"products at {a['products_reach_of_peak']:.0%} of the peak, what surrounds them at the share of the memory's "
+        f"bandwidth that one H100 reached with this model, links at {a['links_reach_of_peak']:.0%}; no TPU was measured.",
+        "exposed: transfers that take longer than the work of the layers they could hide behind; those outside of the layers "
+        "(rest) may run beside LocEnc, which has nothing to do with them. The bound pays for them as if they ran alone.",
+    ]

@@ -1,0 +1,138 @@
+"""TODO plan.topology."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from voxcpm2_jax import sharding
+from voxcpm2_jax.chips import CHIPS
+from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.run import BackboneRun, BatchConfig
+from voxcpm2_jax.plan import roofline
+from voxcpm2_jax.plan.machine import Machine
+
+_PODS = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+TPU_SHAPES = {
+    "v5e": _PODS,
+    "v6e": _PODS,
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16",
+            "16x16x24"),
+}  # fmt: skip
+GPUS = tuple(name for name, chip in CHIPS.items() if not chip.pattern.startswith("TPU"))
+
+
+# ---- topologies ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run on a machine."""
+
+    machine: Machine
+    config: BackboneRun
+
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        return sharding.fill(self.config.mesh, self.machine.devices, self.machine.slices if self.machine.torus else 1)
+
+    @property
+    def batches(self) -> list[BatchConfig]:
+        """Budgets of the run to plan, in the order of its stages: of those alike but for their rows the largest stands for
+        all, and each that cannot be split stands for itself."""
+        stages = [self.config.batch if stage.batch is None else stage.batch for stage in self.config.stages]
+        budgets = list(dict.fromkeys(stages or [self.config.batch]))
+        most = {}
+        for batch in budgets:
+            alike = dataclasses.replace(batch, rows=1)
+            most[alike] = max(most.get(alike, 0), batch.rows)
+        return [b for b in budgets if b.rows == most[dataclasses.replace(b, rows=1)] or mismatch(self, b)]
+
+
+def parse(text: str, config: BackboneRun) -> Case:
+    """A case from --topology=TEXT.
+
+    Raises:
+        UserError: no such chip, shape or field; the message lists those there are.
+    """
+    name, *fields = text.split(",")
+    if match := re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name):
+        slices, kind, shape = int(match[1] or 1), match[2], match[3]
+        if shape not in TPU_SHAPES.get(kind, ()) or slices < 1:
+            raise UserError(f"--topology={text}: no such TPU; {_known()}")
+        torus = tuple(int(n) for n in shape.split("x"))
+        machine = Machine(name, CHIPS[kind], slices, torus, math.prod(torus))
+    elif (match := re.fullmatch(r"(\d+)x(.+)", name)) and match[2] in GPUS and int(match[1]) >= 1:
+        chip, count = CHIPS[match[2]], int(match[1])
+        domain = min(count, chip.domain)
+        if count % domain:
+            raise UserError(f"--topology={text}: {count} GPUs are no whole number of machines of {domain}")
+        machine = Machine(name, chip, count // domain, None, domain)
+    else:
+        raise UserError(f"--topology={text}: expected {_known()}")
+    return Case(machine, _with_fields(text, config, fields))
+
+
+def _known() -> str:
+    tpus = "; ".join(f"{kind}:{', '.join(shapes)}" for kind, shapes in TPU_SHAPES.items())
+    return f"TPU slices as [SLICESx]KIND:SHAPE with {tpus}; or GPUs as COUNTxKIND with {', '.join(GPUS)}"
+
+
+def _with_fields(text, config: BackboneRun, fields: Sequence[str]) -> BackboneRun:
+    def count(value):
+        if not value.isdecimal():
+            raise UserError(f"--topology={text}: expected a whole number, got {value!r}")
+        return int(value)
+
+    for field in fields:
+        name, _, value = field.partition("=")
+        if name == "rows":
+            config = with_rows(config, count(value))
+        elif name == "accumulate":
+            config = dataclasses.replace(config, accumulate=count(value))
+        elif name in ("remat", "remat_local"):
+            config = dataclasses.replace(config, **{name: value})
+        elif name == "mesh" and re.fullmatch(r"(-1|\d+)x(-1|\d+)x\d+", value):
+            config = dataclasses.replace(config, mesh=tuple(int(n) for n in value.split("x")))
+        else:
+            raise UserError(
+                f"--topology={text}: {field!r} is none of rows=N, accumulate=N, remat=NAME, remat_local=NAME, "
+                "mesh=REPLICAxDATAxTENSOR; other fields are set for all topologies, by --config.NAME=VALUE"
+            )
+    return config
+
+
+def with_rows(config: BackboneRun, rows: int) -> BackboneRun:
+    """The run with that many rows a batch; stages with budgets of their own keep their ratio to it."""
+    if rows < 1:
+        raise UserError(f"rows={rows}: expected at least 1")
+
+    def scaled(batch):
+        new, rest = divmod(batch.rows * rows, config.batch.rows)
+        if rest:
+            raise UserError(
+                f"rows={rows}: a stage has {batch.rows} rows where the run has {config.batch.rows}: no whole number"
+            )
+        return dataclasses.replace(batch, rows=new)
+
+    stages = tuple(s if s.batch is None else dataclasses.replace(s, batch=scaled(s.batch)) for s in config.stages)
+    return dataclasses.replace(config, batch=scaled(config.batch), stages=stages)
+
+
+def mismatch(case: Case, batch: BatchConfig) -> str | None:
+    """Why this batch cannot be split over this mesh, or this mesh not be laid over this machine."""
+    machine, mesh = case.machine, case.mesh
+    if math.prod(mesh) != machine.devices:
+        devices = f"{math.prod(mesh)} devices; {machine.name} has {machine.devices}"
+        return f"mesh {mesh_name(mesh)} (replica, data, tensor) has {devices}"
+    if machine.torus and mesh[0] % machine.slices:
+        return f"mesh {mesh_name(mesh)}: replica must be a multiple of the {machine.slices} slices, nothing else may cross them"
+    pieces = roofline.row_shards(mesh) * case.config.accumulate
+    if batch.rows % pieces:
+        return f"{batch.rows} rows of {batch.slots} slots cannot be split into {pieces} parts (replica x data x accumulate)"
+    return None
+
+
+def mesh_name(mesh: Sequence[int]) -> str:
+    return "x".join(map(str, mesh))

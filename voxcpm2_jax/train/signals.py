@@ -1,0 +1,93 @@
+"""TODO train.signals."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+class _Stop:
+    """A signal to any of the processes.
+
+    Attributes:
+        number: of the signal, once every process knows it; 0: none.
+    """
+
+    def __init__(self):
+        self._heard = 0  # by this process
+        self._agreed = 0
+        if jax.process_count() > 1:
+            devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+            mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
+            self._split = NamedSharding(mesh, PartitionSpec("process"))
+            self._highest = jax.jit(lambda heard: heard.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    @property
+    def number(self) -> int:
+        return self._heard if jax.process_count() == 1 else self._agreed
+
+    def ask(self):
+        """With every step: what any process has heard by now, still on the devices."""
+        if jax.process_count() == 1:
+            return None
+        heard = np.array([self._heard], np.int32)
+        return self._highest(jax.make_array_from_process_local_data(self._split, heard, (jax.process_count(),)))
+
+    def settle(self, asked) -> None:
+        """When that step is settled."""
+        if asked is not None:
+            self._agreed = int(asked)
+
+    def hear(self, number: int, _frame=None) -> None:
+        self._heard = self._heard or number
+
+    def listen(self, pipe: int) -> None:
+        """Counts signals, from a thread: the loop's own may be deep in a call that does not come back."""
+        first_sec = None
+        for (number,) in (n for n in iter(lambda: os.read(pipe, 1), b"") if n[0] in _SIGNALS):
+            now_sec = time.monotonic()
+            if first_sec is not None:
+                if now_sec - first_sec < ECHO_SEC:
+                    continue
+                os._exit(128 + number)  # what is on disk is whole at any time
+            first_sec = now_sec
+            self.hear(number)
+            name = signal.Signals(number).name
+            what = f"saving after this step, then stopping; a second signal, {ECHO_SEC:.0f} s later or more, stops at once"
+            print(f"{name}: {what}", file=sys.stderr, flush=True)
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO_SEC = 1.0  # `timeout`, Slurm and others signal a process and then its group: that is one signal
+
+
+@contextlib.contextmanager
+def listening():
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one ends the process at once."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    usual = {number: signal.getsignal(number) or signal.SIG_DFL for number in _SIGNALS}
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    thread = threading.Thread(target=stop.listen, args=(out,), name="signals", daemon=True)
+    thread.start()
+    usual_pipe = signal.set_wakeup_fd(into)
+    for number in _SIGNALS:
+        signal.signal(number, stop.hear)
+    try:
+        yield stop
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(usual_pipe)
+        os.close(into)
+        thread.join()
+        os.close(out)

@@ -1,0 +1,121 @@
+"""TODO train.start."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from voxcpm2_jax.checkpoint.arrays import restore
+from voxcpm2_jax.checkpoint.integrity import CHECKSUMS_FILE, damaged, find_damage
+from voxcpm2_jax.checkpoint.manager import Checkpoints
+from voxcpm2_jax.checkpoint.steps import read_meta, step_directory
+from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.run import FIXED, FREE, SCHEDULE, SHAPE
+from voxcpm2_jax.processes import all_agree, from_first, say
+from voxcpm2_jax.workdir import TRAINING, kind
+
+# ---- where a run starts ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run starts whose workdir holds no checkpoint, and which fields of its config may differ from a checkpoint's.
+
+    Args:
+        resume_from: another run's workdir or one step of it; its whole state is taken, the run itself is only read.
+        fresh: what the state is without any checkpoint, in words.
+        rules: as `config.CHANGES`; by default every field may differ.
+        accept_changes: fields that must not differ may, except those that the saved arrays' shapes hang on.
+    """
+
+    resume_from: str | os.PathLike | None = None
+    fresh: str = "scratch"
+    rules: Sequence[tuple[str, str, str]] = (("", FREE, ""),)
+    accept_changes: bool = False
+
+
+def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
+    """The state to start from, laid out as `state` is, and its meta; {} if the run starts afresh.
+
+    The run's own newest whole checkpoint counts first, then `start.resume_from`, then `state` itself; one line on stderr
+    says which. The memory of `state` is given up for a checkpoint's; ShapeDtypeStructs do where there is one.
+
+    Raises:
+        UserError: no whole checkpoint where there should be one, one of other arrays, or fields of the config that must
+            not differ and do: each is named.
+    """
+    step = checkpoints.verified_step()
+    unused = f"; --resume-from={start.resume_from} is not used" if step is not None and start.resume_from else ""
+    if step is not None:
+        path, how = checkpoints.directory / str(step), f"resume{unused}"
+    elif start.resume_from is not None:
+        path, how = _whole_step(start.resume_from), "--resume-from"
+    else:
+        checkpoints.open()
+        say(f"starting from {start.fresh}")
+        return state, {}
+    old = read_meta(path)
+    is_branch = step is None
+    _check_changes(path, old["config"], config, start, is_branch)
+    layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, state)
+    restored = restore(path, layout)
+    checkpoints.open()
+    unchecked = "" if (path / CHECKSUMS_FILE).is_file() else ", not verified: an earlier version saved it without checksums"
+    say(f"starting from step {old['step']} of {path.parent.parent} ({how}){unchecked}")
+    return restored
+
+
+def _whole_step(path) -> pathlib.Path:
+    """The step that a path names, of another run; it must be whole. Each process reads its share of the files."""
+    if kind(path) != TRAINING:
+        raise UserError(f"--resume-from={path}: released weights, no training state; expected a workdir or one step of it")
+    step = pathlib.Path(from_first(str(step_directory(path))))
+    problem = find_damage(step, share=(jax.process_index(), jax.process_count()))
+    if not all_agree(not problem):
+        raise damaged(step, problem or "another process of this run says what")
+    return step
+
+
+def _check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) -> None:
+    """Names every field that differs; raises if one does that must not."""
+    refused, accepted, is_final = [], [], False
+    for field, change in sorted(_changes(old, json.loads(json.dumps(new)))):
+        told = f"{field}: {change}"
+        rule, why = next(((rule, why) for pattern, rule, why in start.rules if re.match(pattern, told)), (FIXED, "no rule"))
+        is_new = change.startswith(_ABSENT) or change.endswith(_ABSENT)  # a field that one of the two versions has not got
+        is_accepted = start.accept_changes and rule != SHAPE
+        if rule == FREE or is_new or (is_branch and rule == SCHEDULE) or is_accepted:
+            accepted.append(told)
+        else:
+            refused.append(f"{told} ({why})")
+            is_final |= rule == SHAPE
+    if refused:
+        ways = "set it back, or start in a new workdir"
+        ways = ways if is_final else "set it back, start in a new workdir, or add --accept-config-changes"
+        raise UserError(
+            f"{path}: the config differs from the checkpoint's in what its state means: {'; '.join(refused)}; {ways}"
+        )
+    for told in accepted:
+        say(f"config differs from the checkpoint's: {told}")
+
+
+_ABSENT = "(none)"
+
+
+def _changes(old, new, where="") -> Iterator[tuple[str, str]]:
+    """(path of a field, "old -> new") wherever two nested dicts differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            inner = f"{where}.{key}" if where else key
+            if key in old and key in new:
+                yield from _changes(old[key], new[key], inner)
+            else:
+                one, other = (f"{side[key]!r:.80}" if key in side else _ABSENT for side in (old, new))
+                yield inner, f"{one} -> {other}"
+    elif old != new:
+        yield where, f"{old!r:.80} -> {new!r:.80}"

@@ -1,0 +1,266 @@
+"""TODO workdir."""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from voxcpm2_jax.checkpoint.arrays import array_specs, flatten, item_metadata, nest, read_array, saved_config
+from voxcpm2_jax.checkpoint.integrity import verify
+from voxcpm2_jax.checkpoint.steps import META, complete_steps, is_step, read_meta, step_directory, weights_item
+from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
+from voxcpm2_jax.config.plain import UserError, from_dict, short, to_dict
+from voxcpm2_jax.config.released import read_released
+from voxcpm2_jax.data.tokenizer import load_tokenizer
+from voxcpm2_jax.files import fresh_directory, write_json
+from voxcpm2_jax.torch_io.files import (
+    VAE_FILE,
+    Stored,
+    Weights,
+    assemble,
+    check_params,
+    codec_constants,
+    find_differences,
+    open_tensors,
+    refuse,
+    stack_layers,
+    write_params,
+)
+from voxcpm2_jax.torch_io.released import Loaded, OpenDirectory, load, with_boundaries
+from voxcpm2_jax.torch_io.tables import backbone_table, by_path, param_shapes, vae_table
+
+TRAINING, RELEASED = "training", "released"  # what `kind` tells
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "audiovae.safetensors", "audiovae.pth")
+
+
+# ---- reading without a run -------------------------------------------------------------------------------------------
+
+
+def kind(path) -> str:
+    """What a checkpoint argument is: TRAINING (a workdir or one step of it) or RELEASED (a PyTorch directory).
+
+    Raises:
+        UserError: neither of the two, saying what was looked for.
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        what = "a file, not a directory" if path.exists() else "no such directory"
+        raise UserError(f"{path}: {what}; expected a training workdir, one step of it, or a released PyTorch directory")
+    if is_step(path) or complete_steps(path / "checkpoints"):
+        return TRAINING
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path}: a training workdir without a complete checkpoint; train until the first save")
+    if (path / "config.json").is_file() and any((path / name).is_file() for name in _WEIGHTS):
+        return RELEASED
+    raise UserError(
+        f"{path}: not a checkpoint; expected a training workdir (checkpoints/STEP/), one step of it (params/, meta/), "
+        f"or a released PyTorch directory (config.json and one of {', '.join(_WEIGHTS)})"
+    )
+
+
+def load_params(path):
+    """The weights of a training workdir (its latest step) or of one step directory; averaged ones if it has them.
+
+    Returns:
+        config: dict, as it was saved.   params: nested dict of numpy arrays.   step: int.
+    """
+    path = pathlib.Path(path).absolute()
+    if kind(path) != TRAINING:
+        raise UserError(f"{path}: a released PyTorch directory; expected a training workdir or one step of it")
+    item = weights_item(path)
+    verify(path, META, item.name)
+    meta = read_meta(step_directory(path))
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item_metadata(item))
+    params = ocp.PyTreeCheckpointHandler().restore(epath.Path(item), args=ocp.args.PyTreeRestore(restore_args=restore_args))
+    return meta["config"], params, meta["step"]
+
+
+def open_weights(path: str | os.PathLike, config: ModelConfig) -> Weights:
+    """The backbone of any checkpoint (averaged weights if it has them), for a training of the model `config`.
+
+    Raises:
+        UserError: no checkpoint, a model of other fields (each is named), or parameters that its config does not describe.
+    """
+    if kind(path) == RELEASED:
+        source = OpenDirectory(path)
+        theirs, groups = source.released.model, by_path(source.backbone_rows)
+        read = lambda key: stack_layers(source.backbone, groups[key])  # noqa: E731
+    else:
+        config_there = saved_config(path)
+        if "model" not in config_there:
+            raise UserError(f"{path}: a checkpoint of a codec; expected one of the backbone")
+        theirs = from_dict(ModelConfig, config_there["model"], where=f"{path}: config.model")
+        groups = by_path(backbone_table(theirs))
+        check_params(array_specs(path), groups, str(path))
+        read = functools.partial(read_array, path)
+    _check_same_model(path, theirs, config)
+    return Weights(param_shapes(groups), read)
+
+
+# Fields of a model that may change between two trainings: how it computes and draws, not what its weights are of.
+_MAY_CHANGE = ("dtype", "max_length", "dit_config.cfm_config", "lm_config.dim_model_base", "lm_config.bos_token_id",
+               "lm_config.eos_token_id")  # fmt: skip
+_MUP = ("lm_config.scale_emb", "lm_config.scale_depth")  # count with use_mup alone
+
+
+def _check_same_model(path, theirs: ModelConfig, ours: ModelConfig) -> None:
+    may_change = _MAY_CHANGE if theirs.lm_config.use_mup or ours.lm_config.use_mup else (*_MAY_CHANGE, *_MUP)
+    pairs = zip(_flat(to_dict(theirs)).items(), _flat(to_dict(ours)).values(), strict=True)
+    wrong = [
+        f"model.{name} {short(there)} there, {short(here)} here"
+        for (name, there), here in pairs
+        if there != here and not name.startswith(may_change)
+    ]
+    if wrong:
+        hint = "; a vocabulary cannot be resized" if any("vocab_size" in w for w in wrong) else ""
+        raise UserError(f"{path}: weights of another model than the config's: {'; '.join(wrong)}{hint}")
+
+
+def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+# ---- training workdirs ---------------------------------------------------------------------------------------------
+#
+#   WORKDIR/checkpoints/STEP/                  weights; its meta holds {"config": {"model": ..}}, imported ones "released"
+#   WORKDIR/codec/audiovae.safetensors         the codec that made the latents, and its config.json
+#   WORKDIR/tokenizer/                         the tokenizer that made the ids
+
+
+def load_model(path: str | os.PathLike) -> Loaded:
+    """Reads whatever a checkpoint argument names: a training workdir, one step of it, or a released directory.
+
+    Raises:
+        UserError: neither, or a workdir without codec/ or tokenizer/.
+    """
+    if kind(path) == RELEASED:
+        return load(path)
+    work = Workdir(path)
+    _, params, _ = load_params(path)
+    check_params(flatten(params), by_path(backbone_table(work.config)), str(path))
+    vae_params = nest(assemble(work.vae, vae_table(work.vae_config)))
+    return Loaded(work.config, params, work.vae_config, vae_params, work.raw, work.tokenizer_dir)
+
+
+def save_codec(workdir: str | os.PathLike, config: AudioVAEConfig, vae_params: Mapping) -> None:
+    """Writes WORKDIR/codec/."""
+    with fresh_directory(pathlib.Path(workdir) / "codec") as aside:
+        write_json(aside / "config.json", to_dict(config))
+        write_params(aside / VAE_FILE, vae_table(config), vae_params, codec_constants(config))
+
+
+def load_codec(path: str | os.PathLike) -> tuple[AudioVAEConfig, dict]:
+    """The codec of whatever holds one: a workdir of train-vae, one of train, a step of either, shards, a released directory.
+
+    Returns:
+        vae_config, and vae_params as nested dicts of numpy arrays.
+    Raises:
+        UserError: none of these, or tensors differ from the table.
+    """
+    path = pathlib.Path(path).absolute()
+    if (path / "codec").is_dir():
+        return _read_codec(*_open_codec(path / "codec"))
+    if kind(path) == RELEASED:
+        config, tensors = read_released(path).vae, open_tensors(path, VAE_FILE, "audiovae.pth")
+        refuse(path, find_differences(tensors, vae_table(config)))
+        return _read_codec(with_boundaries(config, tensors), tensors)
+    config = saved_config(path)
+    if "vae" not in config:
+        return _read_codec(*_open_codec(_root(path) / "codec"))
+    vae_config = from_dict(AudioVAEConfig, config["vae"], where=f"{path}: config.vae")
+    _, params, _ = load_params(path)
+    check_params(flatten(params), by_path(vae_table(vae_config)), str(path))
+    return vae_config, params
+
+
+def codec_sha256(vae_params: Mapping, vae_config: AudioVAEConfig) -> str:
+    """Identifies a codec: the hash of its configuration and of every parameter, by path."""
+    digest = hashlib.sha256(json.dumps(to_dict(vae_config), sort_keys=True).encode())
+    leaves = jax.tree_util.tree_leaves_with_path(vae_params)
+    for path, leaf in sorted((jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves):
+        digest.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
+
+
+def provenance(path: str | os.PathLike) -> dict[str, str]:
+    """What identifies the codec and the tokenizer of any checkpoint of the backbone, by the names that shards give them.
+
+    A released tokenizer.json counts as `Tokenizer.save` writes it, for that is the one `prepare` keeps and hashes. A workdir
+    without a checkpoint will do.
+    """
+    path = pathlib.Path(path).absolute()
+    own = path / "tokenizer"
+    if not own.is_dir():
+        own = path if kind(path) == RELEASED else _root(path) / "tokenizer"
+    vae_config, vae_params = load_codec(path)
+    return {"codec_sha256": codec_sha256(vae_params, vae_config), "tokenizer_sha256": load_tokenizer(own).sha256}
+
+
+def check_provenance(path: str | os.PathLike, header, *, name: str = "", advice: str = "") -> None:
+    """Refuses shards whose latents or ids mean something else than those that a checkpoint's weights were trained on.
+
+    Args:
+        path: as in `makers_sha256`.   header: of the shards.
+        name: of the path in the message.   advice: what to do; by default, to prepare the shards with what the path holds.
+    Raises:
+        UserError: another codec or tokenizer, each with both hashes.
+    """
+    ours = provenance(path)
+    wrong = [part for part in ours if ours[part] != getattr(header, part)]
+    if wrong:
+        parts = [part.removesuffix("_sha256") for part in wrong]
+        sums = [f"{part}: here {ours[full]:.12}, shards {getattr(header, full):.12}" for part, full in zip(parts, wrong)]
+        advice = advice or f"prepare them with --vae={path} and --config.tokenizer set to its tokenizer"
+        raise UserError(
+            f"the shards were not made with the {' and '.join(parts)} of {name or path} ({'; '.join(sums)}, SHA-256): {advice}"
+        )
+
+
+def _open_codec(directory: pathlib.Path) -> tuple[AudioVAEConfig, dict[str, Stored]]:
+    """A codec/ directory, checked, nothing read yet."""
+    path = directory / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    config = from_dict(AudioVAEConfig, content, where=str(path))
+    tensors = open_tensors(directory, VAE_FILE)
+    refuse(directory, find_differences(tensors, vae_table(config)))
+    return config, tensors
+
+
+def _read_codec(config: AudioVAEConfig, tensors: Mapping[str, Stored]) -> tuple[AudioVAEConfig, dict]:
+    return config, nest(assemble(tensors, vae_table(config)))
+
+
+def _root(path: pathlib.Path) -> pathlib.Path:
+    """The workdir of a workdir or of one of its steps."""
+    return path if (path / "checkpoints").is_dir() else path.parent.parent
+
+
+class Workdir:
+    """What a training workdir holds beside the weights."""
+
+    def __init__(self, path):
+        path = pathlib.Path(path).absolute()
+        self.codec_dir, self.tokenizer_dir = _root(path) / "codec", _root(path) / "tokenizer"
+        for directory in (self.codec_dir, self.tokenizer_dir):
+            if not directory.is_dir():
+                raise UserError(f"{directory}: no such directory; a workdir keeps its codec and tokenizer beside checkpoints/")
+        config = saved_config(path)
+        self.config = from_dict(ModelConfig, config.get("model", {}), where=f"{path}: config.model")
+        self.raw = config.get("released")
+        self.vae_config, self.vae = _open_codec(self.codec_dir)
