@@ -69,8 +69,11 @@ def released_dir(tiny_parts, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory):
-    """What one test has compiled, another need not: a run and its resumption are the same program."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    """Tests share compiled programs, across workers too; with JAX_COMPILATION_CACHE_DIR set, also from run to run."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(base / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
