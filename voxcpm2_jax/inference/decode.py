@@ -1,10 +1,11 @@
-"""Speech from prefixes: prefill, one decode step, the jitted loop over it, and why each row stopped.
+"""The decode loop: prefixes in, audio patches out, for a batch of rows.
 
-    prefill   reads each row's prefix into a cache
-    step      noise -> LocDiT -> patch; stop?; patch -> LocEnc -> TSLM -> RALM
-    loop      `while_loop` over step until every row has stopped; streaming calls the same step once a patch
+    prefill   reads each row's prefix into a KV cache
+    step      noise -> LocDiT -> patch; stop head; patch -> LocEnc -> TSLM -> RALM
+    loop      `while_loop` over `step` until every row is done; `stream` calls the same step once per patch
 
-Rows of a batch do not see each other. Every row has its own noise: patch i is drawn from `fold_in(key, i)`.
+A row's result does not depend on the other rows: patch i of a row is drawn with `fold_in(row's key, i)`. Shapes are rounded
+up to powers of two, so that few programs are compiled.
 """
 
 import dataclasses
@@ -21,46 +22,38 @@ from voxcpm2_jax.config.model import ModelConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.models import voxcpm2
 
-# Why a row ended: the model said so, the caller's limit, or no slot was left in the model.
+# Why a row ended: the stop head, the request's max_len (or the end of its noise), or the model's max_length.
 STOP, MAX_LEN, NO_ROOM = "stop head", "max_len", "max_length"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What to draw for one row.
+    """One row to draw; `inference.api` makes it from a Request.
 
     Attributes:
-        prefix: laid out without a target.   seed: of the row's noise.   noise_MPC: given noise in its place.
-        min_len, max_len: the stop head is heeded from patch index `min_len + 1` on; at most `max_len` patches.
+        prefix: laid out without a target.
+        seed: of the row's noise.   noise_MPC: replaces the noise; every row of a batch has it or none.
+        min_len, max_len: the stop head is ignored for the first `min_len + 1` patches; at most `max_len` patches.
         cfg_value: guidance.
     """
 
     prefix: sequence.Sequence
-    seed: int = 0
-    noise_MPC: np.ndarray | None = None
-    min_len: int = 2
-    max_len: int = 4096
-    cfg_value: float = 2.0
+    seed: int
+    noise_MPC: np.ndarray | None
+    min_len: int
+    max_len: int
+    cfg_value: float
 
 
 class Drawn(NamedTuple):
-    """One row's speech."""
+    """The result of one row."""
 
     patches_MPC: np.ndarray  # float32
     stopped_by: str  # STOP, MAX_LEN or NO_ROOM
 
 
-class State(NamedTuple):
-    """State of decoding between two patches; rows that are done draw on, unheard."""
-
-    index: jax.Array  # patches drawn so far
-    step: voxcpm2.Step
-    is_done_B: jax.Array
-    num_patches_B: jax.Array
-
-
-class Request(NamedTuple):
-    """The rows' settings as arrays."""
+class RowArrays(NamedTuple):
+    """The settings of all rows as arrays."""
 
     keys_B: jax.Array
     noise_BMPC: jax.Array | None
@@ -69,57 +62,70 @@ class Request(NamedTuple):
     cfg_B: jax.Array
 
 
+class State(NamedTuple):
+    """The loop's state between two patches. Rows that are done are still computed; what they draw is discarded."""
+
+    index: jax.Array  # patches drawn so far
+    step: voxcpm2.Step
+    is_done_B: jax.Array
+    is_stopped_B: jax.Array  # done because of the stop head
+    num_patches_B: jax.Array  # patches of the row's result
+
+
 @partial(jax.jit, static_argnames=("config", "cache_slots"))
 def prefill(params, config: ModelConfig, batch: sequence.Batch, *, cache_slots: int) -> State:
+    """The state before the first patch; one prefix per row of `batch`."""
     step = voxcpm2.prefill(params, config, batch, cache_slots=cache_slots)
     B = len(step.length_B)
-    return State(jnp.int32(0), step, jnp.zeros(B, bool), jnp.zeros(B, jnp.int32))
+    return State(jnp.int32(0), step, jnp.zeros(B, bool), jnp.zeros(B, bool), jnp.zeros(B, jnp.int32))
 
 
-def _decode_step(params, config: ModelConfig, state: State, request: Request, *, num_steps: int):
-    """One patch for every row -> (state, patch_BPC, stop_B: what the stop head says)."""
-    if request.noise_BMPC is None:
-        keys_B = jax.vmap(jax.random.fold_in, (0, None))(request.keys_B, state.index)
+def _decode_step(params, config: ModelConfig, state: State, rows: RowArrays, *, num_steps: int):
+    """Draws one patch for every row -> (state, patch_BPC)."""
+    if rows.noise_BMPC is None:
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(rows.keys_B, state.index)
         noise_BPC = jax.vmap(lambda key: jax.random.normal(key, (config.patch_size, config.feat_dim)))(keys_B)
     else:
-        noise_BPC = request.noise_BMPC[:, state.index]
-    patch_BPC, stop_B = voxcpm2.draw_patch(params, config, state.step, noise_BPC, num_steps=num_steps, cfg_value=request.cfg_B)
-    num_patches_B = jnp.where(state.is_done_B, state.num_patches_B, state.index + 1)
-    is_done_B = state.is_done_B | (stop_B & (state.index > request.min_len_B)) | (state.index + 1 >= request.max_len_B)
-    step = voxcpm2.read_patch(params, config, state.step, patch_BPC)
-    return State(state.index + 1, step, is_done_B, num_patches_B), patch_BPC, stop_B
+        noise_BPC = rows.noise_BMPC[:, state.index]
+    patch_BPC, stop_B = voxcpm2.draw_patch(params, config, state.step, noise_BPC, num_steps=num_steps, cfg_value=rows.cfg_B)
+    # The stop rule, as in the reference: `index` counts from 0 and must be greater than min_len.
+    stop_B &= state.index > rows.min_len_B
+    is_last_B = state.index + 1 >= rows.max_len_B
+    state = State(
+        index=state.index + 1,
+        step=voxcpm2.read_patch(params, config, state.step, patch_BPC),
+        is_done_B=state.is_done_B | stop_B | is_last_B,
+        is_stopped_B=jnp.where(state.is_done_B, state.is_stopped_B, stop_B),
+        num_patches_B=jnp.where(state.is_done_B, state.num_patches_B, state.index + 1),
+    )
+    return state, patch_BPC
 
 
 decode_step = jax.jit(_decode_step, static_argnames=("config", "num_steps"))
 
 
 @partial(jax.jit, static_argnames=("config", "num_steps", "buffer_patches"))
-def decode(params, config: ModelConfig, state: State, request: Request, *, num_steps: int, buffer_patches: int):
-    """Draws until every row is done -> (patches_BMPC, num_patches_B, stopped_B: by the stop head)."""
-    B = len(state.is_done_B)
+def decode(params, config: ModelConfig, state: State, rows: RowArrays, *, num_steps: int, buffer_patches: int):
+    """Draws until every row is done -> (patches_BMPC, num_patches_B, is_stopped_B); M is `buffer_patches`."""
 
     def body(carry):
-        state, patches_BMPC, stopped_B = carry
-        index, was_done_B = state.index, state.is_done_B
-        state, patch_BPC, stop_B = _decode_step(params, config, state, request, num_steps=num_steps)
-        patches_BMPC = patches_BMPC.at[:, index].set(patch_BPC)
-        stopped_B = jnp.where(was_done_B, stopped_B, stop_B & (index > request.min_len_B))
-        return state, patches_BMPC, stopped_B
+        state, patches_BMPC = carry
+        index = state.index
+        state, patch_BPC = _decode_step(params, config, state, rows, num_steps=num_steps)
+        return state, patches_BMPC.at[:, index].set(patch_BPC)
 
-    empty = jnp.zeros((B, buffer_patches, config.patch_size, config.feat_dim))
-    state, patches_BMPC, stopped_B = jax.lax.while_loop(
-        lambda carry: ~jnp.all(carry[0].is_done_B), body, (state, empty, jnp.zeros(B, bool))
-    )
-    return patches_BMPC, state.num_patches_B, stopped_B
+    patches_BMPC = jnp.zeros((len(state.is_done_B), buffer_patches, config.patch_size, config.feat_dim))
+    state, patches_BMPC = jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].is_done_B), body, (state, patches_BMPC))
+    return patches_BMPC, state.num_patches_B, state.is_stopped_B
 
 
 def bucket(n: int, *, least: int = 32) -> int:
-    """The next power of two: few shapes, few compilations."""
+    """The next power of two, `least` at least."""
     return max(least, 1 << (n - 1).bit_length())
 
 
-def _start(params, config: ModelConfig, rows: Sequence[Row]):
-    """Prefills the rows -> (state, request, limits): at most `limits[b]` patches fit behind prefix b."""
+def _start(params, config: ModelConfig, rows: Sequence[Row]) -> tuple[State, RowArrays]:
+    """Prefills the rows. `RowArrays.max_len_B` also respects the model's room and the length of the noise."""
     slots = [row.prefix.num_slots for row in rows]
     for n in slots:
         if n >= config.max_length:
@@ -139,18 +145,18 @@ def _start(params, config: ModelConfig, rows: Sequence[Row]):
     cache_slots = bucket(batch.tokens_BT.shape[1] + max(limits))
     noise_BMPC = None
     if any(row.noise_MPC is not None for row in rows):
-        assert all(row.noise_MPC is not None for row in rows), "given noise is for every row or for none"
+        assert all(row.noise_MPC is not None for row in rows), "either all rows or none have noise"
         noise_BMPC = np.zeros((len(rows), bucket(max(limits)), config.patch_size, config.feat_dim), np.float32)
         for b, row in enumerate(rows):
             noise_BMPC[b, : limits[b]] = row.noise_MPC[: limits[b]]
-    request = Request(
+    arrays = RowArrays(
         keys_B=jax.vmap(jax.random.key)(np.array([row.seed % 2**32 for row in rows], np.uint32)),
         noise_BMPC=noise_BMPC,
         min_len_B=np.array([row.min_len for row in rows], np.int32),
         max_len_B=np.array(limits, np.int32),
         cfg_B=np.array([row.cfg_value for row in rows], np.float32),
     )
-    return prefill(params, config, batch, cache_slots=cache_slots), request, limits
+    return prefill(params, config, batch, cache_slots=cache_slots), arrays
 
 
 def _stopped_by(config: ModelConfig, row: Row, num_patches: int, is_stopped: bool) -> str:
@@ -161,7 +167,7 @@ def _stopped_by(config: ModelConfig, row: Row, num_patches: int, is_stopped: boo
 
 
 def no_room(config: ModelConfig) -> UserError:
-    """The error of a row that was stopped by NO_ROOM."""
+    """The error to raise for a row that was stopped by NO_ROOM."""
     return UserError(
         f"the speech did not end within the model's {config.max_length} slots (max_length), text and prompt audio included; "
         "shorten the text or set a smaller maximum length"
@@ -169,20 +175,19 @@ def no_room(config: ModelConfig) -> UserError:
 
 
 def generate(params, config: ModelConfig, rows: Sequence[Row], *, num_steps: int) -> list[Drawn]:
-    """Draws all rows together.
+    """Draws all rows in one batch.
 
     Args:
-        params: of the unrolled form (`voxcpm2.unrolled_params`).   num_steps: Euler steps a patch.
+        params: of the unrolled form (`voxcpm2.unrolled_params`).   num_steps: Euler steps per patch.
     Raises:
-        UserError: a prefix that fills the model.
+        UserError: a prefix leaves no slot for a patch.
     """
-    state, request, limits = _start(params, config, rows)
-    patches_BMPC, num_patches_B, stopped_B = jax.device_get(
-        decode(params, config, state, request, num_steps=num_steps, buffer_patches=bucket(max(limits)))
-    )
+    state, arrays = _start(params, config, rows)
+    buffer_patches = bucket(max(arrays.max_len_B.tolist()))
+    results = jax.device_get(decode(params, config, state, arrays, num_steps=num_steps, buffer_patches=buffer_patches))
     return [
         Drawn(patches_MPC[:n], _stopped_by(config, row, int(n), bool(is_stopped)))
-        for row, patches_MPC, n, is_stopped in zip(rows, patches_BMPC, num_patches_B, stopped_B)
+        for row, patches_MPC, n, is_stopped in zip(rows, *results)
     ]
 
 
@@ -190,13 +195,11 @@ def stream(params, config: ModelConfig, row: Row, *, num_steps: int) -> Iterator
     """Yields the patches [P, C] of one row as they are drawn; the same patches as `generate`.
 
     Raises:
-        UserError: a prefix that fills the model, or, when all that fits has been given, speech that did not end in it.
+        UserError: the prefix leaves no slot for a patch; or, after the last patch that fits, the speech has not ended.
     """
-    state, request, _ = _start(params, config, [row])
-    is_stopped = False
+    state, arrays = _start(params, config, [row])
     while not state.is_done_B[0]:
-        state, patch_BPC, stop_B = decode_step(params, config, state, request, num_steps=num_steps)
-        is_stopped = bool(stop_B[0]) and int(state.num_patches_B[0]) - 1 > row.min_len
+        state, patch_BPC = decode_step(params, config, state, arrays, num_steps=num_steps)
         yield np.asarray(patch_BPC[0])
-    if _stopped_by(config, row, int(state.num_patches_B[0]), is_stopped) == NO_ROOM:
+    if _stopped_by(config, row, int(state.num_patches_B[0]), bool(state.is_stopped_B[0])) == NO_ROOM:
         raise no_room(config)

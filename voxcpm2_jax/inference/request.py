@@ -25,8 +25,8 @@ class Request:
         prompt_wav_path, prompt_text: audio to continue and its transcript; both or neither.
         reference_wav_path: audio of the voice to clone.
         cfg_value: guidance, 0 to 10, useful 1.5 to 3.   inference_timesteps: Euler steps per patch, 1 to 1000.
-        min_len, max_len: limits of the speech in patches (160 ms each in the release). The stop head may end it from
-            patch min_len + 2 on, counted from 1.
+        min_len, max_len: in patches (160 ms each in the release). The stop head is ignored for the first `min_len + 1`
+            patches; the speech has at most `max_len`.
         normalize, denoise: of the reference; True raises, since this package does neither.
         retry_badcase: while the speech has `retry_badcase_ratio_threshold` patches per text token or more, draw again
             with the next seed, `retry_badcase_max_times` tries in total.
