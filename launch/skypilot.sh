@@ -1,30 +1,31 @@
 #!/usr/bin/env bash
-# Trains wherever SkyPilot finds room: a managed job on one node of GPUs or one TPU slice.
+# Trains wherever SkyPilot finds capacity: a managed job on one GPU node or one TPU slice.
 #
 #   ACCELERATORS=tpu-v6e-8 BUCKET=gs://... launch/skypilot.sh [--dry-run] -- \
 #     --config=configs/backbone.py:2b --data=/mnt/voxcpm2/shards --workdir=/mnt/voxcpm2/run
 #
-# Needs `sky` with an account set up, and starts from this directory's copy of the code.
-#   ACCELERATORS     such as tpu-v6e-8 or H100:8
-#   BUCKET           storage for shards and checkpoints; it is mounted at /mnt/voxcpm2
+# Needs `sky` with a cloud account set up. The machine runs this copy of the repository.
+#   ACCELERATORS     what to train on, such as tpu-v6e-8 or H100:8
+#   BUCKET           bucket for shards and checkpoints; it is mounted at /mnt/voxcpm2
 #   NAME             of the job (default voxcpm2)
 #   SPOT             true (default) or false
 #   MAX_FAILURES     restarts after a failure, on one machine (default 10)
 #
-# A machine that is taken away is looked for again, in another place if need be; training goes on from the last checkpoint.
-# So does a process that saved and left with 75. To stop: sky jobs cancel --name NAME
+# After the loss of the machine, or exit code 75, SkyPilot looks for a machine again, in other regions too, and training
+# resumes from the last checkpoint. To stop: sky jobs cancel --name NAME
 set -euo pipefail
 # shellcheck source=launch/arguments.sh
 . "$(dirname "$0")/arguments.sh"
-need ACCELERATORS "what to train on, such as tpu-v6e-8 or H100:8"
+need ACCELERATORS "the accelerators, such as tpu-v6e-8 or H100:8"
 need BUCKET "a bucket for shards and checkpoints"
 SPOT="${SPOT:-true}"
-[[ "$SPOT" =~ ^(true|false)$ ]] || mistake "SPOT '$SPOT' is neither true nor false"
+[[ "$SPOT" =~ ^(true|false)$ ]] || mistake "SPOT is '$SPOT'; expected true or false"
 [ ${#flags[@]} -eq 0 ] || mistake "unknown option ${flags[*]}; expected --dry-run or --"
 extra=cuda
 [[ "$ACCELERATORS" != tpu-* ]] || extra=tpu
 
-# SkyPilot restarts after every failure or after none, so failures are dealt with on the machine; only 75 is passed on.
+# SkyPilot cannot leave exit code 2 alone and restart after other failures. So the loop below restarts after failures on the
+# machine itself, and SkyPilot restarts after 75 only.
 task() {
   cat << YAML
 name: $NAME

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Trains on GPUs of a Slurm cluster: one batch job, a process for each GPU.
+# Trains on the GPUs of a Slurm cluster: one batch job with one process per GPU.
 #
 #   NODES=4 launch/slurm.sh [--dry-run] -- --config=configs/backbone.py:2b --data=/shared/shards --workdir=/shared/run
 #
-# Needs the package in the environment it is called from (extra "cuda"), on a file system that all nodes see. Whatever else
-# the site wants goes into Slurm's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_QOS ...
-#   NODES            how many
-#   GPUS             of a node (default 8)
-#   NAME             of the job (default voxcpm2); it writes NAME-JOBID.log where it was started
-#   GRACE_SEC        to save in, before the time limit (default 180)
+# Start it from an environment that has the package with the extra "cuda", on a file system that all nodes mount. Other
+# options of the site are Slurm's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_QOS ...
+#   NODES            number of nodes
+#   GPUS             GPUs per node (default 8)
+#   NAME             of the job (default voxcpm2); the log is NAME-JOBID.log in the current directory
+#   GRACE_SEC        seconds before the time limit at which the run saves (default 180)
 #   MAX_FAILURES     restarts after a failure, inside one allocation (default 10)
 #
-# GRACE_SEC before the time limit, and when preempted, all processes get SIGTERM, save and leave with 75; then the job puts
-# itself into the queue again. A node that fails puts it there too. `scancel` saves and ends it.
+# GRACE_SEC before the time limit, and when the job is preempted, all processes get SIGTERM, save and exit with 75; the job
+# then requeues itself. Slurm also requeues it when a node fails. `scancel` lets it save and ends it.
 set -euo pipefail
 # shellcheck source=launch/arguments.sh
 . "$(dirname "$0")/arguments.sh"
@@ -21,9 +21,9 @@ GPUS="${GPUS:-8}" GRACE_SEC="${GRACE_SEC:-180}"
 whole NODES GPUS GRACE_SEC
 [ ${#flags[@]} -eq 0 ] || mistake "unknown option ${flags[*]}; expected --dry-run or --"
 
-# One process for each GPU is what JAX makes of a Slurm job; each has to see all GPUs of its node, so no --gpus-per-task.
-# srun: a process that is done saving must not have the others killed (they may still be at it), and reading data takes more
-# than the one core that Slurm would bind a process to.
+# JAX expects one process per GPU in a Slurm job, and that each process sees all GPUs of its node: no --gpus-per-task.
+# srun must not kill the other processes when one exits, because they may still be saving (--kill-on-bad-exit=0), nor bind a
+# process to one core, because reading data takes more (--cpu-bind=none).
 batch() {
   cat << SCRIPT
 #!/usr/bin/env bash
@@ -36,14 +36,14 @@ batch() {
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --signal=TERM@$GRACE_SEC
-trap : TERM # the processes are told as well; this script waits for them
+trap : TERM # the processes get the signal too; this script has to wait for them
 for ((failures = 0; failures <= $MAX_FAILURES; failures++)); do
   code=0
   srun --kill-on-bad-exit=0 --wait=$GRACE_SEC --cpu-bind=none $(quoted voxcpm2-jax train "${train[@]}") || code=\$?
   case \$code in
     0 | 2) exit \$code ;;
     75)
-      # A job that somebody cancelled is no longer running, and stays away.
+      # A cancelled job is no longer RUNNING and is not requeued.
       state=\$(squeue --noheader --format=%T --jobs="\$SLURM_JOB_ID")
       if [ "\$state" = RUNNING ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
       exit 75

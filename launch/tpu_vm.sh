@@ -1,40 +1,41 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs: asks for queued resources, trains on all their hosts, asks again when they are taken away, and
-# gives them back at the end.
+# Trains on Cloud TPU VMs: requests queued resources, trains on all their hosts, requests new ones when they are preempted,
+# and deletes them at the end.
 #
 #   TOPOLOGY=2xv5e:16x16 ZONE=... IMAGE=... SHARE=... launch/tpu_vm.sh [--dry-run] -- \
 #     --config=configs/backbone.py:2b --data=/mnt/voxcpm2/shards --workdir=/mnt/voxcpm2/run
 #
-# Needs gcloud, signed in and with a project set, on a machine that stays up: a small VM, or a terminal multiplexer.
+# Needs gcloud, signed in and with a project set. The script has to keep running: use a small VM or a terminal multiplexer.
 #   TOPOLOGY         slices, chip and shape of a slice, as for `voxcpm2-jax plan`
-#   ZONE             such as the project has its quota in
-#   IMAGE            of launch/Dockerfile with EXTRA=tpu, in a registry that the VMs may read
+#   ZONE             zone in which the project has quota
+#   IMAGE            image built from launch/Dockerfile with EXTRA=tpu, in a registry that the VMs can read
 #   SHARE            an NFS export, HOST:/PATH (Filestore, ...); it is mounted at /mnt/voxcpm2
 #   NAME             of the queued resources (default voxcpm2)
 #   CAPACITY         spot (default), reserved or guaranteed
-#   RUNTIME          software of the VMs (default: that of the chip)
+#   RUNTIME          runtime version of the VMs (default: the one for the chip)
 #   MAX_FAILURES     restarts after a failure (default 10)
-#   POLL_SEC         between two looks at the queue (default 60)
+#   POLL_SEC         seconds between two queries of the queue (default 60)
 #
-# Preempted VMs are shut down: the processes get SIGTERM and save if half a minute is enough for them; this script then
-# deletes what is left, queues again, and training goes on from the last checkpoint. Stopping this script stops no training:
-# the same command finds it again. To stop all: gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
+# When VMs are preempted, the processes get SIGTERM and have about 30 s for saving. The script then deletes what is left of
+# the resources and requests new ones, and training resumes from the last checkpoint. Stopping the script does not stop the
+# training: the same command attaches to it again. To stop both:
+# gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail
 # shellcheck source=launch/arguments.sh
 . "$(dirname "$0")/arguments.sh"
 read_topology
-need ZONE "the zone to ask in"
-need IMAGE "the image of launch/Dockerfile, where the VMs find it"
+need ZONE "a zone in which the project has quota"
+need IMAGE "an image built from launch/Dockerfile, in a registry that the VMs can read"
 need SHARE "an NFS export HOST:/PATH for shards and checkpoints"
 CAPACITY="${CAPACITY:-spot}" POLL_SEC="${POLL_SEC:-60}"
-[[ "$CAPACITY" =~ ^(spot|reserved|guaranteed)$ ]] || mistake "CAPACITY '$CAPACITY' is none of spot, reserved, guaranteed"
+[[ "$CAPACITY" =~ ^(spot|reserved|guaranteed)$ ]] || mistake "CAPACITY is '$CAPACITY'; expected spot, reserved or guaranteed"
 [ ${#flags[@]} -eq 0 ] || mistake "unknown option ${flags[*]}; expected --dry-run or --"
 case "$chip" in
   v5e) RUNTIME="${RUNTIME:-v2-alpha-tpuv5-lite}" ;;
   v5p) RUNTIME="${RUNTIME:-v2-alpha-tpuv5}" ;;
   v6e) RUNTIME="${RUNTIME:-v2-alpha-tpuv6e}" ;;
 esac
-# On every host: a container that is there is started again, as it was; docker leaves one alone that runs.
+# On every host: start the existing container again, which does nothing if it is running; if there is none, make it.
 start="sudo mkdir -p /mnt/voxcpm2"
 start+=" && { mountpoint -q /mnt/voxcpm2 || {"
 start+=" sudo apt-get -qq install -y nfs-common && sudo mount -t nfs $(quoted "$SHARE") /mnt/voxcpm2; }; }"
@@ -51,7 +52,7 @@ create() {
 state() {
   gcloud compute tpus queued-resources list --zone="$ZONE" --filter="name~/$NAME\$" --format='value(state.state)'
 }
-# on all|0 COMMAND: on all hosts of all slices, or on the first of the first.
+# on all|0 COMMAND: on all hosts of all slices, or on the first host of the first slice.
 on() { gcloud compute tpus queued-resources ssh "$NAME" --zone="$ZONE" --node="$1" --worker="$1" --command="$2"; }
 delete() { gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet; }
 
@@ -74,7 +75,7 @@ while true; do
   case "$state" in
     '') create ;;
     ACTIVE)
-      # One line for each host, when its process has ended; the connection may end before.
+      # `docker wait` prints one exit code per host when its process has ended; the connection may break before.
       if on all "$start" && codes=$(on all "sudo docker wait $NAME" | grep -x '[0-9]\+' | sort -nu | xargs); then
         case " $codes " in
           ' 0 ') code=0 ;;

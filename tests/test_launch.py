@@ -1,5 +1,8 @@
-"""The launchers of launch/: what they would submit is parsed by what would read it, and what would run there is run here,
-with programs in the place of srun, gcloud and the like that note how they were called and answer as they were told."""
+"""The launchers of launch/, without their sites.
+
+What they would submit is parsed by the schema or parser of the program that would read it. What would run at the site is run
+here, with stand-ins for srun, gcloud and the like that record their arguments and give prepared answers.
+"""
 
 import json
 import os
@@ -19,9 +22,10 @@ from dockerfile_parse import DockerfileParser
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
 from voxcpm2_jax.cli import main
+from voxcpm2_jax.cli.configs import load_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Words that need quoting at every level that they pass.
+# Words that need quoting at every level that they pass through.
 TRAIN = [
     "--config=configs/backbone.py:2b", "--data=/mnt/voxcpm2/shards", '--workdir=/mnt/voxcpm2/a "run" $(HOME) $HOME \\',
     "--config.samples.texts=(\"it's\",)", "--config.num_steps=7",
@@ -48,7 +52,7 @@ sys.exit(code)
 
 
 class Site:
-    """A machine to launch from: nothing in its environment, `voxcpm2-jax`, and stand-ins for what it would call."""
+    """A machine to launch from: an empty environment, `voxcpm2-jax`, and stand-ins for the programs that launchers call."""
 
     def __init__(self, directory):
         self.bin = directory / "bin"
@@ -66,7 +70,7 @@ class Site:
         (self.bin / name).chmod(0o755)
 
     def answer(self, name, *replies):
-        """What the stand-in `name` does, call by call: (exit code, output)."""
+        """Prepares what the stand-in `name` gives call by call: (exit code, output)."""
         pathlib.Path(f"{self.calls_file}.{name}").write_text(json.dumps(replies))
 
     def run(self, *words, **env):
@@ -103,10 +107,10 @@ def options(words):
 
 
 def is_ours(command):
-    """Whether these words are the training that was asked for, as our own command line reads it."""
+    """Checks that these words are the requested training, and that our command line reads them."""
     assert command == ["voxcpm2-jax", "train", *TRAIN]
-    args, overrides = main._parse(command[1:])
-    assert main.load_config(args.config, overrides)["num_steps"] == 7
+    args, overrides = main.parse(command[1:])
+    assert load_config(args.config, overrides)["num_steps"] == 7
     return args.workdir == '/mnt/voxcpm2/a "run" $(HOME) $HOME \\'
 
 
@@ -114,7 +118,7 @@ def is_ours(command):
 
 
 def jobset(text):
-    """The manifest, which JobSet's own schema reads without a word left over."""
+    """The manifest; JobSet's own schema must read all of it."""
     manifest = yaml.safe_load(text)
     assert JobsetV1alpha2JobSet.from_dict(manifest).to_dict() == manifest
     (jobs,) = manifest["spec"]["replicatedJobs"]
@@ -243,7 +247,7 @@ def test_slurm_job(site, tmp_path, codes, state, is_requeued):
 
 
 def test_slurm_job_outlives_the_signal(site, tmp_path):
-    """The signal may reach the batch script as well, which has to stay until the processes have saved."""
+    """The signal may also reach the batch script, which has to wait until the processes have saved."""
     job = tmp_path / "job.sh"
     job.write_text(site.dry_run("slurm"))
     site._program("srun", f"#!/bin/sh\ntouch {tmp_path}/started\n/bin/sleep 1\nexit 75\n")
@@ -259,7 +263,7 @@ def test_slurm_job_outlives_the_signal(site, tmp_path):
 
 
 def verbs(site):
-    """What was said to gcloud: a verb of queued-resources, or for ssh what runs there."""
+    """The calls of gcloud: the verb of queued-resources, or for ssh the docker command."""
     done = []
     for words in site.calls_of("gcloud"):
         assert words[:3] == ["compute", "tpus", "queued-resources"]
@@ -280,7 +284,7 @@ def test_tpu_vm_trains_on_all_hosts(site, tmp_path):
         "node-prefix": "voxcpm2", "spot": "",
     }  # fmt: skip
     assert "--force" in delete and options(wait[6:])["node"] == options(start[6:])["worker"] == "all"
-    # What every host is told is run here: first with no container there, then with one.
+    # The command for each host is run here: first without a container, then with one.
     for name in ("sudo", "mountpoint"):
         site._program(name, STAND_IN.format(python=sys.executable))
     site.answer("mountpoint", (1, ""), (0, ""))
@@ -310,8 +314,8 @@ def test_tpu_vm_asks_for_the_topology(site, topology, expected):
     assert expected.items() <= options(create[6:]).items() and "--reserved" in create and "--spot" not in create
 
 
-def test_tpu_vm_comes_back(site):
-    """Queued, preempted after saving, connection lost, looking fails, VMs taken away, and then to the end."""
+def test_tpu_vm_restarts(site):
+    """Queued, preempted after saving, connection lost, query failed, VMs preempted, and then to the end."""
     ok, lost = (0, ""), (255, "")
 
     def state(name):
@@ -333,7 +337,7 @@ def test_tpu_vm_comes_back(site):
 
 @pytest.mark.parametrize(("codes", "tries", "ends_with"), [("2\n2\n", 1, 2), ("0\n1\n", 3, 1), ("134\n137\n", 3, 1)])
 def test_tpu_vm_gives_up(site, codes, tries, ends_with):
-    """A mistake at once, a failure after MAX_FAILURES restarts; the logs are shown and the VMs given back."""
+    """After a mistake at once, after a failure with MAX_FAILURES restarts; logs are shown and the resources deleted."""
     one = [(0, "ACTIVE\n"), (0, ""), (0, codes), (0, "")]
     site.answer("gcloud", *one * tries)
     assert site.launch("tpu_vm", MAX_FAILURES="2").returncode == ends_with
@@ -380,25 +384,25 @@ def mistake(done):
 
 
 @pytest.mark.parametrize(("name", "variable"), [(name, v) for name, needed in NEEDED.items() for v in needed])
-def test_what_a_site_needs_is_asked_for(site, name, variable):
+def test_missing_variables_are_refused(site, name, variable):
     for options in ((), ("--dry-run",)):
         assert f"{variable} is not set; expected " in mistake(site.launch(name, *options, **{variable: ""}))
         assert site.calls == []
 
 
 def test_mistakes_are_found_before_anything_is_queued(site):
-    assert "'fast' stands before --" in mistake(site.launch("slurm", "fast"))
-    assert "no arguments for training" in mistake(site.launch("slurm", train=[]))
+    assert "unexpected argument 'fast' before --" in mistake(site.launch("slurm", "fast"))
+    assert "no training arguments" in mistake(site.launch("slurm", train=[]))
     assert "unrecognized arguments: --steps=3" in mistake(site.launch("slurm", train=[*TRAIN, "--steps=3"]))
     assert "optim.learning_rate" in mistake(site.launch("slurm", train=[*TRAIN, "--config.optim.learning_rate=-1"]))
     assert "line break" in mistake(site.launch("slurm", train=[*TRAIN, "--data=a\nb"]))
-    assert "NAME 'a_b' is no name" in mistake(site.launch("slurm", NAME="a_b"))
-    assert "MAX_FAILURES 'many' is no number" in mistake(site.launch("slurm", MAX_FAILURES="many"))
-    assert "GPUS '-1' is no whole number over 0" in mistake(site.launch("slurm", GPUS="-1"))
-    assert "CHIPS_PER_HOST '0' is no whole number over 0" in mistake(site.launch("gke", CHIPS_PER_HOST="0"))
+    assert "NAME is 'a_b'; expected" in mistake(site.launch("slurm", NAME="a_b"))
+    assert "MAX_FAILURES is 'many'; expected a whole number" in mistake(site.launch("slurm", MAX_FAILURES="many"))
+    assert "GPUS is '-1'; expected a whole number of 1 or more" in mistake(site.launch("slurm", GPUS="-1"))
+    assert "CHIPS_PER_HOST is '0'; expected a whole number of 1 or more" in mistake(site.launch("gke", CHIPS_PER_HOST="0"))
     assert site.calls == []
     (site.bin / "voxcpm2-jax").unlink()
-    assert "no voxcpm2-jax here" in mistake(site.launch("slurm"))
+    assert "voxcpm2-jax is not installed here" in mistake(site.launch("slurm"))
 
 
 @pytest.mark.parametrize("name", NEEDED)
@@ -412,14 +416,14 @@ def test_every_site_checks_and_explains(site, name):
 
 @pytest.mark.parametrize("topology", ["v6e", "v6e:16", "v9:2x2", "0xv6e:2x2", "v6e:2x0", "v5e:2x2x2x2", "4v6e:2x2"])
 @pytest.mark.parametrize("name", ["gke", "tpu_vm"])
-def test_topologies_that_are_none(site, name, topology):
-    assert f"TOPOLOGY '{topology}' is none" in mistake(site.launch(name, TOPOLOGY=topology))
+def test_wrong_topologies_are_refused(site, name, topology):
+    assert f"TOPOLOGY is '{topology}'; expected" in mistake(site.launch(name, TOPOLOGY=topology))
 
 
-def test_hosts_are_whole(site):
-    assert "are no whole hosts of CHIPS_PER_HOST=4" in mistake(site.launch("gke", TOPOLOGY="v6e:2x3"))
-    assert "CAPACITY 'cheap'" in mistake(site.launch("tpu_vm", CAPACITY="cheap"))
-    assert "SPOT 'maybe'" in mistake(site.launch("skypilot", SPOT="maybe"))
+def test_wrong_variables_are_refused(site):
+    assert "expected a multiple of CHIPS_PER_HOST=4" in mistake(site.launch("gke", TOPOLOGY="v6e:2x3"))
+    assert "CAPACITY is 'cheap'" in mistake(site.launch("tpu_vm", CAPACITY="cheap"))
+    assert "SPOT is 'maybe'" in mistake(site.launch("skypilot", SPOT="maybe"))
     assert "CLUSTER is not set" in mistake(site.launch("gke", "--xpk"))
 
 
@@ -447,13 +451,13 @@ def test_dockerfile(tmp_path):
     assert json.loads(last["ENTRYPOINT"]) == ["voxcpm2-jax"] and json.loads(last["CMD"]) == ["--help"]
     assert int(last["USER"]) > 0 and names.index("USER") < names.index("ENTRYPOINT")
 
-    # The default of EXTRA, and what the launchers tell to build with, are extras of setup.py.
-    told = {re.fullmatch("EXTRA=(.*)", last["ARG"])[1]}
+    # The default of EXTRA, and the values that the launchers name, are extras of setup.py.
+    named = {re.fullmatch("EXTRA=(.*)", last["ARG"])[1]}
     for path in (ROOT / "launch").iterdir():
-        told |= set(re.findall(r"EXTRA=(\w+)", path.read_text())) if path.is_file() else set()
-    assert told == {"tpu", "cuda"} and told <= extras()
+        named |= set(re.findall(r"EXTRA=(\w+)", path.read_text())) if path.is_file() else set()
+    assert named == {"tpu", "cuda"} and named <= extras()
 
-    # What is copied before the installation is enough to install from; and all that is copied is there.
+    # The files copied before the installation are enough to install from, and all copied files exist.
     install = next(i for i, (name, value) in enumerate(steps) if name == "RUN" and "pip install" in value)
     assert '".[${EXTRA}]"' in steps[install][1]
     for i, (name, value) in enumerate(steps):
