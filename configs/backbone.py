@@ -1,4 +1,4 @@
-"""What `train` trains.
+"""Configs of `train`: the backbone, that is, everything except the codec.
 
     voxcpm2-jax train --config=configs/backbone.py:demo --workdir=DIR --data=SHARDS
 
@@ -7,37 +7,23 @@
     demo        2.2 M          2 CPU cores           10 min             94.0 % of digits (below)
     demo_long   the same       2 CPU cores           39 min, shared     98.0 % of digits
     small       100 M          one GPU or TPU        unmeasured         unmeasured
-    2b          2.29 B         a pod or cluster      unmeasured         unmeasured; the released shape
-    2b_stage1   the same       the same              unmeasured         its first 280,000 updates
-    2b_stage2   the same       the same              unmeasured         the next 80,000
-    2b_stage3   the same       the same              unmeasured         the last 40,000, in which the learning rate decays
-    finetune    the same       one GPU of 80 GB      unmeasured         unmeasured; the released weights, all of them
+    2b          2.29 B         a pod or cluster      unmeasured         unmeasured; the released shape, all three stages
+    2b_stage1   the same       the same              unmeasured         unmeasured; updates 0 to 280,000 of "2b"
+    2b_stage2   the same       the same              unmeasured         unmeasured; updates 280,000 to 360,000
+    2b_stage3   the same       the same              unmeasured         unmeasured; the last 40,000: learning rate decays
+    finetune    the same       one GPU of 80 GB      unmeasured         unmeasured; full fine-tuning of released weights
 
-"demo": the share that Whisper-base hears in 50 digit strings that were never trained on (launch/quickstart.sh; synthetic
-speech, two cores of an AMD EPYC). On sixty strings kept out of training to choose the recipe by, a voice with RoPE of base
-10,000, a learning rate of 2e-3 and stop weight 1 said the first digit right and the others by chance (31 % in all, 3,000
-updates, 10,000 clips, uniform flow times); with base 100, 1e-3 and stop weight 0.2 it had learned to read (86 %, 3,600
-updates). Sequences are some fifteen slots long, which base 10,000 hardly tells apart.
+configs/README.md has the commands for stages, WSD branches and fine-tuning.
 
-Learning rates and step counts of "small" and "2b" follow the first VoxCPM paper (1e-4, WSD) where the report on VoxCPM2 gives
-none; its three stages are in "2b". A stage by itself, on data of its own or on another machine, goes on where the one before
-ended, and the three together are the updates of "2b"; other shards than the stage before had need --accept-config-changes:
+"demo": share of digits that Whisper-base hears right in 50 generated strings that were held out of training
+(launch/quickstart.sh; synthetic speech, two cores of an AMD EPYC). The recipe was chosen on sixty other held-out strings.
+With RoPE base 10,000, learning rate 2e-3 and stop weight 1, the voice said the first digit right and the others by chance
+(31 % in all; 3,000 updates, 10,000 clips, uniform flow times). With base 100, 1e-3 and stop weight 0.2 it had learned to
+read (86 %; 3,600 updates). A clip is about fifteen slots long, and base 10,000 hardly distinguishes such near positions.
 
-    voxcpm2-jax train --config=configs/backbone.py:2b_stage1 --workdir=S1 --data=SHARDS
-    voxcpm2-jax train --config=configs/backbone.py:2b_stage2 --workdir=S2 --data=SHARDS --resume-from=S1
-    voxcpm2-jax train --config=configs/backbone.py:2b_stage3 --workdir=S3 --data=SHARDS --resume-from=S2
-
-A "wsd" run is a trunk as long as its rate is stable. A branch takes the state of any of its checkpoints, which it only reads,
-and ends in a decay of its own:
-
-    voxcpm2-jax train --config=configs/backbone.py:2b --workdir=TRUNK --data=SHARDS
-    voxcpm2-jax train --config=configs/backbone.py:2b --workdir=BRANCH --data=SHARDS --resume-from=TRUNK/checkpoints/200000
-        --config.optim.decay_start=200000 --config.optim.decay_steps=20000 --config.num_steps=220000
-
-"finetune" has the reference's settings (1e-5, warm-up of 100, decay 0.01, clip at 1) on shards that prepare made with the
-released codec and tokenizer. Eight rows in eight parts suit one device; on 8 devices, --config.accumulate=1:
-
-    voxcpm2-jax train --config=configs/backbone.py:finetune --workdir=DIR --data=SHARDS --init-params=RELEASED
+Sources: "2b" takes learning rate and schedule from the first VoxCPM paper (1e-4, WSD), because the VoxCPM2 report gives none.
+Its three stages are the report's; its step counts are ours. "small" has the same schedule and a rate of ours. "finetune" has
+the reference's settings (1e-5, warm-up of 100 updates, weight decay 0.01, clip at 1).
 """
 
 import dataclasses
@@ -52,16 +38,21 @@ VARIANTS = ("tiny", "demo", "demo_long", "small", "2b", "2b_stage1", "2b_stage2"
 
 
 def ramp(stage: StageConfig, batch: BatchConfig, rows: dict[int, int]) -> tuple[StageConfig, ...]:
-    """A stage whose batches grow: `rows` by the update from which on a batch has so many. Clips go on in their order."""
+    """A stage in which the batch grows. `rows` maps an update to the rows per batch from that update on.
+
+    The order of the clips does not restart at these updates.
+    """
     return tuple(
         dataclasses.replace(stage, first_step=step, batch=dataclasses.replace(batch, rows=n)) for step, n in rows.items()
     )
 
 
-# The three stages of the report on VoxCPM2: plain speech in rows of 4,096 slots; longer clips and rows, and more and more
-# clips that follow a voice or a description; at last all languages nearly alike. Lengths are the report's, shares and step
-# counts ours, for it gives none, and so are the batches: a million slots at first, two million soon. All of a stage that
-# the corpus does not have (references, descriptions) is left out.
+# The three stages of the VoxCPM2 report:
+#   1  plain speech in rows of 4,096 slots
+#   2  longer clips and rows; a growing share of clips with a reference or a description (two entries below)
+#   3  languages weighted almost evenly
+# The limits of clip length are the report's. It gives no shares, step counts or batch sizes: those here are ours (a million
+# slots per batch, then two million). Where the corpus has no references or descriptions, their shares have no effect.
 _ROWS = BatchConfig(rows=256, slots=4096, patches=2816, segments=128)
 _LONG_ROWS = BatchConfig(rows=256, slots=8192, patches=5632, segments=128)
 CURRICULUM = (
@@ -76,7 +67,7 @@ _ENDS = {"2b_stage1": 280_000, "2b_stage2": 360_000, "2b_stage3": 400_000, "2b":
 
 
 def get_config(variant: str = "tiny") -> ConfigDict:
-    """A variant as a ConfigDict; the fields and their units stand in config.BackboneRun."""
+    """A variant as a ConfigDict; `voxcpm2_jax.config.run.BackboneRun` explains the fields."""
     if variant == "tiny":
         run = BackboneRun(
             model=MODELS["tiny"],

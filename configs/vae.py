@@ -1,4 +1,4 @@
-"""What `train-vae` trains.
+"""Configs of `train-vae`: the codec.
 
     voxcpm2-jax train-vae --config=configs/vae.py:demo --workdir=DIR --data=MANIFEST
 
@@ -9,17 +9,19 @@
     small       14 M             16 -> 48, 25             one GPU or TPU        unmeasured    unmeasured
     release     94 M             16 -> 48, 25             8 GPUs or TPUs        unmeasured    unmeasured; the released shape
 
---data is a manifest or tfds:NAME (data/corpus.py), or a directory that holds train.jsonl and, to listen to, heldout.jsonl,
-such as `prepare --config=configs/data.py:demo` leaves; :tiny needs none.
+--data is a manifest or tfds:NAME (voxcpm2_jax/data/README.md), or a directory with train.jsonl and, for reconstructions,
+heldout.jsonl, such as `prepare --config=configs/data.py:demo` writes. ":tiny" needs none.
 
-"demo": the share that Whisper-base hears in reconstructions of the 50 held-out digit strings of launch/quickstart.sh
-(synthetic speech; 100 % in the recordings), on two cores of an AMD EPYC (*shared with other work). Mel distance 0.217;
-latents 0.30 .. 1.40 in standard deviation by channel. "demo_long", with twice the updates, comes to a mel distance of 0.204
-and gives up 3 of its 16 channels (standard deviation under 0.2), which the voice does not mind. Both have dense windows
-where the release has depthwise ones: with so few channels they cost a CPU no more.
+"demo": share of digits that Whisper-base hears right in reconstructions of the 50 held-out digit strings of
+launch/quickstart.sh (synthetic speech; 100 % in the recordings), on two cores of an AMD EPYC (*shared with other work). The
+mel distance is 0.217; the standard deviation of the latents is 0.30 .. 1.40 by channel. "demo_long" has twice the updates and
+a mel distance of 0.204. Three of its 16 channels carry next to nothing (standard deviation under 0.2); the voice trained on
+it does not suffer. Both use dense convolutions where the release has depthwise ones: with so few channels they are as fast
+on a CPU.
 
-Optimiser, crop length and KL weight of "small" and "release" follow the recipe of the first AudioVAE (mel 15, KL 5e-5, 2 s
-crops, betas 0.8 / 0.99, 1K warm-up, generator's clip 1000); that of V2 is unpublished. There is no discriminator yet.
+Sources: optimiser, crop length and KL weight of "small" and "release" follow the first AudioVAE (mel 15, KL 5e-5, 2 s crops,
+betas 0.8 / 0.99, warm-up of 1,000 updates, the generator's clip at 1000); the recipe of V2 is unpublished. There is no
+discriminator yet.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +34,7 @@ VARIANTS = ("tiny", "demo", "demo_long", "small", "release")
 
 
 def get_config(variant: str = "demo") -> ConfigDict:
-    """A variant as a ConfigDict; the fields and their units stand in config.VAERun."""
+    """A variant as a ConfigDict; `voxcpm2_jax.config.run.VAERun` explains the fields."""
     short = OptimConfig(
         learning_rate=3e-3, warmup_steps=50, end_ratio=0.02, beta1=0.8, beta2=0.99, weight_decay=0.0, clip_norm=1.0,
         ema_decay=0.99,
