@@ -1,13 +1,15 @@
-"""How `evaluate` speaks held-out texts and has them judged, or computes the loss of held-out clips.
+"""How `evaluate` scores a checkpoint: speech of held-out texts, or the loss on held-out clips.
 
-voxcpm2-jax evaluate --config=configs/evaluate.py:digits --checkpoint=CKPT --data=heldout.jsonl --output=DIR
+voxcpm2-jax evaluate --config=configs/evaluate.py:words --checkpoint=CKPT --data=heldout.jsonl --output=DIR
 voxcpm2-jax evaluate --config=configs/evaluate.py:loss --checkpoint=CKPT --data=SHARDS/heldout --output=DIR
 
-variant   scored by
-words     word and character error rate
-digits    share of digits heard right (the demo corpus)
-tiny      digits, three steps a patch: for tests
+variant   measures
+words     word and character error rates, in the language that the manifest names for each recording
+digits    share of English digits heard right (for the demo corpus)
+tiny      digits, three Euler steps per patch: for tests
 loss      the two training losses with standard errors, by flow time, dataset, language and mode; nothing is spoken
+
+Hardware: any that the model runs on; the judge of speech, Whisper-base, runs on two CPU cores. Wall time: unmeasured.
 """
 
 import dataclasses
@@ -26,7 +28,7 @@ VARIANTS = {
 
 
 def get_config(variant: str = "words") -> ConfigDict:
-    """A variant as a ConfigDict; the fields and their units stand in config.EvaluateConfig."""
+    """A variant as a ConfigDict; `voxcpm2_jax.config.evaluate.EvaluateConfig` explains the fields."""
     if variant not in VARIANTS:
         raise UserError(f"configs/evaluate.py has {', '.join(VARIANTS)}; got {variant!r}")
     return ConfigDict(dataclasses.asdict(VARIANTS[variant]))

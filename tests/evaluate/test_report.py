@@ -1,4 +1,4 @@
-"""The report on held-out texts: what is scored, and that every set goes the same way."""
+"""The report on held-out texts: three sets, one judge, each text in its own language."""
 
 import dataclasses
 import json
@@ -15,51 +15,103 @@ from voxcpm2_jax.corpus.manifest import Recording, write_manifest
 from voxcpm2_jax.evaluate import report
 
 
-@pytest.fixture
-def manifest(tmp_path):
+def write(directory, texts, languages=None):
+    """A manifest of noise with these texts."""
     rng = np.random.default_rng(0)
-    for i in range(3):
-        soundfile.write(tmp_path / f"{i}.wav", 0.1 * rng.normal(size=16000), 16000)
-    texts = ("one two", "three", "four five")
-    write_manifest(tmp_path / "heldout.jsonl", [Recording(str(tmp_path / f"{i}.wav"), text) for i, text in enumerate(texts)])
-    return tmp_path / "heldout.jsonl"
+    recordings = []
+    for i, text in enumerate(texts):
+        soundfile.write(directory / f"{i}.wav", 0.1 * rng.normal(size=16000), 16000)
+        recordings.append(Recording(directory / f"{i}.wav", text, language=languages[i] if languages else None))
+    write_manifest(directory / "heldout.jsonl", recordings)
+    return directory / "heldout.jsonl"
 
 
-def test_three_sets_one_judge(manifest, released_dir, tmp_path, monkeypatch):
+@pytest.fixture
+def judge(monkeypatch, tmp_path):
+    """Stands in for Whisper: keeps what it is asked, and answers with the lists in `answers`, or always with "one"."""
+
+    class Judge:
+        answers, languages, seconds = [], [], []
+
+    def transcribe(waves, rate, languages):
+        Judge.languages.append(list(languages))
+        Judge.seconds.append([len(x) / rate for x in waves])
+        return Judge.answers.pop(0) if Judge.answers else ["one"] * len(waves)
+
+    monkeypatch.setattr(report.whisper, "whisper_directory", lambda: tmp_path)
+    monkeypatch.setattr(report.whisper, "transcribe", transcribe)
+    return Judge
+
+
+def test_three_sets_one_judge(judge, released_dir, tmp_path):
     """A judge that hears the recordings right and nothing else."""
-    heard = iter([["1 2", "three", "4-5"], ["one", "", "four five six"], ["", "three", "nine nine"]])
-    monkeypatch.setattr(report.judge, "whisper_directory", lambda: tmp_path)
-    monkeypatch.setattr(report.judge, "transcribe", lambda waves, rate: next(heard))
+    judge.answers += [["1 2", "three", "4-5"], ["one", "", "four five six"], ["", "three", "nine nine"]]
+    manifest = write(tmp_path, ["one two", "three", "four five"])
     config = EvaluateConfig(measure="digits", inference_timesteps=2, num_pictures=1)
     result = report.evaluate(config, released_dir, manifest, tmp_path / "out")
     scores = {name: values["digits right"] for name, values in result["scores"].items()}
     # Of five digits: all; one of "one two" and, one too many, one of "four five"; the three.
     assert scores == pytest.approx({"recordings": 1.0, "reconstructions": 2 / 5, "generated": 1 / 5})
     assert result["scores"]["generated"]["strings right"] == pytest.approx(1 / 3)
+    assert judge.languages == [["en"] * 3] * 3 and result["texts_without_language"] == 3
+    assert result["languages"] == {"en": {"texts": 3, "unit": "digit"}} and "by_language" not in result
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
     assert len(list((tmp_path / "out" / "audio").glob("*.wav"))) == 3
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
 
 
-def test_parts_of_recordings_and_sets_of_tensorflow_are_heard_as_they_are(released_dir, tmp_path, monkeypatch):
+def test_each_text_is_heard_and_scored_in_its_language(judge, released_dir, tmp_path, capsys):
+    texts, tags = ["मेरा नाम राम है।", "今天天气很好。", "cost $1_a and $x_{", "谢谢"], ["hi-IN", "zh-CN", None, "cmn"]
+    judge.answers += [texts, ["मेरा नाम रमा है", "今天天汽很好", "cost", "谢谢"], [""] * 4]
+    config = EvaluateConfig(inference_timesteps=2, num_pictures=4)
+    result = report.evaluate(config, released_dir, write(tmp_path, texts, tags), tmp_path / "out")
+    assert judge.languages == [["hi", "zh", "en", "zh"]] * 3
+    assert [row["language"] for row in result["rows"]] == ["hi", "zh", "en", "zh"]
+    assert result["texts_without_language"] == 1
+    assert result["languages"] == {
+        "en": {"texts": 1, "unit": "word"},
+        "hi": {"texts": 1, "unit": "word"},
+        "zh": {"texts": 2, "unit": "character"},
+    }
+    rates = {code: sets["reconstructions"]["WER"] for code, sets in result["by_language"].items()}
+    assert rates == pytest.approx({"en": 4 / 5, "hi": 1 / 4, "zh": 1 / 8})
+    assert result["by_language"]["zh"]["reconstructions"]["CER"] == pytest.approx(1 / 8)
+    assert result["scores"]["reconstructions"]["WER"] == pytest.approx((4 + 1 + 1) / (5 + 4 + 8))
+    for name, rate in (("recordings", 0.0), ("generated", 1.0)):
+        assert {sets[name]["WER"] for sets in (result["scores"], *result["by_language"].values())} == {rate}
+    report.show(result)
+    table = capsys.readouterr().err
+    assert "reconstructions, zh" in table and "WER counts characters in zh" in table and "taken for English: 1" in table
+
+
+def test_languages_that_cannot_be_scored(judge, tmp_path, monkeypatch):
+    """Refused before a model is loaded."""
+    monkeypatch.setattr(report.VoxCPM, "from_pretrained", None)
+    for measure, texts, tags, message in (
+        ("words", ["one", "雨"], ["en", "yue"], "heldout.jsonl: language 'yue': Whisper-base, the judge, does not know it"),
+        ("digits", ["one", "eins"], [None, "de"], "measure=digits counts English digits, got recordings in de"),
+        ("words", ["one", "?!"], ["en", "de"], "no text in de has a letter or a digit"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            report.evaluate(EvaluateConfig(measure=measure), "C", write(tmp_path, texts, tags), tmp_path / "out")
+        assert "\n" not in str(error.value)
+    assert not judge.languages and not (tmp_path / "out").exists()
+
+
+def test_parts_of_recordings_and_sets_of_tensorflow_are_heard_as_they_are(judge, released_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
     ljspeech(tmp_path)
     soundfile.write(tmp_path / "long.wav", 0.1 * np.random.default_rng(0).normal(size=32000), 16000)
     whole = Recording(tmp_path / "long.wav", "one")
     parts = [dataclasses.replace(whole, start_sec=0.3, end_sec=0.3 + sec) for sec in (0.2, 0.5)]
     write_manifest(tmp_path / "m.jsonl", parts)
-    sec: list[list[float]] = []
-    monkeypatch.setattr(report.judge, "whisper_directory", lambda: tmp_path)
-    monkeypatch.setattr(
-        report.judge, "transcribe", lambda waves, rate: sec.append([len(x) / rate for x in waves]) or ["one"] * len(waves)
-    )
     config = EvaluateConfig(inference_timesteps=1, num_pictures=0)
     for name, recorded in ((tmp_path / "m.jsonl", [0.2, 0.5]), ("tfds:ljspeech@train[:2]", [0.25, 0.25])):
-        sec.clear()
+        judge.seconds.clear()
         result = report.evaluate(config, released_dir, name, tmp_path / "out")
         assert result["manifest"] == str(name)
-        assert sec[0] == pytest.approx(recorded, abs=1e-3)
-        assert sec[1] == pytest.approx(np.ceil(np.array(recorded) / 0.16) * 0.16)  # whole patches
+        assert judge.seconds[0] == pytest.approx(recorded, abs=1e-3)
+        assert judge.seconds[1] == pytest.approx(np.ceil(np.array(recorded) / 0.16) * 0.16)  # whole patches
 
 
 def test_an_empty_manifest_is_refused(tmp_path, released_dir):

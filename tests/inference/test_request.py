@@ -60,7 +60,7 @@ def test_generate_takes_the_fields_of_a_request(monkeypatch):
     monkeypatch.setattr(VoxCPM, "speak", speak)
     values = {
         "text": "one", "prompt_wav_path": "a", "prompt_text": "b", "reference_wav_path": "c", "cfg_value": 1.5,
-        "inference_timesteps": 4, "min_len": 1, "max_len": 9, "normalize": False, "denoise": False, "retry_badcase": False,
+        "inference_timesteps": 4, "min_len": 1, "max_len": 9, "normalize": False, "denoise": False, "retry_badcase": True,
         "retry_badcase_max_times": 2, "retry_badcase_ratio_threshold": 5.0, "seed": 7, "noise": [1],
     }  # fmt: skip
     with pytest.raises(AskedError) as asked:

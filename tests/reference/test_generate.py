@@ -1,4 +1,4 @@
-"""Whole generations against the live reference: four modes, given noise, latents and waveforms, float32."""
+"""Generation against the live reference: latents and waveforms in four modes, with the same noise, float32."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from voxcpm2_jax.data.tokenizer import load_tokenizer
 TEXT = "two three (four), 你好 five"
 PROMPT_TEXT = " one "
 NUM_PATCHES = 9
-CLEARANCE = 1e-4  # least distance of a quantiser input from a rounding tie, in levels
+CLEARANCE = 1e-4  # smallest accepted distance of a quantiser input from a rounding tie, in levels
 
 
 def model_of(loaded):
@@ -28,7 +28,7 @@ def ours(pair):
 
 @pytest.fixture(scope="module")
 def voices(tmp_path_factory):
-    """Two recordings at rates of their own, one of them stereo, none a whole number of patches."""
+    """Two recordings at different rates, one of them stereo, neither a whole number of patches."""
     directory = tmp_path_factory.mktemp("voices")
     rng = np.random.default_rng(0)
     paths = {}
@@ -53,9 +53,9 @@ def mode_arguments(mode, voices):
 
 
 def their_generation(model, arguments, noise, **settings):
-    """Waveform, latents and the quantiser's least distance from a tie at an audio slot."""
+    """Waveform, latents, and the smallest distance of a quantiser input from a rounding tie, over the audio slots."""
     clearance = [0.5]
-    audio_masks = []  # of the prefill; every later call of the quantiser is one patch
+    audio_masks = []  # of the prefill; every later call of the quantiser sees one patch
     seen = []
     infer, decode = model._inference, model.audio_vae.decode
 
@@ -77,7 +77,7 @@ def their_generation(model, arguments, noise, **settings):
 
 
 def clear_noise(pair, arguments, **settings):
-    """The first seed at which no quantiser input is near a tie, with the reference's answer."""
+    """The noise of the first seed that keeps quantiser inputs away from ties -> noise, waveform, latents of the reference."""
     c = pair.loaded.config
     for seed in range(20):
         noise = np.random.default_rng(seed).normal(size=(NUM_PATCHES, c.patch_size, c.feat_dim)).astype(np.float32)
@@ -103,7 +103,7 @@ def test_steps_and_guidance(pair, ours):
 
 
 def test_stop(pair, ours):
-    """Where the stop head fires, both end at the same patch, and not before patch min_len + 1."""
+    """Where the stop head fires, both end at the same patch, for several min_len."""
     head = pair.torch_model.stop_head.weight
     before = head.detach().clone()
     noise, _, _ = clear_noise(pair, {})

@@ -1,27 +1,26 @@
-"""TODO config.evaluate."""
+"""Configuration of `evaluate`: what is measured, and how the speech to measure is generated."""
 
 from dataclasses import dataclass
 
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BatchConfig, ValidationConfig
-
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+from voxcpm2_jax.inference.request import Request
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """What `evaluate` measures, and how; configs/evaluate.py has the variants."""
 
-    # "words" (1 - WER) or "digits": what a judge's transcripts of the model's speech are scored by. "loss": of held-out
-    # shards; the fields from `validation` on are for it, the others for speech.
+    # "words": word and character error rates of the speech. "digits": share of English digits heard right. "loss": the
+    # training losses on held-out shards, which uses the last two fields; the others are for speech.
     measure: str = "words"
-    seed: int = 0  # of the first text's noise; text i takes seed + i
-    cfg_value: float = 2.0  # guidance
-    inference_timesteps: int = 10  # Euler steps a patch
-    batch_texts: int = 16  # spoken together
-    num_pictures: int = 4  # spectrograms of recording and speech side by side
+    seed: int = 0  # of the noise: text i is spoken with seed + i
+    cfg_value: float = Request.cfg_value  # guidance
+    inference_timesteps: int = Request.inference_timesteps  # Euler steps per patch
+    batch_texts: int = 16  # texts that are spoken in one batch
+    num_pictures: int = 4  # spectrograms that show a recording and the generated speech side by side
     validation: ValidationConfig = ValidationConfig(max_clips=4096)
-    batch: BatchConfig = BatchConfig(rows=4, slots=1024, patches=768)  # clips are heard in such batches
+    batch: BatchConfig = BatchConfig(rows=4, slots=1024, patches=768)  # size of the batches of clips
 
     def __post_init__(self):
         if self.measure not in ("words", "digits", "loss"):

@@ -1,7 +1,8 @@
-"""TODO evaluate.pictures."""
+"""Pictures of a report: spectrograms as PNG."""
 
 import io
 import os
+import warnings
 
 import numpy as np
 
@@ -9,10 +10,10 @@ import numpy as np
 def draw_spectrograms(
     path: str | os.PathLike, audio_A: np.ndarray, other_A: np.ndarray, rate: int, titles: tuple[str, str]
 ) -> None:
-    """A picture of two recordings side by side, as PNG of some 40 kB.
+    """Draws the spectrograms of two clips side by side, as a PNG of about 40 kB.
 
     Args:
-        audio_A, other_A: both at `rate` Hz.   titles: what stands over each.
+        audio_A, other_A: both at `rate` Hz.   titles: of the two spectrograms.
     """
     import matplotlib
     import PIL.Image
@@ -28,9 +29,12 @@ def draw_spectrograms(
         level_db = 20 * np.log10(np.abs(np.fft.rfft(blocks)).T + 1e-4)
         extent = (0, len(x_A) / rate, 0, rate / 2)
         axis.imshow(level_db, origin="lower", aspect="auto", extent=extent, vmin=-60, vmax=30)
-        axis.set(title=title, xlabel="s")
+        axis.set_title(title, parse_math=False)  # a transcript may have dollar signs
+        axis.set(xlabel="s")
     axes[0].set_ylabel("Hz")
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=75)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # its font lacks many scripts and draws boxes
+        figure.savefig(drawn, dpi=75)
     pyplot.close(figure)
     PIL.Image.open(drawn).convert("RGB").quantize(32, dither=PIL.Image.Dither.NONE).save(path, format="PNG", optimize=True)

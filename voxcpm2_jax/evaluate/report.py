@@ -1,16 +1,19 @@
-"""A model's speech of held-out texts, judged beside the recordings and their reconstructions by the codec.
+"""Scores of a model's speech on held-out texts, beside the recordings of these texts and their codec reconstructions.
 
-    recordings        what the judge makes of the real thing: the ceiling
-    reconstructions   recordings through the codec: what the backbone can reach at most
-    generated         texts alone, spoken by the model
+    recordings        the real speech: the best score that this judge gives
+    reconstructions   recordings through the codec: the best that a backbone can reach with this codec
+    generated         the texts, spoken by the model
 
-All three are heard by the same judge under the same protocol (speech.py).
+The judge (whisper.py) transcribes all three in the same way, in the language that the manifest names for each recording,
+and scores.py counts the errors. A recording without a language is taken for English.
 """
 
+import collections
 import json
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,27 +21,36 @@ from voxcpm2_jax import files
 from voxcpm2_jax.config.evaluate import EvaluateConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.corpus import sources
+from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.data import audio
 from voxcpm2_jax.data.text import normal_text
 from voxcpm2_jax.evaluate import pictures, scores, whisper
 from voxcpm2_jax.inference.api import Speech, VoxCPM
+from voxcpm2_jax.inference.request import Request
 
 RESULT_FILE = "result.json"
 SETS = ("recordings", "reconstructions", "generated")
+DEFAULT_LANGUAGE = "en"
 
 
 def evaluate(
     config: EvaluateConfig, checkpoint: str | os.PathLike, manifest: str | os.PathLike, output: str | os.PathLike
 ) -> dict:
-    """Writes result.json, the audio of all texts and some spectrograms to `output` -> the content of result.json.
+    """Writes result.json, the generated audio and some spectrograms to `output` -> the content of result.json.
 
     Args:
-        manifest: held-out recordings with their texts, anything that data/corpus.py opens.
+        manifest: held-out recordings with their texts, anything that `corpus.sources.open_corpus` opens.
+    Returns:
+        "scores": set -> measure -> value, over all texts.   "by_language": the same for each language, if there are several.
+        "languages": code -> number of texts, and the unit that WER (or "digits") counts.
+        "texts_without_language": how many were taken for English.   "rows": each text with its transcripts.
     Raises:
-        UserError: no checkpoint, no manifest, no judge installed, or an output directory that cannot be written to.
+        UserError: no checkpoint, no manifest, no judge installed, a language that the judge does not know, or an output
+            directory that cannot be written to.
     """
     recordings = list(sources.open_corpus(manifest))
-    whisper.whisper_directory()  # a judge that is not installed is told of before anything is spoken
+    languages = _languages(config, recordings, manifest)
+    whisper.whisper_directory()  # raises before anything is spoken if the judge is not installed
     model = VoxCPM.from_pretrained(checkpoint)
     output = pathlib.Path(output)
     try:
@@ -57,7 +69,7 @@ def evaluate(
         "generated": [s.audio_A for s in spoken],
     }
     texts = [r.text for r in recordings]
-    heard = {name: whisper.transcribe(waves, model.sample_rate) for name, waves in sets.items()}
+    heard = {name: whisper.transcribe(waves, model.sample_rate, languages) for name, waves in sets.items()}
     for i, speech in enumerate(spoken):
         audio.save(output / "audio" / f"{i:04d}.wav", speech.audio_A, model.sample_rate)
     for i in _spread(len(texts), config.num_pictures):
@@ -70,12 +82,15 @@ def evaluate(
         "manifest": str(manifest),
         "texts": len(texts),
         "config": to_dict(config),
-        "scores": {name: _scores(config, texts, heard[name]) for name in SETS},
+        **_all_scores(config, texts, heard, languages),
+        "texts_without_language": sum(not r.language for r in recordings),
         "generated_sec": round(seconds, 2),
         "real_time_factor": round(speaking_sec / seconds, 3),  # compilation included
         "stopped_by_stop_head": sum(s.stopped_by == "stop head" for s in spoken),
         "retried": sum(s.num_tries > 1 for s in spoken),
-        "rows": [{"text": text} | {name: heard[name][i] for name in SETS} for i, text in enumerate(texts)],
+        "rows": [
+            {"text": text, "language": languages[i]} | {name: heard[name][i] for name in SETS} for i, text in enumerate(texts)
+        ],
     }
     files.replace_file(output / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
@@ -86,19 +101,42 @@ def show(result: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result['texts']} held-out texts, heard by Whisper-base")
+    table = Table(title=f"{result['texts']} held-out texts, transcribed by Whisper-base")
     columns = list(result["scores"]["generated"])
     for column in ("", *columns):
         table.add_column(column, justify="right" if column else "left")
-    for name in SETS:
-        table.add_row(name, *(f"{100 * result['scores'][name][column]:.1f} %" for column in columns))
-    Console(stderr=True).print(table)
+    for code, of_sets in {"": result["scores"], **result.get("by_language", {})}.items():
+        for name in SETS:
+            cells = [f"{100 * of_sets[name][column]:.1f} %" for column in columns]
+            table.add_row(f"{name}, {code}" if code else name, *cells)
+    console = Console(stderr=True)
+    console.print(table)
+    if codes := [code for code, of in result["languages"].items() if of["unit"] == "character"]:
+        console.print(f"WER counts characters in {', '.join(codes)}.")
+    if num_texts := result["texts_without_language"]:
+        console.print(f"Texts without a language, taken for English: {num_texts}.")
+
+
+def _languages(config: EvaluateConfig, recordings: Sequence[Recording], manifest) -> list[str]:
+    """The language code of each recording; raises UserError for what cannot be scored."""
+    try:
+        languages = [whisper.language_code(r.language or DEFAULT_LANGUAGE) for r in recordings]
+    except UserError as error:
+        raise UserError(f"{manifest}: {error}") from None
+    if config.measure == "digits" and (others := sorted(set(languages) - {"en"})):
+        raise UserError(
+            f"{manifest}: measure=digits counts English digits, got recordings in {', '.join(others)}; use measure=words"
+        )
+    spoken = {language for language, r in zip(languages, recordings) if scores.words(r.text)}
+    if empty := sorted(set(languages) - spoken):
+        raise UserError(f"{manifest}: no text in {', '.join(empty)} has a letter or a digit, so there is nothing to score")
+    return languages
 
 
 def _speak(model: VoxCPM, config: EvaluateConfig, texts: list[str]) -> list[Speech]:
     settings = {"cfg_value": config.cfg_value, "inference_timesteps": config.inference_timesteps}
-    requests = [{"text": text, "seed": config.seed + i, **settings} for i, text in enumerate(texts)]
-    # Neighbours of like length waste no steps on each other.
+    requests = [Request(text, seed=config.seed + i, **settings) for i, text in enumerate(texts)]
+    # A batch runs until its longest row ends, so texts of similar length share one.
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     spoken: dict[int, Speech] = {}
     for first in range(0, len(order), config.batch_texts):
@@ -107,13 +145,33 @@ def _speak(model: VoxCPM, config: EvaluateConfig, texts: list[str]) -> list[Spee
     return [spoken[i] for i in range(len(texts))]
 
 
-def _scores(config: EvaluateConfig, texts: list[str], heard: list[str]) -> dict[str, float]:
+def _all_scores(config: EvaluateConfig, texts: list[str], heard: dict[str, list[str]], languages: list[str]) -> dict:
+    def scores_of(chosen: Sequence[int]) -> dict[str, dict[str, float]]:
+        pick = {name: [transcripts[i] for i in chosen] for name, transcripts in heard.items()}
+        wanted, codes = [texts[i] for i in chosen], [languages[i] for i in chosen]
+        return {name: _scores(config, wanted, pick[name], codes) for name in SETS}
+
+    counts = sorted(collections.Counter(languages).items())
+    units = {code: "digit" if config.measure == "digits" else scores.unit(code) for code, _ in counts}
+    result = {
+        "scores": scores_of(range(len(texts))),
+        "languages": {code: {"texts": count, "unit": units[code]} for code, count in counts},
+    }
+    if len(counts) > 1:
+        result["by_language"] = {code: scores_of([i for i, c in enumerate(languages) if c == code]) for code, _ in counts}
+    return result
+
+
+def _scores(config: EvaluateConfig, texts: list[str], heard: list[str], languages: list[str]) -> dict[str, float]:
     if config.measure == "digits":
         whole = np.mean([scores.digits(text) == scores.digits(h) for text, h in zip(texts, heard)])
         return {"digits right": scores.digit_accuracy(texts, heard), "strings right": float(whole)}
-    return {"WER": scores.word_error_rate(texts, heard), "CER": scores.character_error_rate(texts, heard)}
+    return {
+        "WER": scores.word_error_rate(texts, heard, languages),
+        "CER": scores.character_error_rate(texts, heard),
+    }
 
 
-def _spread(n: int, k: int) -> list[int]:
-    """At most k of n indices, evenly spread."""
-    return sorted({int(i) for i in np.linspace(0, n - 1, min(k, n))}) if k else []
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` indices, evenly spread."""
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(most, count))}) if most else []

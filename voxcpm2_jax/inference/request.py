@@ -72,8 +72,3 @@ class Request:
         for name in ("normalize", "denoise"):
             if getattr(self, name):
                 raise UserError(f"{name}=True is not available in this package; prepare the input yourself")
-
-
-def check_settings(**arguments):
-    """The checks of `Request` alone."""
-    Request(**arguments)
