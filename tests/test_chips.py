@@ -1,4 +1,4 @@
-"""The table of chips: every device kind finds its own, per device where a chip shows as two."""
+"""The table of chips: device kinds are found in it, and its figures have plausible units."""
 
 import pytest
 
@@ -24,12 +24,12 @@ def test_an_unknown_device_has_none():
     assert chips.of_kind("cpu") is None and chips.of_kind("NVIDIA L400") is None
 
 
-def test_figures_are_of_a_chip_and_devices_have_their_share():
+def test_figures_per_chip_and_per_device():
     chip = chips.CHIPS["tpu7x"]
     assert (chip.device_flops, chip.device_hbm_bytes) == (chip.peak_bf16_flops / 2, 96 * 2**30)
     assert len(chips.CHIPS) == len(chips._TABLE)
     for chip in chips.CHIPS.values():
-        # Memory feeds 100 to 700 bf16 FLOP a byte on all of them; a figure in the wrong unit falls out of that.
+        # All chips do 100 to 700 bfloat16 FLOPs per byte of memory traffic; a figure in a wrong unit would be far outside.
         assert 100 < chip.peak_bf16_flops / chip.hbm_bytes_per_sec < 700, chip.name
         assert 16 <= chip.hbm_bytes / 2**30 <= 192 and 10e9 < chip.ici_bytes_per_sec <= 100e9, chip.name
         assert chip.dcn_bytes_per_sec is None or chip.dcn_bytes_per_sec < chip.ici_bytes_per_sec * chip.ici_links, chip.name

@@ -1,30 +1,31 @@
-"""What accelerators can do at best, by their makers: the one table behind MFU, `plan` and the arithmetic of meshes.
+"""Peak speed, memory and links of accelerators: the one table behind MFU, `plan` and the choice of a mesh.
 
-All figures are peaks, of one chip (`devices` tells how many JAX devices it shows as), none measured here. Memory is the
-nominal one: a program gets a little less (15.75 of 16 GiB on v5e, 31.25 of 32 on v6e, as the TPU compiler says).
+All figures are the vendors' peaks for one chip; none was measured here. Some chips show as two JAX devices (`devices`).
+Memory is nominal: a program gets a little less (the TPU compiler reports 15.75 of 16 GiB on v5e, 31.25 of 32 on v6e).
 
 Sources: [tpu] docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x, key specifications. [book] jax-ml/scaling-book,
-chapters "TPUs" and "GPUs". [sheet] NVIDIA's data sheet of the card. [dgx] NVIDIA's data sheet of the DGX or NVL system with
-it, whose network (one port for each GPU) is meant by `dcn`; other clusters have other networks.
+chapters "TPUs" and "GPUs". [sheet] NVIDIA's data sheet of the card. [dgx] NVIDIA's data sheet of the DGX or NVL system:
+`dcn` is that system's network, one port for each GPU; other clusters have other networks.
 """
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Chip:
     name: str
-    pattern: str  # found in jax.Device.device_kind
+    pattern: str  # regular expression to find in jax.Device.device_kind
     peak_bf16_flops: float  # FLOP/s of dense matrix products
     hbm_bytes: float  # memory
     hbm_bytes_per_sec: float
-    ici_bytes_per_sec: float  # of one link to another chip (ICI, NVLink; PCIe where there is neither), one way
-    ici_links: int  # of a chip; on TPU two for each dimension of the torus
-    dcn_bytes_per_sec: float | None  # the chip's share of its host's network, one way; None: the maker names none
-    domain: int | None  # chips that these links join; None: a TPU slice, which says itself
-    devices: int  # that JAX shows for a chip
+    ici_bytes_per_sec: float  # of one link to another chip, one way: ICI or NVLink, else PCIe
+    ici_links: int  # links of a chip; on TPU two for each dimension of the torus
+    dcn_bytes_per_sec: float | None  # the chip's share of its host's network, one way; None: the vendor names none
+    domain: int | None  # GPUs that NVLink (or PCIe) joins; None for TPU, where the size of the slice says it
+    devices: int  # JAX devices of a chip
     source: str
 
     @property
@@ -37,10 +38,15 @@ class Chip:
         """Memory of one JAX device."""
         return self.hbm_bytes / self.devices
 
+    @property
+    def network_bytes_per_sec(self) -> float:
+        """The chip's share of the network between slices or hosts; the rate of one link if the vendor names no network."""
+        return self.dcn_bytes_per_sec or self.ici_bytes_per_sec
+
 
 _GIB = 2.0**30
 
-# The first whose pattern is found in a device's kind is meant.
+# `of_kind` takes the first chip whose pattern matches, so that order matters.
 _TABLE = (
     #                                   FLOP/s    memory      bytes/s   link     links  dcn    domain devices source
     Chip("v3", r"TPU v3",               123e12,   32 * _GIB,  0.90e12,  100e9,     4,  None,     None, 2, "[book]"),
@@ -70,38 +76,49 @@ CHIPS = {chip.name: chip for chip in _TABLE}
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """The chip of a device by `jax.Device.device_kind`; None for one that the table does not have (a CPU)."""
+    """The chip with this `jax.Device.device_kind`; None if the table has no such chip (a CPU, for one)."""
     return next((chip for chip in _TABLE if re.search(chip.pattern, device_kind)), None)
 
 
-LINKS_REACHED = 0.9  # share of the links' peak that large collectives get [book]
+LINKS_REACHED = 0.9  # share of the links' peak that large collectives reach [book]
 
 
-def rings(layout: tuple[int, ...]) -> tuple[bool, ...]:
-    """Which dimensions of a TPU slice are closed.
+def rings(torus: tuple[int, ...]) -> tuple[bool, ...]:
+    """Whether each dimension of a TPU slice wraps around.
 
-    Of two dimensions (v5e, v6e) those of 16, the full pod's; of three (v4, v5p, tpu7x) all, if each is of whole cubes of
-    4 x 4 x 4, and else none.
+    In two dimensions (v5e, v6e) only a dimension of 16 does, that of the full pod. In three dimensions (v4, v5p, tpu7x) all
+    do if every one is a multiple of 4, otherwise none.
     """
-    if len(layout) == 2:
-        return tuple(n == 16 for n in layout)
-    return (all(n % 4 == 0 for n in layout),) * len(layout)
+    if len(torus) == 2:
+        return tuple(n == 16 for n in torus)
+    return (all(n % 4 == 0 for n in torus),) * len(torus)
 
 
-def gather_bytes_per_sec(chip: Chip, layout: tuple[int, ...]) -> float:
-    """Bytes a second that come into a chip in an all-gather over all chips of a layout; a reduce-scatter takes as long.
+def links_used(group: Sequence[int], torus: tuple[int, ...]) -> int:
+    """Links of a TPU chip that bring in data during a collective.
 
-    A closed dimension of a torus brings them over two links, an open one over one. GPUs get them over NVLink, and from other
-    domains no faster than all network ports of their own domain together.
+    Two for each dimension that wraps around and is covered whole, one for each other dimension of more than one chip: the
+    chip at the end of a line has no second neighbour.
 
     Args:
-        layout: the dimensions of a TPU slice, such as (16, 16); of GPUs their number, such as (64,).
+        group: chips of the collective along each dimension of the torus (trailing coordinates of size 1 may follow).
+    """
+    covered = zip(group, torus, rings(torus))
+    return sum(2 if span == size and is_ring else 1 for span, size, is_ring in covered if span > 1)
+
+
+def gather_bytes_per_sec(chip: Chip, group: Sequence[int], torus: tuple[int, ...] | None = None) -> float:
+    """Bytes per second that a chip takes in during an all-gather; a reduce-scatter of the same bytes takes as long.
+
+    GPUs gather over NVLink; across domains (machines) no faster than all network ports of a domain together.
+
+    Args:
+        group: chips along each dimension of a TPU slice, such as (16, 16); for GPUs their number, such as (64,).
+        torus: dimensions of the TPU slice; None: the group is the whole slice.
     """
     if chip.domain is None:
-        links = sum(2 if is_ring else 1 for n, is_ring in zip(layout, rings(layout)) if n > 1)
-        return LINKS_REACHED * chip.ici_bytes_per_sec * links
+        return LINKS_REACHED * chip.ici_bytes_per_sec * max(links_used(group, torus or tuple(group)), 1)
     rate = chip.ici_bytes_per_sec * chip.ici_links
-    if math.prod(layout) > chip.domain:
-        assert chip.dcn_bytes_per_sec, f"{chip.name}: the table has no network for more than {chip.domain}"
-        rate = min(rate, chip.dcn_bytes_per_sec * chip.domain)
+    if math.prod(group) > chip.domain:
+        rate = min(rate, chip.network_bytes_per_sec * chip.domain)
     return LINKS_REACHED * rate

@@ -1,13 +1,15 @@
-"""The four stacks in numbers: the positions each one runs over, its parameters, useful FLOPs, and MFU.
+"""Counts of the four transformer stacks: positions, parameters, useful FLOPs and MFU.
 
-    stack     positions                                              attention
-    tslm      slots of the row                                       causal, inside a clip
-    ralm      slots of the row                                       causal, inside a clip
-    locenc    1 + P for each audio patch                             all pairs of a patch
-    locdit    3 + 2 P for each target patch                          all pairs of a patch
+A position is one token of a stack's input:
 
-Useful FLOPs are those of the matrix products on real slots and patches. Padding, recomputation in the backward pass and
-attention between clips are not useful.
+    stack     positions                        attention
+    tslm      slots of the row                 causal, within a clip
+    ralm      slots of the row                 causal, within a clip
+    locenc    1 + P for each audio patch       all pairs within a patch
+    locdit    3 + 2 P for each target patch    all pairs within a patch
+
+Useful FLOPs are those of matrix products and attention on real slots and patches. Padding, recomputation in the backward
+pass and attention between clips do not count.
 """
 
 from collections.abc import Iterable
@@ -18,17 +20,17 @@ from voxcpm2_jax import chips
 from voxcpm2_jax.config.model import ModelConfig, TransformerConfig
 
 STACKS = ("locenc", "tslm", "ralm", "locdit")
-PRODUCTS = ("qkv", "o", "gate_up", "down")  # of a layer, with the matrices that share an input fused
+PRODUCTS = ("qkv", "o", "gate_up", "down")  # matrix products of a layer; matrices that share an input count as one
 
 
 # ---- geometry --------------------------------------------------------------------------------------------------------
 
 
 def positions(config: ModelConfig, *, slots, patches, targets) -> dict[str, float]:
-    """Positions that each stack runs over, by stack.
+    """Positions that each stack runs over.
 
     Args:
-        slots: of the packed rows.   patches: audio patches, which LocEnc reads.   targets: patches that LocDiT draws.
+        slots: text tokens and patches.   patches: audio patches, LocEnc's input.   targets: patches that LocDiT predicts.
     """
     return {
         "locenc": patches * config.locenc_slots,
@@ -39,24 +41,24 @@ def positions(config: ModelConfig, *, slots, patches, targets) -> dict[str, floa
 
 
 def layer_widths(c: TransformerConfig) -> dict[str, int]:
-    """Elements of a position in each kind of activation: D residual stream, QKV, O attention output, F mlp."""
+    """Elements per position of a layer's activations: residual stream, q with k and v, attention's result, mlp."""
     return {
-        "D": c.width,
-        "QKV": (c.num_heads + 2 * c.num_kv_heads) * c.head_dim,
-        "O": c.num_heads * c.head_dim,
-        "F": c.mlp_width,
+        "residual": c.width,
+        "qkv": (c.num_heads + 2 * c.num_kv_heads) * c.head_dim,
+        "attention": c.num_heads * c.head_dim,
+        "mlp": c.mlp_width,
     }
 
 
 def layer_params(c: TransformerConfig, products: Iterable[str] = PRODUCTS) -> int:
-    """Parameters of these matrices in one layer; norm scales are not counted."""
-    D, QKV, O, F = layer_widths(c).values()
-    params = {"qkv": D * QKV, "o": O * D, "gate_up": 2 * D * F, "down": F * D}
+    """Parameters of these products' matrices in one layer; norm scales are not counted."""
+    width, qkv, attention, mlp = layer_widths(c).values()
+    params = {"qkv": width * qkv, "o": attention * width, "gate_up": 2 * width * mlp, "down": mlp * width}
     return sum(params[name] for name in products)
 
 
 def num_params(model: ModelConfig) -> int:
-    """Parameters of the backbone's matrices; norms, biases and the special token are some 0.03 % more."""
+    """Parameters of the backbone's matrices; norms, biases and the special token would add about 0.03 %."""
     width, local, C, Q = model.tslm.width, model.locdit.width, model.feat_dim, model.scalar_quantization_latent_dim
     stacks = sum(getattr(model, part).num_layers * layer_params(getattr(model, part)) for part in STACKS)
     rest = (
@@ -80,8 +82,8 @@ def forward_flops(config: ModelConfig, *, slots, patches, targets, squares) -> d
     """Useful FLOPs of one forward pass, by part.
 
     Args:
-        slots: slots in use (text and audio).   patches: audio patches in use.   targets: those that bear loss.
-        squares: sum over segments of their length squared; slots * mean length is a fair estimate.
+        slots: slots in use (text and audio).   patches: audio patches in use.   targets: patches that bear loss.
+        squares: sum of the squared lengths of all segments, in slots.
     """
     c = config
     width, local, P, C, Q = c.tslm.width, c.locdit.width, c.patch_size, c.feat_dim, c.scalar_quantization_latent_dim
@@ -106,12 +108,12 @@ def forward_flops(config: ModelConfig, *, slots, patches, targets, squares) -> d
 
 
 def _stack_flops(c: TransformerConfig, positions, pairs) -> float:
-    """Layers over `positions`, with `pairs` (query, key) pairs in their attention."""
+    """FLOPs of a stack's layers over `positions`, with `pairs` (query, key) pairs in each attention."""
     return 2.0 * c.num_layers * (positions * layer_params(c) + pairs * 2 * c.num_heads * c.head_dim)
 
 
 def train_flops(config: ModelConfig, *, slots, patches, targets, squares) -> float:
-    """Useful FLOPs of one update: forward, and twice that for the backward pass. Arguments as in `forward_flops`."""
+    """Useful FLOPs of one update: three times the forward pass. Arguments as in `forward_flops`."""
     parts = forward_flops(config, slots=slots, patches=patches, targets=targets, squares=squares)
     return 3.0 * sum(parts.values())
 
@@ -120,12 +122,12 @@ def train_flops(config: ModelConfig, *, slots, patches, targets, squares) -> flo
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of a device by `jax.Device.device_kind`; None where none is known (a CPU)."""
+    """Peak dense bfloat16 FLOP/s of one JAX device by `jax.Device.device_kind`; None for an unknown device (a CPU)."""
     chip = chips.of_kind(device_kind)
     return None if chip is None else chip.device_flops
 
 
 def mfu(flops: float, step_sec: float) -> float | None:
-    """Model FLOP utilisation of all devices, 0 to 1, for `flops` useful ones in each step; None on unknown devices."""
+    """Model FLOP utilisation of all devices, 0 to 1, for `flops` useful FLOPs per step; None on unknown devices."""
     peak = peak_flops(jax.devices()[0].device_kind)
     return None if peak is None else flops / (step_sec * peak * jax.device_count())

@@ -1,4 +1,4 @@
-"""What the compiler's text says is read right."""
+"""Collectives and out-of-memory messages are read from the compiler's text."""
 
 import types
 
@@ -10,7 +10,7 @@ from voxcpm2_jax.plan.machine import Collective
 
 
 def fake_mesh(*shape, torus, slices=1):
-    """A mesh over devices that know their place in the torus and their slice."""
+    """A mesh over devices with coordinates in the torus and a slice number."""
     per_slice = int(np.prod(torus))
     devices = np.empty(per_slice * slices, object)
     for i in range(len(devices)):
@@ -20,7 +20,7 @@ def fake_mesh(*shape, torus, slices=1):
     return types.SimpleNamespace(devices=devices.reshape(shape), axis_names=("replica", "data", "tensor"))
 
 
-# Shortened from what libtpu 0.0.42.1 writes: a scan of 3 inside one of 5, and things outside of both.
+# Shortened output of libtpu 0.0.42.1: a scan of 3 inside a scan of 5, and collectives outside of both.
 HLO = """HloModule jit_train_step, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -73,7 +73,7 @@ metadata={op_name="jit(step)/jvp()/locdit/feat_decoder/out_proj/dot"}
 """
 
 
-def test_collectives_count_as_often_as_their_loops_run():
+def test_collectives_are_multiplied_by_the_trip_counts_of_their_loops():
     found, unknown = hlo.read_collectives(HLO, fake_mesh(2, 4, 1, torus=(2, 4)))
     by_kind = {(one.kind, one.part): one for one in found}
     assert unknown == 0 and len(found) == 5
@@ -85,13 +85,13 @@ def test_collectives_count_as_often_as_their_loops_run():
     assert by_kind["collective-permute", "rest"].whole_bytes == 32 and by_kind["collective-permute", "rest"].group == 2
 
 
-def test_loops_without_a_length_are_told():
+def test_loops_of_unknown_length_are_counted():
     text = HLO.replace('backend_config={"known_trip_count":{"n":"5"}}', "")
     found, unknown = hlo.read_collectives(text, fake_mesh(2, 4, 1, torus=(2, 4)))
     assert unknown == 1 and {one.times for one in found if one.part == "tslm"} == {3}
 
 
-def test_sums_between_slices_are_sends_to_the_host():
+def test_sums_between_slices_appear_as_sends_to_the_host():
     text = """
 ENTRY %main (a: f32[8]) -> f32[8] {
   %send.1 = (f32[1,4,128]{2,1,0}, u32[], token[]) send(%x, %y), channel_id=2, is_host_transfer=true, \
@@ -101,7 +101,7 @@ frontend_attributes={_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer
 """
     (one,), _ = hlo.read_collectives(text, fake_mesh(2, 8, 1, torus=(2, 4), slices=2))
     assert one == Collective("all-reduce", "rest", False, 1, 2048, 2, 1, None, ("replica",))
-    assert one.wire_bytes() == (0.0, 2048)  # half of it twice
+    assert one.wire_bytes() == (0.0, 2048)  # half of it, twice
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ frontend_attributes={_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer
         ("source_target_pairs={{0,1},{1,2}}, x", [[0, 1], [1, 2]]),
     ],
 )
-def test_groups_in_every_form(text, groups):
+def test_groups_in_every_notation(text, groups):
     assert hlo._groups(text, fake_mesh(1, 4, 1, torus=(2, 2))) == groups
 
 
-def test_words_about_memory():
+def test_out_of_memory_messages():
     text = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (789.64G) exceeds "
         "available HBM (15.75G).\nmore"

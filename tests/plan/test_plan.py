@@ -1,5 +1,6 @@
-"""`plan`: what the user writes is read right, what does not fit gets a way out, and TPUs are really compiled for."""
+"""`plan`: topologies are parsed, what does not fit gets a suggestion, and the train step compiles for TPU."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,19 +13,19 @@ import pytest
 
 import voxcpm2_jax
 from voxcpm2_jax.chips import CHIPS
-from voxcpm2_jax.cli import main
+from voxcpm2_jax.cli import main, outcome
+from voxcpm2_jax.cli.configs import load_config
 from voxcpm2_jax.config.model import MODELS
-from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.config.run import BackboneRun, BatchConfig, StageConfig
-from voxcpm2_jax.plan import compile, roofline, topology
-from voxcpm2_jax.plan.entry import plan_entry
+from voxcpm2_jax.config.plain import UserError, from_dict
+from voxcpm2_jax.config.run import SPEECH_BATCH, BackboneRun, BatchConfig, StageConfig
+from voxcpm2_jax.plan import compile, entry, roofline, topology
 from voxcpm2_jax.plan.machine import Machine
 
-RUN = BackboneRun(model=MODELS["2b"], batch=BatchConfig(rows=256, slots=4096, patches=2816))
+RUN = BackboneRun(model=MODELS["2b"], batch=dataclasses.replace(SPEECH_BATCH, rows=256))
 POD = Machine("v5e:16x16", CHIPS["v5e"], 1, (16, 16), 256)
 
 
-# ---- what the user writes --------------------------------------------------------------------------------------------
+# ---- topologies ------------------------------------------------------------------------------------------------------
 
 
 def test_topologies_are_parsed():
@@ -45,7 +46,7 @@ def test_rows_scale_the_stages_too():
         topology.with_rows(BackboneRun(model=MODELS["2b"], batch=RUN.batch, stages=stages), 1)
 
 
-def test_the_largest_of_a_ramp_stands_for_it():
+def test_only_the_largest_batch_of_a_ramp_is_planned():
     sizes = ((0, 64, 4096), (5, 256, 4096), (9, 128, 8192))
     stages = tuple(StageConfig(first_step=s, batch=BatchConfig(rows=b, slots=t, patches=t // 2)) for s, b, t in sizes)
     run = BackboneRun(model=MODELS["2b"], batch=RUN.batch, stages=stages)
@@ -61,7 +62,7 @@ def test_the_largest_of_a_ramp_stands_for_it():
         ("v5litepod-8", "expected TPU slices as"),
         ("8xrtx9090", "expected TPU slices as"),
         ("0xh100", "expected TPU slices as"),
-        ("12xh100", "12 GPUs are no whole number of machines of 8"),
+        ("12xh100", "expected a multiple of 8, the GPUs of a machine, got 12"),
         ("8xh100,rows=0", "rows=0: expected at least 1"),
         ("v5e:2x4,slots=3", "'slots=3' is none of rows=N"),
         ("v5e:2x4,rows=many", "expected a whole number, got 'many'"),
@@ -69,7 +70,7 @@ def test_the_largest_of_a_ramp_stands_for_it():
     ],
 )
 def test_wrong_topologies_are_refused(text, message, capsys):
-    assert main.main(["plan", "--config=configs/backbone.py:tiny", f"--topology={text}"]) == main.MISTAKE
+    assert main.main(["plan", "--config=configs/backbone.py:tiny", f"--topology={text}"]) == outcome.MISTAKE
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     with pytest.raises(UserError, match=message):
@@ -90,26 +91,26 @@ def test_gpus_are_predicted(capsys, tmp_path):
         capsys, "--config=configs/backbone.py:2b", "--topology=64xh100", f"--output={tmp_path}/plan.json"
     )
     whole = json.loads((tmp_path / "plan.json").read_text())
-    assert status == main.DONE and got["ok"] and whole["plans"][0]["passes"] and "64xh100" in err
+    assert status == outcome.DONE and got["ok"] and whole["plans"][0]["passes"] and "64xh100" in err
     first = got["plans"][0]
     assert not first["compiled"] and first["fits"] and 0 < first["calibrated"]["mfu"] < first["bound"]["mfu"] < 1
 
 
-def test_gpus_that_are_too_small_get_a_way_out(capsys):
+def test_gpus_that_are_too_small_get_a_suggestion(capsys):
     status, got, err = command(capsys, "--config=configs/backbone.py:2b", "--topology=8xa100")
-    assert status == main.NO and not got["ok"] and not got["plans"][0]["fits"]
+    assert status == outcome.NO and not got["ok"] and not got["plans"][0]["fits"]
     suggestion = got["plans"][0]["suggestion"]
     assert suggestion["topology"].startswith("8xa100,") and all(entry["fits"] for entry in suggestion["plans"])
     assert f"this fits: --topology={suggestion['topology']}" in err
     status, again, _ = command(capsys, "--config=configs/backbone.py:2b", f"--topology={suggestion['topology']}")
-    assert status == main.DONE and again["plans"][0]["peak_bytes"] == suggestion["plans"][0]["peak_bytes"]
+    assert status == outcome.DONE and again["plans"][0]["peak_bytes"] == suggestion["plans"][0]["peak_bytes"]
 
 
-def test_a_search_shows_what_is_not_beaten(capsys):
+def test_a_search_shows_the_pareto_front(capsys):
     _, got, err = command(capsys, "--config=configs/backbone.py:2b", "--topology=64xh100", "--search")
     (found,) = got["searches"]
     front = [(e["calibrated"]["audio_hours_per_day"], e["peak_bytes"]) for e in found["front"]]
-    assert len(front) >= 2 and "fastest for the memory it leaves free" in err
+    assert len(front) >= 2 and "the fastest for each amount of memory" in err
     assert front == sorted(front, reverse=True) and [m for _, m in front] == sorted((m for _, m in front), reverse=True)
 
 
@@ -123,20 +124,20 @@ def test_without_libtpu_one_line(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(package)])}
     argv = [sys.executable, "-m", "voxcpm2_jax", "plan", "--config=configs/backbone.py:tiny", "--topology=v5e:2x4"]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout, done.stderr) == (main.MISTAKE, "", f"error: {compile.NO_LIBTPU}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (outcome.MISTAKE, "", f"error: {compile.NO_LIBTPU}\n")
 
 
-def test_a_libtpu_that_cannot_be_loaded_is_told(monkeypatch, tmp_path, capsys):
+def test_a_libtpu_that_cannot_be_loaded_is_reported(monkeypatch, tmp_path, capsys):
     (tmp_path / "libtpu.py").write_text("raise ImportError('blocked')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)  # importing jax sets it
-    assert main.main(["plan", "--config=configs/backbone.py:tiny", "--topology=v5e:2x4"]) == main.MISTAKE
+    assert main.main(["plan", "--config=configs/backbone.py:tiny", "--topology=v5e:2x4"]) == outcome.MISTAKE
     out, err = capsys.readouterr()
     assert out == "" and "error: v5e:2x4: libtpu cannot be loaded" in err and "Traceback" not in err
 
 
-def test_a_way_out_is_compiled_until_one_fits(capsys, monkeypatch):
-    """With a compiler that needs half as much again as the estimate; the real one's words are tested below."""
+def test_suggestions_are_compiled_until_one_fits(capsys, monkeypatch):
+    """With a fake compiler that needs 1.5 times the estimate."""
     asked = []
 
     def compile_for(case, batch):
@@ -153,33 +154,33 @@ def test_a_way_out_is_compiled_until_one_fits(capsys, monkeypatch):
         memory = dict.fromkeys(("outputs", "aliased", "temporaries", "code"), 0) | {"arguments": needed}
         return {"fits": True, "compile_sec": 1.0, "memory": memory, "unknown_loops": 0, "collectives": []}
 
-    monkeypatch.setattr(compile, "compile_for", compile_for)
+    monkeypatch.setattr(entry, "compile_for", compile_for)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: name)
     status, got, err = command(capsys, "--config=configs/backbone.py:2b", "--topology=v5e:16x16,rows=1024,remat=none")
-    assert status == main.NO and not got["ok"]
-    failed = [entry for entry in got["plans"] if not entry["fits"]]
+    assert status == outcome.NO and not got["ok"]
+    failed = [e for e in got["plans"] if not e["fits"]]
     assert failed and "the compiler needs" in failed[0]["problem"] and failed[0]["peak_bytes"] > failed[0]["hbm_bytes"]
     suggestion = failed[0]["suggestion"]
-    assert all(entry["fits"] and entry["rows"] in (1024, 2048) for entry in suggestion["plans"])  # the batch stays what it was
+    assert all(e["fits"] and e["rows"] in (1024, 2048) for e in suggestion["plans"])  # the rows of every stage are kept
     assert asked[-1][-1] < 15.75 * 2**30 and f"this fits: --topology={suggestion['topology']}" in err
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The tiny run compiled for v5e:2x4 as it is, and with so many rows that no chip holds them."""
-    run = main.from_dict(BackboneRun, main.load_config("configs/backbone.py:tiny"))
+    """Plans of the tiny run for v5e:2x4: as it is, and with too many rows for the memory."""
+    run = from_dict(BackboneRun, load_config("configs/backbone.py:tiny"))
     cases = [topology.parse(text, run) for text in ("v5e:2x4", "v5e:2x4,rows=16384")]
-    return [plan_entry(case, case.config.batch) for case in cases]
+    return [entry.plan_entry(case, case.config.batch) for case in cases]
 
 
 def test_the_train_step_compiles_for_tpu_with_these_collectives(compiled, tiny_params):
-    entry = compiled[0]
-    assert entry["compiled"] and entry["fits"] and entry["unknown_loops"] == 0 and entry["mesh"] == [1, 8, 1]
-    assert 0 < entry["peak_bytes"] < 2**30
+    planned, _ = compiled
+    assert planned["compiled"] and planned["fits"] and planned["unknown_loops"] == 0 and planned["mesh"] == [1, 8, 1]
+    assert 0 < planned["peak_bytes"] < 2**30
     params = sum(x.size for x in jax.tree.leaves(tiny_params))
-    assert params * 4 / 8 <= entry["memory"]["parameters"] < 1.2 * params * 4 / 8  # split over eight, norms copied
+    assert params * 4 / 8 <= planned["memory"]["parameters"] < 1.2 * params * 4 / 8  # split over eight, norms copied
     # FSDP gathers each of a layer's seven matrices once for the forward pass and once for the backward pass.
-    tslm = {p["pass"]: p["collectives"] for p in entry["passes"] if p["part"] == "tslm"}
+    tslm = {p["pass"]: p["collectives"] for p in planned["passes"] if p["part"] == "tslm"}
     layers = MODELS["tiny"].tslm.num_layers
     matrices = 4 * layers * (32 * 8 * 4 + 2 * 32 * 8 * 2 + 4 * 8 * 32 + 3 * 32 * 64)
     for name in ("forward", "backward"):
@@ -189,10 +190,10 @@ def test_the_train_step_compiles_for_tpu_with_these_collectives(compiled, tiny_p
     gradients = [tslm["backward"].get(kind, {"bytes": 0})["bytes"] for kind in ("all-reduce", "reduce-scatter")]
     assert matrices <= sum(gradients) < 1.05 * matrices  # of the matrices, and of the norms
     # Nothing gathers a whole batch, nor a whole stack of layers.
-    assert all(t["bytes"] / t["times"] < 2**18 for t in entry["collectives"].values())
+    assert all(t["bytes"] / t["times"] < 2**18 for t in planned["collectives"].values())
 
 
-def test_what_does_not_fit_is_told_in_the_compiler_s_words(compiled):
-    entry = compiled[1]
-    assert not entry["fits"] and not entry["compiled"] and "RESOURCE_EXHAUSTED" in entry["compiler"]
-    assert entry["peak_bytes"] > entry["hbm_bytes"] == int(15.75 * 2**30) and "of 15.75 GiB" in entry["problem"]
+def test_what_does_not_fit_is_reported_with_the_compilers_message(compiled):
+    _, planned = compiled
+    assert not planned["fits"] and not planned["compiled"] and "RESOURCE_EXHAUSTED" in planned["compiler"]
+    assert planned["peak_bytes"] > planned["hbm_bytes"] == int(15.75 * 2**30) and "of 15.75 GiB" in planned["problem"]

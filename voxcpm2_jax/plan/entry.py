@@ -1,19 +1,11 @@
-"""What a run would need and give on machines that are not there: `voxcpm2-jax plan`.
+"""The plan of one batch size of a run on one machine: an entry of the report.
 
-    --topology=[SLICESx]KIND:AxB[xC][,FIELD=VALUE..]    v5e:16x16   4xv6e:8x8   v5p:8x8x8,rows=512,mesh=1x512x1
-    --topology=GPUSxKIND[,FIELD=VALUE..]                8xh100   64xh100,rows=256,mesh=8x8x1
-
-For TPU the run's own train step is compiled for the real topology, with no TPU present, in a child process for each: what
-its variables and libtpu leave behind stays there. The compiler says what fits, and its program which collectives run how
-often. GPUs are predicted without compiling. roofline.py turns both into seconds.
-
-What differs from the run's program: losses are not told by dataset and language, whose names only its shards know, and the
-compiler thinks for a third of the time.
+`plan_entry` checks that the batch can be split, then gets memory and collectives from the compiler (TPU, compile.py) or by
+arithmetic (GPU), and lets roofline.py turn them into seconds. An entry is plain data that goes into the report's JSON.
 """
 
 from collections.abc import Sequence
 
-from voxcpm2_jax.chips import LINKS_REACHED
 from voxcpm2_jax.config.run import BatchConfig
 from voxcpm2_jax.plan import roofline
 from voxcpm2_jax.plan.compile import compile_for
@@ -21,21 +13,16 @@ from voxcpm2_jax.plan.machine import Collective
 from voxcpm2_jax.plan.topology import Case, mesh_name, mismatch
 from voxcpm2_jax.processes import say
 
-HEADROOM = 0.95  # of the memory, which an estimate must leave free before a suggestion is compiled
-
-
-def assumed() -> dict:
-    return {
-        "slots_used": roofline.SLOTS_USED,
-        "patches_used": roofline.PATCHES_USED,
-        "segment_slots": roofline.SEGMENT_SLOTS,
-        "products_reach_of_peak": round(roofline.products_reached(), 3),
-        "links_reach_of_peak": LINKS_REACHED,
-    }
+HEADROOM = 0.95  # share of a device's memory that an estimate may fill
 
 
 def plan_entry(case: Case, batch: BatchConfig) -> dict:
-    """The plan of one budget of a run on its machine."""
+    """Plans one batch size of a case.
+
+    Returns:
+        the entry: "fits", "peak_bytes", the figures of `roofline.predict` (none if the batch cannot be split or the compiler
+        ran out of memory) and, if it does not fit, "problem": why, in one line.
+    """
     machine, config, mesh = case.machine, case.config, case.mesh
     entry = {
         "topology": machine.name,
@@ -68,36 +55,41 @@ def plan_entry(case: Case, batch: BatchConfig) -> dict:
         compiled = compile_for(case, batch)
         entry |= {"compiled": compiled["fits"], "fits": compiled["fits"], "compile_sec": compiled["compile_sec"]}
         if not compiled["fits"]:
-            needed, there = compiled["needed_bytes"], compiled["hbm_bytes"]
-            entry |= {"peak_bytes": needed, "compiler": compiled["message"], "hbm_bytes": there or machine.hbm_bytes}
-            told = f"the compiler needs {gib(needed)} of {gib(there)} GiB" if needed and there else compiled["message"]
-            say(f"{machine.name}: {told}")
-            return entry | {"problem": told}
+            needed, available = compiled["needed_bytes"], compiled["hbm_bytes"]
+            entry |= {"peak_bytes": needed, "compiler": compiled["message"], "hbm_bytes": available or machine.hbm_bytes}
+            is_known = needed and available
+            problem = f"the compiler needs {gib(needed)} of {gib(available)} GiB" if is_known else compiled["message"]
+            say(f"{machine.name}: {problem}")
+            return entry | {"problem": problem}
         collectives = compiled["collectives"]
         entry |= {name: compiled[name] for name in ("memory", "unknown_loops")} | {"peak_bytes": _peak(compiled["memory"])}
+    if gathers := roofline.positions_for_gathers(config, batch, machine, mesh):
+        entry |= dict(zip(("positions_needed", "positions_present"), map(round, gathers)))
     prediction = roofline.predict(config, batch, machine, mesh, collectives)
     entry |= _figures(prediction, collectives)
     if entry["compiled"]:
-        mfu = f"at most {entry['bound']['mfu']:.1%} MFU, calibrated {entry['calibrated']['mfu']:.1%}"
+        mfu = f"MFU at most {entry['bound']['mfu']:.1%}, calibrated {entry['calibrated']['mfu']:.1%}"
         say(f"{machine.name}: compiled in {entry['compile_sec']:.0f} s, {gib(entry['peak_bytes'])} GiB, {mfu}")
     return entry
 
 
 def _peak(memory: dict) -> int:
-    """Bytes that the program takes: what comes in and goes out (donated once), what it makes on the way, its code."""
+    """Bytes that the program takes: arguments, outputs (donated ones only once), temporaries, code."""
     return memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] + memory["code"]
 
 
 def _figures(prediction: roofline.Prediction, collectives: Sequence[Collective]) -> dict:
-    def traffic(ours, name_of):
-        """Collectives by name: how often an update runs them, and bytes on each device."""
+    """The prediction as plain data."""
+
+    def traffic(chosen, name_of):
+        """Collectives by name: runs per update, and bytes on each device."""
         by_name = {}
-        for one in ours:
+        for one in chosen:
             ici, dcn = one.wire_bytes()
-            old = by_name.setdefault(name_of(one), {"times": 0, "bytes": 0, "ici_bytes": 0, "dcn_bytes": 0})
-            old["times"] += one.times
+            total = by_name.setdefault(name_of(one), {"times": 0, "bytes": 0, "ici_bytes": 0, "dcn_bytes": 0})
+            total["times"] += one.times
             for name, num_bytes in (("bytes", one.whole_bytes), ("ici_bytes", ici), ("dcn_bytes", dcn)):
-                old[name] += round(one.times * num_bytes)
+                total[name] += round(one.times * num_bytes)
         return by_name
 
     def result(step_sec):
@@ -136,4 +128,5 @@ def _figures(prediction: roofline.Prediction, collectives: Sequence[Collective])
 
 
 def gib(num_bytes: float) -> str:
+    """Bytes in GiB, with two decimals."""
     return f"{num_bytes / 2**30:.2f}"

@@ -1,4 +1,8 @@
-"""What the compiler says of a program: its collectives, from the text of the HLO, and how much memory it lacked."""
+"""Reads a compiled TPU program: its collectives, from the text of the HLO, and the compiler's out-of-memory message.
+
+Each collective is multiplied by the trip counts of the loops around it and assigned to a part of the model and a pass by the
+module names and "transpose(" in the path (op_name) of the operation or of its loop.
+"""
 
 import dataclasses
 import math
@@ -13,7 +17,7 @@ from voxcpm2_jax.plan.machine import Collective
 
 
 def parse_exhausted(message: str) -> dict | None:
-    """Bytes needed and there, of the compiler's message about memory; None for another message."""
+    """Bytes needed and available according to an out-of-memory message; None for another message."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     units = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -33,7 +37,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([^\s,}]+)")
 _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
                 "u64": 8, "f64": 8}  # fmt: skip
-# Names of modules in an operation's path.
+# Module name in an operation's path -> part.
 _PART_OF = {"base_lm": "tslm", "residual_lm": "ralm", "feat_encoder": "locenc", "feat_decoder": "locdit"}
 
 
@@ -51,13 +55,13 @@ class _Instruction:
 
 
 def read_collectives(text: str, mesh) -> tuple[list[Collective], int]:
-    """The collectives of a compiled program, those inside loops counted as often as they run.
+    """The collectives of a compiled program, with the number of times that they run.
 
     Args:
-        text: HLO, of one slice's program where there are several slices.   mesh: whose devices it was compiled for.
+        text: HLO; with several slices, the program of one of them.   mesh: the mesh that it was compiled for.
     Returns:
-        (collectives, alike ones of a part and pass added up as one with more `times`; loops whose length the text does not
-        tell, which count once).
+        (collectives, unknown loops). Equal collectives of a part and pass are one entry with their `times` added. Unknown
+        loops is the number of loops without a known trip count, whose collectives count once.
     """
     computations, entry = _computations(text)
     found, unknown = Counter(), 0
@@ -74,12 +78,12 @@ def read_collectives(text: str, mesh) -> tuple[list[Collective], int]:
                 visit(re.search(r"body=%?([^\s,}]+)", one.rest)[1], times * (length or 1), inner)
             elif re.fullmatch(_COLLECTIVES, base):
                 start = instructions[re.match(r"\s*%?([^\s,)]+)", one.rest)[1]] if one.op.endswith("-done") else one
-                # A fusion of this name keeps its own share of what its all-reduce adds up: a reduce-scatter on TPU.
+                # On TPU a reduce-scatter is a fusion of this name: an all-reduce of which each device keeps its slice.
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else base
-                found[_placed(kind, base, _result_bytes(one.result), start, path or one.path or start.path, mesh)] += times
+                found[_collective(kind, base, _result_bytes(one.result), start, path or one.path or start.path, mesh)] += times
             elif one.op == "send" and "_xla_megascale_transfer_type" in one.rest:
                 kind = re.search(r'transfer_type="(\w+)"', one.rest)[1].lower().replace("_", "-")
-                payload = _result_bytes(one.result) - 4  # beside it a counter of four bytes
+                payload = _result_bytes(one.result) - 4  # without a 4-byte counter
                 found[_between_slices(kind, payload, path or one.path, mesh)] += times
             elif one.op not in ("reduce", "all-reduce", "scatter", "sort", "map", "reduce-window", "select-and-scatter"):
                 for called in _CALLED.findall(one.rest):
@@ -90,6 +94,7 @@ def read_collectives(text: str, mesh) -> tuple[list[Collective], int]:
 
 
 def _computations(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    """The computations by name, each with its instructions by name; and the name of the entry computation."""
     computations, current, entry = {}, {}, ""
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
@@ -101,7 +106,7 @@ def _computations(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
 
 
 def _loop_length(loop: _Instruction, computations) -> int | None:
-    """Times a loop runs: as the compiler notes it, or by the number its condition compares a counter from 0 with."""
+    """Trip count of a loop: as noted by the compiler, or the constant with which the condition compares a counter from 0."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
     condition = computations[re.search(r"condition=%?([^\s,}]+)", loop.rest)[1]]
@@ -119,13 +124,14 @@ def _result_bytes(result: str) -> int:
 
 
 def _part(path: str) -> str:
+    """The part of the model that an operation belongs to."""
     return next((part for module, part in _PART_OF.items() if f"/{module}/" in f"/{path}/"), "rest")
 
 
-def _placed(kind: str, op: str, num_bytes: int, start: _Instruction, path: str, mesh) -> Collective:
+def _collective(kind: str, op: str, num_bytes: int, start: _Instruction, path: str, mesh) -> Collective:
     group = max(_groups(start.rest, mesh), key=len)
     if op == "reduce-scatter":
-        num_bytes *= len(group)  # its result is one share of what is reduced
+        num_bytes *= len(group)  # the result is one device's slice of the operand
     devices = mesh.devices.reshape(-1)
     places_in_mesh = [_coordinates(i, mesh.devices.shape) for i in group]
     axes = tuple(name for k, name in enumerate(mesh.axis_names) if len({c[k] for c in places_in_mesh}) > 1)
@@ -135,7 +141,7 @@ def _placed(kind: str, op: str, num_bytes: int, start: _Instruction, path: str, 
 
 
 def _coordinates(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Coordinates in the mesh of its device number `index`."""
+    """Mesh coordinates of device number `index`."""
     coordinates = []
     for size in reversed(shape):
         index, at = divmod(index, size)
@@ -144,12 +150,13 @@ def _coordinates(index: int, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _between_slices(kind: str, payload: int, path: str, mesh) -> Collective:
+    """A collective between slices, which the program of a slice shows as a transfer to its host."""
     slices = len({device.slice_index for device in mesh.devices.flat})
     return Collective(kind, _part(path), "transpose(" in path, 0, payload, slices, 1, None, ("replica",))
 
 
 def _groups(rest: str, mesh) -> list[list[int]]:
-    """Groups of device numbers of a collective, in each way that HLO writes them."""
+    """Groups of device numbers of a collective, from any notation that HLO has for them."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
         return [_numbers(pair) for pair in re.findall(r"\{([\d,]+)", pairs[1])]
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
@@ -167,7 +174,7 @@ def _groups(rest: str, mesh) -> list[list[int]]:
         order = [names.index(name) for name in names if name not in inside] + [names.index(name) for name in inside]
         placed = np.reshape(ids, tuple(sizes.values())).transpose(order)
         return placed.reshape(-1, math.prod(sizes[name] for name in inside)).tolist()
-    assert "replica_groups={}" in rest, f"replica groups in a form that is not known: {rest[:200]}"
+    assert "replica_groups={}" in rest, f"unknown notation of replica groups: {rest[:200]}"
     return [list(range(mesh.devices.size))]
 
 
@@ -176,6 +183,6 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(dims: str, order: str | None):
-    """The numbers 0, 1, .. as HLO's [dims]T(order) writes them in another order."""
+    """The permutation of 0, 1, .. that HLO writes as [dims]T(order)."""
     numbers = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
     return (numbers.transpose(_numbers(order)) if order else numbers).reshape(-1)

@@ -1,33 +1,41 @@
-"""TODO plan.plan."""
+"""`voxcpm2-jax plan`: what a training run needs and gives on machines that are not present.
+
+For each topology (topology.py) the run is planned at each of its batch sizes (entry.py). For TPUs the train step is compiled
+(compile.py) and its program read (hlo.py): does it fit, which collectives run how often. For GPUs both are estimated.
+roofline.py turns either into seconds. Where the run does not fit, search.py looks for a change with which it does. report.py
+prints the result.
+
+Predicted seconds are arithmetic, not measurements; README.md in this folder says what they assume.
+"""
 
 import importlib.util
 from collections.abc import Sequence
 
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BackboneRun
+from voxcpm2_jax.plan import roofline
 from voxcpm2_jax.plan.compile import NO_LIBTPU
-from voxcpm2_jax.plan.entry import assumed, plan_entry
+from voxcpm2_jax.plan.entry import plan_entry
 from voxcpm2_jax.plan.search import pareto_front, suggest
 from voxcpm2_jax.plan.topology import parse
 
-# ---- plans -----------------------------------------------------------------------------------------------------------
-
 
 def plan(config: BackboneRun, topologies: Sequence[str], *, search: bool = False) -> dict:
-    """Whether and how a run goes on each topology.
+    """Plans a run on each topology.
 
     Args:
-        config: the run; each of its stages' budgets is planned.   topologies: see the module.
-        search: also the Pareto front of rows x remat x mesh x accumulation on each.
+        config: the run; the batch of each of its stages is planned.   topologies: values of --topology.
+        search: also search rows x remat x mesh x accumulation on each machine.
     Returns:
-        plain data: "ok" (all fit) and one entry of "plans" for each topology and budget; with `search`, "searches".
+        plain data: "ok" (everything fits), "plans" with one entry for each topology and batch, "assumed" (the constants
+        behind the figures) and, with `search`, "searches".
     Raises:
-        UserError: a topology or mesh that cannot be, or TPUs without libtpu.
+        UserError: an unknown topology, an impossible mesh, or TPUs without libtpu.
     """
     cases = [parse(text, config) for text in topologies]
     if any(case.machine.torus for case in cases) and importlib.util.find_spec("libtpu") is None:
         raise UserError(NO_LIBTPU)
-    report = {"ok": True, "plans": [], "assumed": assumed()}
+    report = {"ok": True, "plans": [], "assumed": roofline.assumptions()}
     for case in cases:
         entries = [plan_entry(case, batch) for batch in case.batches]
         if not all(entry["fits"] for entry in entries):

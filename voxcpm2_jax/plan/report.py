@@ -1,4 +1,4 @@
-"""TODO plan.report."""
+"""Prints the report of plan.py as tables, and shortens it for the last line of standard output."""
 
 import sys
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from voxcpm2_jax.plan.topology import mesh_name
 
 
 def brief(report: dict) -> dict:
-    """The report without passes, collectives and kinds of memory: one line of JSON."""
+    """The report without the details (passes, collectives, memory by kind)."""
     left_out = ("passes", "collectives", "memory", "estimated_memory")
 
     def short(entry):
@@ -39,10 +39,11 @@ def show(report: dict) -> None:
             what = "this fits" if ratio == 1 else f"this fits, with {ratio:.3g} times the rows in every batch"
             console.print(_summary(suggestion["plans"], f"{what}: --topology={suggestion['topology']}"))
         elif "suggestion" in entry:
-            console.print(f"{entry['topology']}: nothing was found that fits; it takes more chips, or larger ones")
+            console.print(f"{entry['topology']}: found nothing that fits; use more chips or larger ones")
     for found in report.get("searches", ()):
-        console.print(_summary(found["front"], f"{found['topology']}: fastest for the memory it leaves free"))
-    for line in _explanation(report["assumed"]):
+        console.print(_summary(found["front"], f"{found['topology']}: the fastest for each amount of memory"))
+    is_compiled = any(entry["compiled"] for entry in report["plans"])
+    for line in _explanation(report["assumed"], is_compiled=is_compiled):
         console.print(line, markup=False, highlight=False)
 
 
@@ -77,7 +78,7 @@ def _summary(entries: Sequence[dict], title: str):
 
 
 def _details(entry: dict):
-    """Where the time, the memory and the bytes of one plan go."""
+    """Time, traffic and memory of one plan in detail."""
     from rich.console import Group
     from rich.table import Table
 
@@ -102,17 +103,31 @@ def _details(entry: dict):
     parts.append(f"{kind}, GiB: " + ", ".join(f"{name} {gib(value)}" for name, value in memory.items()))
     if entry.get("unknown_loops"):
         parts.append(f"{entry['unknown_loops']} loops of unknown length: their collectives count once")
+    if "positions_needed" in entry:
+        needed, present = entry["positions_needed"], entry["positions_present"]
+        parts.append(
+            f"FSDP: a device needs {needed:,} positions per micro-batch for its gathers to hide behind its products, and has "
+            f"{present:,} or more in every stack"
+        )
     return Group(*parts)
 
 
-def _explanation(assumed: dict) -> list[str]:
-    a = assumed
-    return [
-        f"Useful FLOPs: rows {a['slots_used']:.1%} full, their patches {a['patches_used']:.1%} (measured on log-normal speech "
-        "in 15 languages); padding, recomputation and attention between clips are not useful.",
-        "bound: every pass at the chip's peak, memory and links at theirs, all at once; nobody reaches it. calibrated: "
-        f"products at {a['products_reach_of_peak']:.0%} of the peak, what surrounds them at the share of the memory's "
-        f"bandwidth that one H100 reached with this model, links at {a['links_reach_of_peak']:.0%}; no TPU was measured.",
-        "exposed: transfers that take longer than the work of the layers they could hide behind; those outside of the layers "
-        "(rest) may run beside LocEnc, which has nothing to do with them. The bound pays for them as if they ran alone.",
+def _explanation(assumed: dict, *, is_compiled: bool) -> list[str]:
+    slots, patches = assumed["slots_used"], assumed["patches_used"]
+    products, links = assumed["products_reach_of_peak"], assumed["links_reach_of_peak"]
+    lines = [
+        f"Useful FLOPs assume rows {slots:.1%} full and patches {patches:.1%} full (synthetic lengths of speech, rows of 2,680 "
+        "patches); padding, recomputation and attention between clips are not useful.",
+        "bound: each pass at the vendor's peak FLOPs, memory bandwidth and links, all overlapped; no real run reaches it.",
+        f"calibrated: products at {products:.0%} of the peak, the rest of a stack at a measured share of the memory bandwidth, "
+        f"links at {links:.0%}. The shares were measured on one H100 with a plain-JAX sketch of the model, not with this code; "
+        "no TPU was measured.",
+        "exposed: transfers that take longer than the work that could hide them. Transfers outside of the layers (rest) may "
+        "also hide behind LocEnc; the bound counts them as if they could not.",
     ]
+    if is_compiled:
+        lines.append(
+            "TPU programs are compiled here with exec_time_optimization_effort = -1, in a run at the default effort: memory "
+            "and collectives are close to the run's, but this is not the program that the run executes."
+        )
+    return lines

@@ -1,16 +1,19 @@
-"""What an update costs on chips that need not be there: FLOPs, bytes and seconds by part. The arithmetic behind `plan`.
+"""FLOPs, bytes, memory and seconds of one update, part by part, by arithmetic alone.
 
-    seconds of a pass = max(FLOPs / peak, HBM bytes / bandwidth, ICI bytes / links, DCN bytes / network)     the bound
-    seconds of an update = those of its passes (forward and backward of each part) + the optimiser's HBM traffic
+    seconds of a pass    = max(FLOPs / peak, HBM bytes / bandwidth, ICI bytes / links, DCN bytes / network)
+    seconds of an update = sum over the passes (forward and backward of each part) + the optimiser's HBM bytes / bandwidth
 
-The bound lets everything overlap perfectly inside a pass. A collective is *exposed* where a layer's transfers take longer
-than the layer's own work, so that no schedule can hide them; those outside of the layers may also run beside LocEnc. The
-calibrated figure has no such optimism: products run at the share of the peak, and all around them at the share of the
-memory's bandwidth, that one H100 was measured to reach.
+This is the *bound*: everything inside a pass overlaps perfectly at the vendor's peak rates. A transfer is *exposed* where it
+takes longer than the pass's own work, so that no schedule can hide it; transfers outside the layers ("rest") may also overlap
+with LocEnc, which does not depend on them.
 
-What is counted: products and attention as they are executed (padding, recomputation, and all of the causal triangle where
-a kernel does not skip other segments); in HBM each product's operands and result once, in bfloat16, norms and activations
-fused into them, weights once a pass, what the backward pass keeps, and the optimiser's state.
+The *calibrated* figure replaces the peaks by efficiencies measured on one NVIDIA H100 80 GB, 2026-11-23. What was measured
+was a plain-JAX sketch of the released shape, not this package's code: the figures stand at `_MEASURED_SEC`. Applied to other
+chips they are an assumption: no TPU has been measured.
+
+Counted are FLOPs as executed: padding, recomputation, and the whole causal triangle unless the kernel skips other segments.
+HBM bytes are each product's operands and result once, in bfloat16 (norms and activations are assumed to be fused into the
+products), weights once per pass, activations saved for the backward pass, and the optimiser's state.
 """
 
 import dataclasses
@@ -18,22 +21,26 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from voxcpm2_jax import flops
+from voxcpm2_jax import flops, sharding
 from voxcpm2_jax.chips import CHIPS, LINKS_REACHED
 from voxcpm2_jax.config.model import MODELS, TransformerConfig
 from voxcpm2_jax.config.run import REMAT_POLICIES, BackboneRun, BatchConfig
 from voxcpm2_jax.flops import PRODUCTS, STACKS, layer_params, layer_widths, num_params
 from voxcpm2_jax.plan.machine import Collective, Machine
 
-# Share of slots and patches that a packed batch uses, and slots of a segment as attention meets them (squares / slots): of
-# rows of 4,096 slots, log-normal speech (median 7 s) in 15 languages. `python tests/measure_mixing.py 1e6 1e7`.
+# Assumed shares of a batch's slots and patches that hold speech. `python tests/measure_mixing.py 1e6` prints 0.9957 and
+# 0.9851 for log-normal synthetic lengths (median 7 s, sigma 0.6, 1 to 30 s; 3.2 text tokens per second) in rows of 4,096 slots
+# and 2,680 patches, the budget recommended for these lengths. The same clips fill 0.937 of the 2,816 patches of
+# configs/backbone.py:2b, for which hours of audio are therefore 5 % too high here.
 SLOTS_USED, PATCHES_USED = 0.996, 0.985
+# Assumed length of the segment in which a slot lies, averaged over slots (sum of squared lengths / slots). No command prints
+# it; the clips above have 111. The difference changes the useful FLOPs of the released shape by less than 0.1 %.
 SEGMENT_SLOTS = 117
 
 PASSES = ("forward", "backward")
 
 
-# ---- work ------------------------------------------------------------------------------------------------------------
+# ---- remat -----------------------------------------------------------------------------------------------------------
 
 
 def remat_of(config: BackboneRun, part: str) -> str:
@@ -42,50 +49,55 @@ def remat_of(config: BackboneRun, part: str) -> str:
 
 
 def saved_bytes(c: TransformerConfig, remat: str) -> int:
-    """Bytes a position and layer, in bfloat16, that the backward pass finds saved: the layer's input and what is named."""
-    D, QKV, O, F = layer_widths(c).values()
+    """Bytes per position and layer that are saved for the backward pass, in bfloat16: the layer's input and named arrays."""
+    width, qkv, attention, mlp = layer_widths(c).values()
     saved = REMAT_POLICIES[remat]
-    if saved is None:  # operands of all products, and what lies between them
-        return 2 * (4 * D + 2 * QKV + O + 3 * F)
-    K = c.num_kv_heads * c.head_dim
-    widths = {"q": O, "k": K, "v": K, "attention": O, "o": D, "gate": F, "up": F}
-    return 2 * (D + sum(widths[name] for name in saved))
+    if saved is None:  # the operands of all products, and the arrays between them
+        return 2 * (4 * width + 2 * qkv + attention + 3 * mlp)
+    kv = c.num_kv_heads * c.head_dim
+    widths = {"q": attention, "k": kv, "v": kv, "attention": attention, "o": width, "gate": mlp, "up": mlp}
+    return 2 * (width + sum(widths[name] for name in saved))
 
 
-# The array that tells whether a product's result is saved; "down" needs none, since nothing reads its result again.
-_MADE_BY = {"qkv": "q", "o": "o", "gate_up": "gate"}
+# The saved array that spares the backward pass a product. "down" is never recomputed: no gradient reads its result.
+_RESULT_OF = {"qkv": "q", "o": "o", "gate_up": "gate"}
 
 
 def recomputed_products(remat: str) -> tuple[str, ...]:
-    """The products that the backward pass computes once more."""
+    """The products that the backward pass computes again."""
     saved = REMAT_POLICIES[remat]
-    return () if saved is None else tuple(product for product, array in _MADE_BY.items() if array not in saved)
+    return () if saved is None else tuple(product for product, array in _RESULT_OF.items() if array not in saved)
 
 
 def recomputes_attention(remat: str) -> bool:
-    """Whether the backward pass runs attention's forward pass once more."""
+    """Whether the backward pass runs attention's forward pass again."""
     saved = REMAT_POLICIES[remat]
     return saved is not None and "attention" not in saved
 
 
+# ---- work ------------------------------------------------------------------------------------------------------------
+
+
 def _moved_bytes(c: TransformerConfig, products: Iterable[str] = PRODUCTS) -> int:
-    """Bytes a position and layer that these products read and write in a forward pass, with what is fused into them."""
-    D, QKV, O, F = layer_widths(c).values()
-    # Attention, which reads q, k and v, is counted with "o".
-    moved = {"qkv": D + QKV, "o": QKV + O + O + 2 * D, "gate_up": D + F, "down": F + 2 * D}
+    """Bytes per position and layer that these products, and the operations fused into them, read and write going forward."""
+    width, qkv, attention, mlp = layer_widths(c).values()
+    # "o" includes attention, which reads q, k and v.
+    moved = {
+        "qkv": width + qkv, "o": qkv + attention + attention + 2 * width, "gate_up": width + mlp, "down": mlp + 2 * width
+    }  # fmt: skip
     return 2 * sum(moved[name] for name in products)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One part's forward or backward work in an update, on one device; sums over its layers and micro-batches."""
+    """Work of one part's forward or backward pass in an update, on one device, over all its layers and micro-batches."""
 
     part: str
     backward: bool
     product_flops: float
     attention_flops: float
     hbm_bytes: float
-    moved_bytes: float  # those of them that are operands and results of products, weights apart
+    moved_bytes: float  # share of hbm_bytes that is operands and results of products, without weights
 
     @property
     def flops(self) -> float:
@@ -93,21 +105,21 @@ class Pass:
 
 
 def row_shards(mesh: Sequence[int]) -> int:
-    """Parts that the rows of a batch are split into."""
+    """Number of parts that the rows of a batch are split into."""
     return mesh[0] * mesh[1]
 
 
 def row_sizes(batch: BatchConfig, rows: float) -> dict[str, float]:
-    """What so many rows of a batch hold when they are full, as `flops.positions` takes it."""
+    """Slots, patches and targets of so many full rows, as `flops.positions` takes them."""
     targets = batch.target_patches or batch.patches
     return {"slots": rows * batch.slots, "patches": rows * batch.patches, "targets": rows * targets}
 
 
 def passes(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int], *, skips_segments: bool) -> list[Pass]:
-    """The work of one update by part and pass, on one device.
+    """The work of one update on one device, by part and pass.
 
     Args:
-        mesh: (replica, data, tensor), no -1.   skips_segments: attention computes nothing between segments.
+        mesh: (replica, data, tensor), no -1.   skips_segments: the attention kernel computes nothing between segments.
     """
     model = config.model
     rows = batch.rows / row_shards(mesh)
@@ -130,7 +142,7 @@ def passes(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int], *, skip
         moved_again = moved * _moved_bytes(c, again) / _moved_bytes(c)
         work += [
             Pass(part, False, products, attention, weights + moved + kept, moved),
-            # A backward product is two; attention's has five products for the forward's two (the logits once more).
+            # Backward, each product becomes two; attention has five where forward has two (the logits are recomputed).
             Pass(
                 part,
                 True,
@@ -149,16 +161,16 @@ def passes(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int], *, skip
 
 
 def layer_collectives(config: BackboneRun, batch: BatchConfig, machine: Machine, mesh: Sequence[int]) -> list[Collective]:
-    """The collectives of the layers as FSDP and tensor parallelism need them, for a program that was not compiled.
+    """The collectives of the layers under FSDP and tensor parallelism, for a program that is not compiled.
 
-    Weights are gathered in bfloat16 before each layer's forward and backward pass; their gradients are all-reduced over
-    all that read other rows (what XLA makes of it, where a reduce-scatter would do with half).
+    Weights are gathered in bfloat16 before each layer's forward and backward pass. Gradients are all-reduced over replica
+    and data, as XLA does it; a reduce-scatter would move half as much.
     """
     replica, data, tensor = mesh
     per_slice = machine.slice_devices
 
     def group(n: int, stride: int) -> tuple[int, int, tuple[int, ...] | None]:
-        """n devices, `stride` apart: how many of them are in a slice, and where."""
+        """n devices, `stride` apart -> n, how many of them lie in a slice, the chips that those span."""
         inside = max(1, min(n, per_slice // stride)) if stride <= per_slice else 1
         return n, inside, machine.spans(min(inside * stride, per_slice))
 
@@ -179,27 +191,47 @@ def layer_collectives(config: BackboneRun, batch: BatchConfig, machine: Machine,
             found.append(Collective("all-reduce", part, True, times, weights, n, inside, spans, axes))
         if tensor > 1:
             n, inside, spans = group(tensor, 1)
-            sums = 2 + ("o" in recomputed_products(remat_of(config, part)))  # gradients of what "qkv" and "gate_up" read
+            sums = 2 + ("o" in recomputed_products(remat_of(config, part)))  # gradients of the inputs of "qkv" and "gate_up"
             found.append(Collective("all-reduce", part, False, 2 * times, rows_bytes, n, inside, spans, ("tensor",)))
             found.append(Collective("all-reduce", part, True, sums * times, rows_bytes, n, inside, spans, ("tensor",)))
     return found
 
 
+def positions_for_gathers(
+    config: BackboneRun, batch: BatchConfig, machine: Machine, mesh: Sequence[int]
+) -> tuple[float, float] | None:
+    """Positions that FSDP needs to hide its gathers behind a forward pass at peak speed, and those a device has at least.
+
+    Returns:
+        (needed, present) per micro-batch; None without FSDP (data = 1).
+    """
+    _, data, tensor = mesh
+    if data == 1:
+        return None
+    group = (data * tensor,) if machine.torus is None else machine.spans(data * tensor)
+    rows = batch.rows / row_shards(mesh) / config.accumulate
+    present = min(flops.positions(config.model, **row_sizes(batch, rows)).values())
+    return sharding.positions_to_hide(machine.chip, group, machine.torus), present
+
+
 def update_bytes(config: BackboneRun, mesh: Sequence[int]) -> float:
-    """HBM bytes that the optimiser reads and writes on one device: gradients, weights, moments, average."""
+    """HBM bytes that the optimiser reads and writes on one device: gradients, weights, moments, averaged weights."""
     params = num_params(config.model) / (mesh[1] * mesh[2])
     return params * (4 + 2 * state_bytes_per_param(config))
 
 
 def state_bytes_per_param(config: BackboneRun) -> int:
-    """Float32 weights, the optimiser's moments, the average. Muon has one moment; what it leaves to AdamW is not counted."""
+    """Bytes of float32 weights, moments and averaged weights per parameter.
+
+    Muon is counted with one moment everywhere, although it leaves some parameters to AdamW.
+    """
     first = 2 if config.optim.mu_dtype == "bfloat16" else 4
     second = 0 if config.optim.optimizer == "muon" else 4
     return 4 + first + second + (0 if config.optim.ema_decay is None else 4)
 
 
 def memory(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int]) -> dict[str, float]:
-    """Bytes on one device by kind, estimated; where there is a compiler, it knows better."""
+    """Estimated bytes on one device, by kind. For TPUs the compiler's own figures take precedence."""
     model = config.model
     shards = mesh[1] * mesh[2]
     rows = batch.rows / row_shards(mesh) / config.accumulate
@@ -209,7 +241,7 @@ def memory(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int]) -> dict
         getattr(model, part).num_layers * positions[part] * saved_bytes(getattr(model, part), remat_of(config, part))
         for part in STACKS
     )
-    # What a layer's backward pass holds at once: its own activations and about as many gradients of them.
+    # One layer's backward pass holds its activations and about as many gradients.
     working = max(2 * positions[part] * saved_bytes(getattr(model, part), "none") / mesh[2] for part in STACKS)
     layer = max(layer_params(getattr(model, part)) for part in STACKS) / mesh[2]
     return {
@@ -223,8 +255,9 @@ def memory(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int]) -> dict
 
 # ---- seconds ---------------------------------------------------------------------------------------------------------
 
-# Measured on one H100 80 GB, released shape, 8,192 slots and 5,248 patches, cuDNN attention on packed rows, full remat:
-# seconds of forward and backward, and of AdamW in float32. Products ran at 510 TFLOP/s (790 for a large one alone).
+# Measured on one H100 80 GB, 2026-11-23, with a plain-JAX sketch of the released shape (not this package's code): seconds of
+# forward and backward of each stack for 8,192 slots and 5,248 patches, bfloat16, cuDNN attention on packed rows, full remat;
+# and of AdamW in float32. Products ran at 510 TFLOP/s inside the stacks, one large bfloat16 product by itself at 790.
 _MEASURED_SEC = {"tslm": 0.177, "ralm": 0.051, "locdit": 0.240, "locenc": 0.105}
 _MEASURED_UPDATE_SEC = 0.037
 _MEASURED_SLOTS, _MEASURED_PATCHES = 8192, 5248
@@ -232,13 +265,24 @@ _MEASURED_PRODUCT_FLOPS = 510e12
 
 
 def products_reached() -> float:
-    """Share of the peak that products of this size reach."""
+    """Share of the peak that matrix products reached in the measurement."""
     return _MEASURED_PRODUCT_FLOPS / CHIPS["h100"].peak_bf16_flops
 
 
+def assumptions() -> dict:
+    """The assumed constants, for the report."""
+    return {
+        "slots_used": SLOTS_USED,
+        "patches_used": PATCHES_USED,
+        "segment_slots": SEGMENT_SLOTS,
+        "products_reach_of_peak": round(products_reached(), 3),
+        "links_reach_of_peak": LINKS_REACHED,
+    }
+
+
 @functools.cache
-def _around(part: str) -> float:
-    """Measured seconds around a stack's products, by those that moving `_moved_bytes` once would take at full bandwidth."""
+def _overhead(part: str) -> float:
+    """Measured time outside of a stack's products, as a multiple of the time to move `_moved_bytes` at full bandwidth."""
     model = MODELS["2b"]
     c = getattr(model, part)
     sizes = {"slots": _MEASURED_SLOTS, "patches": _MEASURED_PATCHES, "targets": _MEASURED_PATCHES}
@@ -252,7 +296,7 @@ def _around(part: str) -> float:
 
 @dataclass(frozen=True)
 class Seconds:
-    """A pass by what could hold it up; all of an update, on one device."""
+    """Seconds of a pass on one device, one field for each resource that could limit it."""
 
     part: str
     backward: bool
@@ -260,8 +304,8 @@ class Seconds:
     hbm: float
     ici: float
     dcn: float
-    calibrated_compute: float  # products and all around them, as an H100 would reach
-    beside: float = 0.0  # other work that the transfers may run beside
+    calibrated_compute: float  # compute and HBM at the measured efficiencies
+    spare: float = 0.0  # work of another pass that may overlap with this one's transfers
 
     @property
     def bound(self) -> float:
@@ -269,8 +313,8 @@ class Seconds:
 
     @property
     def exposed(self) -> float:
-        """What of the transfers no schedule can hide."""
-        return max(0.0, max(self.ici, self.dcn) - self.work - self.beside)
+        """Seconds of transfers that no schedule can hide."""
+        return max(0.0, max(self.ici, self.dcn) - self.work - self.spare)
 
     @property
     def work(self) -> float:
@@ -283,14 +327,14 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Prediction:
-    """An update on a machine, predicted."""
+    """Prediction of one update on a machine."""
 
     passes: tuple[Seconds, ...]
     update_sec: float
     calibrated_update_sec: float
     useful_flops: float  # of all devices
     executed_flops: float
-    audio_sec: float  # that the batch holds
+    audio_sec: float  # audio in the batch
     peak_flops: float  # of all devices
 
     @property
@@ -315,10 +359,10 @@ class Prediction:
 def predict(
     config: BackboneRun, batch: BatchConfig, machine: Machine, mesh: Sequence[int], collectives: Iterable[Collective]
 ) -> Prediction:
-    """The roofline of one update, and what measured efficiencies make of it.
+    """Predicts one update: the bound, and the calibrated figure.
 
     Args:
-        collectives: of the compiled program, or `layer_collectives`.
+        collectives: those of the compiled program, or of `layer_collectives`.
     """
     work = passes(config, batch, mesh, skips_segments=machine.torus is None)
     ici, dcn = {}, {}
@@ -330,7 +374,7 @@ def predict(
     rows = []
     for p in work:
         key = p.part, p.backward
-        around = 0.0 if p.part == "rest" else _around(p.part)
+        overhead = 0.0 if p.part == "rest" else _overhead(p.part)
         rows.append(
             Seconds(
                 *key,
@@ -339,12 +383,12 @@ def predict(
                 ici=ici.get(key, 0.0),
                 dcn=dcn.get(key, 0.0),
                 calibrated_compute=p.flops / (products_reached() * machine.flops)
-                + around * p.moved_bytes / machine.hbm_bytes_per_sec,
+                + overhead * p.moved_bytes / machine.hbm_bytes_per_sec,
             )
         )
-    # What lies outside of the layers (text's embeddings, weights and gradients of projections) needs nothing that LocEnc makes.
-    idle = {p.backward: max(0.0, p.work - max(p.ici, p.dcn)) for p in rows if p.part == "locenc"}
-    rows = [dataclasses.replace(p, beside=idle[p.backward]) if p.part == "rest" else p for p in rows]
+    # Transfers outside of the layers (text embeddings, weights and gradients of projections) do not depend on LocEnc.
+    spare = {p.backward: max(0.0, p.work - max(p.ici, p.dcn)) for p in rows if p.part == "locenc"}
+    rows = [dataclasses.replace(p, spare=spare[p.backward]) if p.part == "rest" else p for p in rows]
     update_sec = update_bytes(config, mesh) / machine.hbm_bytes_per_sec
     # AdamW in float32 reads gradient, weight and two moments, and writes all but the gradient: 28 bytes a parameter.
     ideal_sec = 28.0 * num_params(MODELS["2b"]) / CHIPS["h100"].hbm_bytes_per_sec

@@ -1,4 +1,10 @@
-"""TODO plan.topology."""
+"""Reads --topology: a machine, and changes of the run for that machine.
+
+    --topology=[SLICESx]KIND:AxB[xC][,FIELD=VALUE..]    v5e:16x16   4xv6e:8x8   v5p:8x8x8,rows=512,mesh=1x512x1
+    --topology=GPUSxKIND[,FIELD=VALUE..]                8xh100   64xh100,rows=256,mesh=8x8x1
+
+Fields: rows (per batch), accumulate, remat, remat_local, mesh (REPLICAxDATAxTENSOR). The result is a `Case`.
+"""
 
 import dataclasses
 import math
@@ -23,12 +29,9 @@ TPU_SHAPES = {
 GPUS = tuple(name for name, chip in CHIPS.items() if not chip.pattern.startswith("TPU"))
 
 
-# ---- topologies ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Case:
-    """A run on a machine."""
+    """A run on a machine; `mesh` has no -1."""
 
     machine: Machine
     config: BackboneRun
@@ -39,8 +42,10 @@ class Case:
 
     @property
     def batches(self) -> list[BatchConfig]:
-        """Budgets of the run to plan, in the order of its stages: of those alike but for their rows the largest stands for
-        all, and each that cannot be split stands for itself."""
+        """The batch sizes to plan, in the order of the run's stages.
+
+        Of sizes that differ in rows alone only the largest is planned, and any that the mesh cannot split.
+        """
         stages = [self.config.batch if stage.batch is None else stage.batch for stage in self.config.stages]
         budgets = list(dict.fromkeys(stages or [self.config.batch]))
         most = {}
@@ -51,10 +56,10 @@ class Case:
 
 
 def parse(text: str, config: BackboneRun) -> Case:
-    """A case from --topology=TEXT.
+    """The case of --topology=TEXT.
 
     Raises:
-        UserError: no such chip, shape or field; the message lists those there are.
+        UserError: unknown chip, shape or field; the message lists the known ones.
     """
     name, *fields = text.split(",")
     if match := re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name):
@@ -67,7 +72,7 @@ def parse(text: str, config: BackboneRun) -> Case:
         chip, count = CHIPS[match[2]], int(match[1])
         domain = min(count, chip.domain)
         if count % domain:
-            raise UserError(f"--topology={text}: {count} GPUs are no whole number of machines of {domain}")
+            raise UserError(f"--topology={text}: expected a multiple of {domain}, the GPUs of a machine, got {count}")
         machine = Machine(name, chip, count // domain, None, domain)
     else:
         raise UserError(f"--topology={text}: expected {_known()}")
@@ -104,7 +109,7 @@ def _with_fields(text, config: BackboneRun, fields: Sequence[str]) -> BackboneRu
 
 
 def with_rows(config: BackboneRun, rows: int) -> BackboneRun:
-    """The run with that many rows a batch; stages with budgets of their own keep their ratio to it."""
+    """The run with so many rows per batch; the rows of stages with a batch of their own change by the same factor."""
     if rows < 1:
         raise UserError(f"rows={rows}: expected at least 1")
 
@@ -112,7 +117,8 @@ def with_rows(config: BackboneRun, rows: int) -> BackboneRun:
         new, rest = divmod(batch.rows * rows, config.batch.rows)
         if rest:
             raise UserError(
-                f"rows={rows}: a stage has {batch.rows} rows where the run has {config.batch.rows}: no whole number"
+                f"rows={rows}: a stage has {batch.rows} rows where the run has {config.batch.rows}; in the same ratio "
+                f"to {rows} its rows are not a whole number"
             )
         return dataclasses.replace(batch, rows=new)
 
@@ -121,13 +127,15 @@ def with_rows(config: BackboneRun, rows: int) -> BackboneRun:
 
 
 def mismatch(case: Case, batch: BatchConfig) -> str | None:
-    """Why this batch cannot be split over this mesh, or this mesh not be laid over this machine."""
+    """Why the mesh does not suit the machine or the batch does not suit the mesh, in one line; None if all is well."""
     machine, mesh = case.machine, case.mesh
     if math.prod(mesh) != machine.devices:
         devices = f"{math.prod(mesh)} devices; {machine.name} has {machine.devices}"
         return f"mesh {mesh_name(mesh)} (replica, data, tensor) has {devices}"
     if machine.torus and mesh[0] % machine.slices:
-        return f"mesh {mesh_name(mesh)}: replica must be a multiple of the {machine.slices} slices, nothing else may cross them"
+        return (
+            f"mesh {mesh_name(mesh)}: replica must be a multiple of the {machine.slices} slices; no other axis may cross slices"
+        )
     pieces = roofline.row_shards(mesh) * case.config.accumulate
     if batch.rows % pieces:
         return f"{batch.rows} rows of {batch.slots} slots cannot be split into {pieces} parts (replica x data x accumulate)"
@@ -135,4 +143,5 @@ def mismatch(case: Case, batch: BatchConfig) -> str | None:
 
 
 def mesh_name(mesh: Sequence[int]) -> str:
+    """REPLICAxDATAxTENSOR."""
     return "x".join(map(str, mesh))
