@@ -22,6 +22,7 @@ import numpy as np
 from voxcpm2_jax.config.model import MODELS
 from voxcpm2_jax.config.run import REMAT_POLICIES
 from voxcpm2_jax.models.attention import attention, find_segments
+from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.transformer import run_layers
 
 
@@ -36,7 +37,7 @@ class Stack(nn.Module):
     def __call__(self, x_BTD, segment_BT=None):
         position_BT = jnp.arange(x_BTD.shape[1])[None]
         sees = None if segment_BT is None else find_segments(segment_BT, MAX_SEGMENTS)
-        return run_layers(self.config, x_BTD, position_BT, sees, remat=self.remat, platform=self.platform)[0]
+        return run_layers(self.config, Compute(self.remat, platform=self.platform), x_BTD, position_BT, sees)[0]
 
 
 MAX_SEGMENTS, SEGMENT_SLOTS = 128, 64

@@ -13,6 +13,7 @@ from voxcpm2_jax import files, flops, metrics
 from voxcpm2_jax.config.model import DiTConfig, LMConfig, LocalConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.models import transformer, voxcpm2
+from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.local import LocDiT, LocEnc
 from voxcpm2_jax.sequence import Batch
 from voxcpm2_jax.train.profiler import Profiler, profile_steps
@@ -228,7 +229,7 @@ def test_flops_agree_with_xla_of_an_unrolled_model(monkeypatch):
     draws = voxcpm2.Draws(float32((B, M)), float32((B, M, P, C)), jax.ShapeDtypeStruct((B, M), bool))
 
     def losses(params, batch, draws):
-        terms = voxcpm2.loss_terms(params, model, batch, draws, remat="none")
+        terms = voxcpm2.loss_terms(params, model, batch, draws, compute=Compute(remat="none"))
         return jnp.sum(terms["diff_BMP"]) + jnp.sum(terms["stop_BM"])
 
     assert counted(losses, params, batch, draws) == pytest.approx(sum(useful.values()), rel=0.015)

@@ -76,8 +76,27 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 def platform(mesh: Mesh) -> str:
     """Whose kernels programs over these devices use: "cpu", "gpu" or "tpu"."""
-    name = mesh.devices.flat[0].platform
-    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)  # as JAX itself groups them, in `jax.devices("gpu")`
+    return _known_platform(mesh.devices.flat[0].platform)
+
+
+def current_platform() -> str:
+    """The platform of the mesh in `jax.set_mesh`; without a mesh that of JAX's default device.
+
+    Raises:
+        UserError: neither "cpu", "gpu" nor "tpu": it is not known which kernels run there.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        return _known_platform(mesh.abstract_device.platform if mesh.abstract_device else "of a mesh without devices")
+    device = jax.config.jax_default_device or jax.devices()[0]
+    return _known_platform(getattr(device, "platform", device))
+
+
+def _known_platform(name: str) -> str:
+    name = {"cuda": "gpu", "rocm": "gpu"}.get(name, name)  # as JAX itself groups them, in `jax.devices("gpu")`
+    if name not in ("cpu", "gpu", "tpu"):
+        raise UserError(f"platform {name!r}: expected cpu, gpu or tpu")
+    return name
 
 
 def make_mesh(shape: tuple[int, int, int] = (-1, -1, 1), devices=None) -> Mesh:
@@ -248,13 +267,13 @@ def gather_flop_per_byte(positions: float, weight_bytes: int = 2) -> float:
     return 2 * positions / weight_bytes
 
 
-def positions_to_hide(chip: Chip, layout: tuple[int, ...]) -> float:
-    """Positions of a device from which on the forward pass at full speed lasts longer than the gathering of its weights.
+def positions_to_hide(chip: Chip, group: Sequence[int], torus: tuple[int, ...] | None = None) -> float:
+    """Positions per device at which a forward pass at peak speed takes as long as gathering its weights.
 
     Args:
-        layout: chips along which `data` runs, as `chips.gather_bytes_per_sec` takes them.
+        group, torus: the chips that hold one copy of the parameters, as `chips.gather_bytes_per_sec` takes them.
     """
-    return chip.peak_bf16_flops / gather_bytes_per_sec(chip, layout) / gather_flop_per_byte(1)
+    return chip.peak_bf16_flops / gather_bytes_per_sec(chip, group, torus) / gather_flop_per_byte(1)
 
 
 def replica_bytes(params, mesh) -> float:

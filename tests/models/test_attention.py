@@ -15,6 +15,7 @@ from voxcpm2_jax.config.model import MODELS
 from voxcpm2_jax.models import attention as attn
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.models.attention import attention, find_segments
+from voxcpm2_jax.models.compute import Compute
 
 N, K, H = 4, 2, 8
 
@@ -231,7 +232,7 @@ def test_the_models_loss_uses_the_kernels_on_a_mesh(platform, hopper):
     shapes = jax.eval_shape(lambda key: voxcpm2.init(key, config), jax.random.key(0))
 
     def total(params):
-        sums = voxcpm2.loss(params, config, batch, **draws, max_segments=2, platform=platform)
+        sums = voxcpm2.loss(params, config, batch, **draws, compute=Compute(max_segments=2, platform=platform))
         return sums["diff"][0] + sums["stop"][0]
 
     with jax.set_mesh(sharding.make_mesh((2, 2, 2))):

@@ -11,6 +11,7 @@ import pytest
 from voxcpm2_jax.config.model import MODELS
 from voxcpm2_jax.config.run import REMAT_POLICIES
 from voxcpm2_jax.models.attention import find_segments
+from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.transformer import run_layers
 
 CONFIG = MODELS["tiny"].tslm
@@ -22,7 +23,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, segment_BT):
         position_BT = jnp.arange(x_BTD.shape[1])[None]
-        return run_layers(CONFIG, x_BTD, position_BT, find_segments(segment_BT, 4), remat=self.remat)[0]
+        return run_layers(CONFIG, Compute(self.remat), x_BTD, position_BT, find_segments(segment_BT, 4))[0]
 
 
 def gradients(remat, params, x_BTD, segment_BT):

@@ -10,6 +10,7 @@ import pytest
 from voxcpm2_jax import sequence
 from voxcpm2_jax.config.model import MODELS
 from voxcpm2_jax.models import transformer, voxcpm2
+from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.voxcpm2 import Draws, VoxCPM2
 
 CONFIG = MODELS["tiny"]
@@ -53,7 +54,7 @@ def terms():
     """loss_terms, compiled once a shape."""
     return jax.jit(
         lambda params, batch, draws, target_patches=None: voxcpm2.loss_terms(
-            params, CONFIG, batch, draws, target_patches=target_patches, remat="none"
+            params, CONFIG, batch, draws, target_patches=target_patches, compute=Compute(remat="none")
         ),
         static_argnames="target_patches",
     )
@@ -174,7 +175,7 @@ def test_a_row_of_more_clips_than_it_may_hold_has_no_loss(params):
     """Rather than a wrong one: cuDNN would leave clips out without a word."""
     batch = pack([clip(3, 2), clip(2, 2), clip(2, 3)], [clip(3, 5)])
     d = draws_for(batch)
-    terms = jax.jit(lambda: voxcpm2.loss_terms(params, CONFIG, batch, d, max_segments=2))()
+    terms = jax.jit(lambda: voxcpm2.loss_terms(params, CONFIG, batch, d, compute=Compute(max_segments=2)))()
     assert np.isnan(terms["diff_BMP"][0]).any() and np.isfinite(terms["diff_BMP"][1]).all()
 
 
@@ -227,7 +228,9 @@ def test_parameter_paths_are_frozen():
 def test_unrolled_form_is_the_same_model(params):
     batch = pack([clip(3, 5), clip(2, 4)])
     stacked = VoxCPM2(CONFIG).apply({"params": params}, batch, method="read_batch")
-    unrolled = VoxCPM2(CONFIG, unrolled=True).apply({"params": voxcpm2.unrolled_params(params)}, batch, method="read_batch")
+    unrolled = VoxCPM2(CONFIG, Compute(is_unrolled=True)).apply(
+        {"params": voxcpm2.unrolled_params(params)}, batch, method="read_batch"
+    )
     np.testing.assert_allclose(stacked.acoustic_BTD, unrolled.acoustic_BTD, rtol=1e-4, atol=1e-5)
 
 

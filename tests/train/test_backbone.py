@@ -89,13 +89,14 @@ def test_loss_falls_and_the_result_says_so(straight):
 def test_resume_is_exact(straight, tmp_path, monkeypatch):
     """Stopped after three of six updates and started again: the same losses, held-out ones as well, bit for bit."""
     monkeypatch.setattr(pretrain, "_open_heldout", lambda *_: HELDOUT)
-    run_step = backbone.loop.run
+    run = pretrain.loop.run
 
-    def stop_early(**kwargs):
-        return run_step(**kwargs | {"num_steps": 3})
+    def stop_early(task, *args, **kwargs):
+        task.run = dataclasses.replace(task.run, num_steps=3)
+        return run(task, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(backbone.loop, "run", stop_early)
+        patch.setattr(pretrain.loop, "run", stop_early)
         pretrain.train(RUN, tmp_path / "run")
     pretrain.train(RUN, tmp_path / "run")
     exact = ("step", "loss", "loss_diff", "loss_stop", "grad_norm", "val_loss_diff", "val_loss_diff_se/mode/zero-shot")
@@ -128,7 +129,7 @@ def test_update_does_not_depend_on_the_mesh(straight):
     mix = Mix(0, source.index, source.patch_sec, b)
     batch = pipeline.host_rows(source, mix, 0)
     state = jax.jit(partial(backbone.init_state, RUN))()
-    step = jax.jit(partial(backbone.train_step, config=RUN, labels=pretrain._labels(source)))
+    step = jax.jit(partial(backbone.train_step, config=RUN, labels=pretrain.labels_of(source)))
     sums = metrics.fetch(step(state, batch)[1])
     row = rows_of(straight[0])[0]
     assert sums["loss"][0] == pytest.approx(row["loss"], rel=1e-5)
@@ -226,13 +227,14 @@ def test_a_checkpoint_tells_what_was_heard(straight):
 
 def test_what_no_update_came_of_was_not_heard():
     mix = Mix(0, HELDOUT.index, HELDOUT.patch_sec, RUN.batch)
-    at = partial(pretrain._heard, mix, HELDOUT.index, patch_sec=HELDOUT.patch_sec)
-    (name,) = at(step=20)
+    run = dataclasses.replace(RUN, patch_sec=HELDOUT.patch_sec)
+    task = pretrain.BackboneTask(run, HELDOUT, mix, sharding.make_mesh())
+    (name,) = task.counters(20, frozenset())
     drawn = [draw.clip for step in range(20) if step not in (0, 7, 19) for row in mix.rows(step) for draw in row]
     patches = HELDOUT.index.lengths[drawn, packing.PATCHES].sum()
     hours = round(int(patches) * HELDOUT.patch_sec / 3600, 6)
-    assert at(step=20, without=(0, 7, 19)) == {name: {"clips": len(drawn), "hours": hours}}
-    assert at(step=3, without=range(3)) == {}
+    assert task.counters(20, frozenset((0, 7, 19))) == {name: {"clips": len(drawn), "hours": hours}}
+    assert task.counters(3, frozenset(range(3))) == {}
 
 
 def test_rows_that_suit_no_mesh_are_refused(tmp_path):
@@ -271,7 +273,7 @@ def test_held_out_shards_are_found_beside_the_others_and_must_be_made_like_them(
     test_validation.write(other, clips, codec_sha256="another")
     with pytest.raises(UserError, match="do not go together: codec_sha256 'c' and 'another'"):
         pretrain._open_heldout(RUN, source, train, other)
-    with pytest.raises(UserError, match="--heldout goes with --data"):
+    with pytest.raises(UserError, match="--heldout needs --data"):
         pretrain._open_heldout(RUN, source, None, other)
 
 

@@ -47,7 +47,7 @@ def test_a_bad_update_is_skipped_counted_and_named(tmp_path, toy, capsys, fault,
     """The state is what it was, the row's figures are means over the others, and the run goes on."""
     before, _ = toy.run(tmp_path / "before", 6)
     toy.faults = {6: fault}
-    after, last = toy.run(tmp_path / "after", 7, clips_at=lambda batch: [f"clip-{batch}"])
+    after, last = toy.run(tmp_path / "after", 7, clips=lambda batch: [f"clip-{batch}"])
     assert_equal(trained(after), trained(before))
     assert int(after.step) == 7 and last["skipped"] == 1 and last["loss"] is None
     assert re.search(rf"step 7: update skipped, 1 in a row: {complaint}.*; batch 6; clips clip-6\n", capsys.readouterr().err)
@@ -92,9 +92,9 @@ def test_a_spike_is_told_from_the_recent_past_alone():
 def test_after_some_in_a_row_the_run_goes_back_and_passes_the_batches_over(tmp_path, capsys, num_devices):
     toy = Toy(num_devices)
     toy.faults = dict.fromkeys((9, 10, 11), NAN)
-    whole, _ = toy.run(tmp_path / "whole", 16, clips_at=lambda batch: [f"clip-{batch}"])
+    whole, _ = toy.run(tmp_path / "whole", 16, clips=lambda batch: [f"clip-{batch}"])
     said = capsys.readouterr().err
-    assert "step 12: 3 bad updates in a row; back to step 8 (time 1 of at most 2), passing over batches 9, 10, 11" in said
+    assert "step 12: 3 bad updates in a row; rollback 1 of at most 2 to step 8, stepping over batches 9, 10, 11" in said
     assert [(line["batch"], line["back_to"], line["clips"]) for line in stepped_over(tmp_path / "whole")] == [
         (n, 8, [f"clip-{n}"]) for n in (9, 10, 11)]  # fmt: skip
     assert [(row["step"], row["skipped"]) for row in rows(tmp_path / "whole")] == [
@@ -124,12 +124,12 @@ def test_a_checkpoint_tells_another_directory_what_to_pass_over(tmp_path):
 def test_what_breaks_again_and_again_ends_the_run(tmp_path, toy, capsys):
     """The second way back passes over all batches since the checkpoint; the checkpoint is the one from before the fault."""
     toy.faults = dict.fromkeys(range(9, 100), SPIKE)
-    with pytest.raises(loop.BrokenRun, match="step 18: 3 bad updates in a row, after 2 times back to step 8"):
+    with pytest.raises(loop.BrokenRun, match="step 18: 3 bad updates in a row, after 2 rollbacks to step 8"):
         toy.run(tmp_path, 40)
-    assert "(time 2 of at most 2), passing over batches 8, 12, 13, 14:" in capsys.readouterr().err
+    assert "rollback 2 of at most 2 to step 8, stepping over batches 8, 12, 13, 14:" in capsys.readouterr().err
     assert manager.Checkpoints(tmp_path, 2, 4).latest_step() == 8
     # It stays so, however often a launcher starts it.
-    with pytest.raises(loop.BrokenRun, match="after 2 times back to step 8"):
+    with pytest.raises(loop.BrokenRun, match="after 2 rollbacks to step 8"):
         toy.run(tmp_path, 40)
 
 
@@ -149,7 +149,7 @@ def test_the_guard_can_be_switched_in_the_middle_of_a_run(tmp_path, toy):
 
 def test_counters_leave_out_what_no_update_came_of(tmp_path, toy):
     toy.faults = {2: NAN} | dict.fromkeys((9, 10, 11), NAN)
-    toy.run(tmp_path, 16, counters_at=lambda step, without: {"batches": [n for n in range(step) if n not in without]})
+    toy.run(tmp_path, 16, counters=lambda step, without: {"batches": [n for n in range(step) if n not in without]})
     meta = read_meta(step_directory(tmp_path))
     assert meta["data"]["batches"] == [0, 1, 3, 4, 5, 6, 7, 8, 12, 13, 14, 15]
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from typing import Any
 
 import jax
@@ -53,7 +54,7 @@ class Toy:
         state = State(jnp.int32(0), params, self.tx.init(params), jax.tree.map(jnp.copy, params), guard.init(self.guard))
         return jax.device_put(state, jax.tree.map(lambda x: self.split if x.shape == (16, 8) else self.copied, state))
 
-    def batches_from(self, start):
+    def batches(self, start):
         step = start
         while True:
             self.seen.append(step)
@@ -84,18 +85,28 @@ class Toy:
 
         return train_step
 
-    def run(self, workdir, num_steps, **changes):
-        arguments = {
-            "config": {"n": num_steps},
-            "state": self.state(),
-            "train_step": self.train_step,
-            "batches_from": self.batches_from,
-            "log": LogConfig(every_steps=3),
-            "checkpoint": CheckpointConfig(every_steps=4, keep=2),
-            "guard": self.guard,
-            "watchdog": WatchdogConfig(),
-        }
-        return loop.run(workdir=workdir, num_steps=num_steps, **(arguments | changes))
+    def run(self, workdir, num_steps, *, state=None, origin=None, profile_steps=None, watchdog=None, checkpoint=None, **task):
+        """Trains the toy; `task` replaces methods and attributes of its loop.Task."""
+        settings = types.SimpleNamespace(
+            num_steps=num_steps,
+            log=LogConfig(every_steps=3),
+            checkpoint=checkpoint or CheckpointConfig(every_steps=4, keep=2),
+            guard=self.guard,
+            watchdog=watchdog or WatchdogConfig(),
+        )
+        task = ToyTask(
+            {"run": settings, "record": {"n": num_steps}, "train_step": self.train_step, "batches": self.batches} | task
+        )
+        return loop.run(task, state or self.state(), workdir, origin=origin, profile_steps=profile_steps)
+
+
+class ToyTask(loop.Task):
+    def __init__(self, parts):
+        vars(self).update(parts)
+
+    def train_step(self, state, batch): ...
+
+    def batches(self, start): ...
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +161,7 @@ def test_a_killed_run_leaves_no_trace_in_the_record(tmp_path, toy):
 
 
 def test_row(tmp_path, toy):
-    toy.run(tmp_path, 4, flops_of=lambda row: {"all": 1e12 * row["audio_sec"]})
+    toy.run(tmp_path, 4, flops=lambda row: {"all": 1e12 * row["audio_sec"]})
     row = rows(tmp_path)[0]
     assert row["step"] == 3 and row["audio_sec"] == 3
     assert row["audio_sec_per_sec"] == pytest.approx(3 / row["step_sec"])
@@ -180,35 +191,35 @@ def test_broken_step_is_named_and_never_saved(tmp_path):
 def test_signal_saves_and_the_next_start_goes_on(tmp_path, toy):
     toy.run(tmp_path / "whole", 10)
 
-    def batches_from(start):
-        for step, batch in enumerate(toy.batches_from(start), start):
+    def batches(start):
+        for step, batch in enumerate(toy.batches(start), start):
             if step == 6 and start == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(loop.Preempted, match="SIGTERM at step 7 of 10: saved; start"):
-        toy.run(tmp_path / "parts", 10, batches_from=batches_from)
+        toy.run(tmp_path / "parts", 10, batches=batches)
     assert signal.getsignal(signal.SIGTERM) is handler
-    state, _ = toy.run(tmp_path / "parts", 10, batches_from=batches_from)
+    state, _ = toy.run(tmp_path / "parts", 10, batches=batches)
     assert int(state.step) == 10
     assert learned(tmp_path / "parts") == learned(tmp_path / "whole")
 
 
 def test_a_signal_before_the_first_update_saves_nothing_and_says_so(tmp_path, toy):
-    def batches_from(start):
+    def batches(start):
         os.kill(os.getpid(), signal.SIGTERM)
-        return toy.batches_from(start)
+        return toy.batches(start)
 
     with pytest.raises(loop.Preempted, match="SIGTERM at step 0 of 10: no update since the start, nothing to save; start"):
-        toy.run(tmp_path, 10, batches_from=batches_from)
+        toy.run(tmp_path, 10, batches=batches)
     assert not steps.has_steps(tmp_path)
 
 
 _DEEP_IN_C = """
 import ctypes
-from voxcpm2_jax.train.loop import _signals
-with _signals():
+from voxcpm2_jax.train.signals import listening
+with listening():
     lock = ctypes.create_string_buffer(64)
     ctypes.CDLL(None).pthread_mutex_lock(lock)
     print("ready", flush=True)
@@ -287,8 +298,8 @@ def test_resume_with_another_layout_lists_the_difference(tmp_path, toy):
 
 
 def test_resume_says_what_changed_in_the_config(tmp_path, toy, capsys):
-    toy.run(tmp_path, 2, config={"a": {"b": 1}, "c": 2})
-    toy.run(tmp_path, 3, config={"a": {"b": 5}, "c": 2})
+    toy.run(tmp_path, 2, record={"a": {"b": 1}, "c": 2})
+    toy.run(tmp_path, 3, record={"a": {"b": 5}, "c": 2})
     assert "config differs from the checkpoint's: a.b: 1 -> 5" in capsys.readouterr().err
 
 

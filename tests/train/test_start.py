@@ -21,6 +21,7 @@ from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BackboneRun, BatchConfig, CheckpointConfig
 from voxcpm2_jax.data.packing import Clip
 from voxcpm2_jax.models import voxcpm2
+from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.torch_io import released
 from voxcpm2_jax.torch_io.minicpm import load_tslm
 from voxcpm2_jax.train import backbone, pretrain
@@ -120,11 +121,11 @@ def started(monkeypatch):
     """The arguments that a run's loop is given; nothing is trained."""
     given = types.SimpleNamespace()
 
-    def run(**kwargs):
-        vars(given).update(kwargs)
-        return kwargs["state"], {}
+    def run(task, state, workdir, **kwargs):
+        vars(given).update(kwargs | {"task": task, "state": state})
+        return state, {}
 
-    monkeypatch.setattr(backbone.loop, "run", run)
+    monkeypatch.setattr(pretrain.loop, "run", run)
     return given
 
 
@@ -250,7 +251,7 @@ def test_tslm_computes_what_the_minicpm_did(minicpm, tiny_params):
     tokens_BT = jnp.array([[110, 300, 7, 42]])
     hidden = []
     for config, params in ((scaled, tiny_params["base_lm"]), (TINY, folded)):
-        lm = voxcpm2.TextSemanticLM(config, "none")
+        lm = voxcpm2.TextSemanticLM(config, Compute(remat="none"))
         x_BTD = lm.apply({"params": params}, tokens_BT, method="embed")
         y_BTD, _ = jax.jit(lm.apply)({"params": params}, x_BTD, jnp.arange(4)[None], jnp.tri(4, dtype=bool)[None])
         hidden.append(y_BTD)

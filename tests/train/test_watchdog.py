@@ -17,18 +17,18 @@ QUICK = WatchdogConfig(factor=2.0, min_sec=0.2, slow_sec=60.0)
 def sleepy(toy, sec):
     """Batches, of which number 8 takes its time."""
 
-    def batches_from(start):
-        for step, batch in enumerate(toy.batches_from(start), start):
+    def batches(start):
+        for step, batch in enumerate(toy.batches(start), start):
             if step == 8:
                 time.sleep(sec)
             yield batch
 
-    return batches_from
+    return batches
 
 
 def test_a_stalled_wait_for_data_is_reported_once_with_every_thread(tmp_path, capsys):
     toy = Toy(1)
-    state, _ = toy.run(tmp_path, 12, batches_from=sleepy(toy, 1.0), watchdog=QUICK)
+    state, _ = toy.run(tmp_path, 12, batches=sleepy(toy, 1.0), watchdog=QUICK)
     assert int(state.step) == 12
     said = capsys.readouterr().err
     assert said.count("stuck: ") == 1 and "stuck: waiting for batch 8 for 0." in said
@@ -66,7 +66,7 @@ def test_the_limit_is_a_multiple_of_the_median_step_and_never_below_the_least():
 
 _STUCK = """
 import time
-from voxcpm2_jax.config import WatchdogConfig
+from voxcpm2_jax.config.run import WatchdogConfig
 from voxcpm2_jax.train.watchdog import Watchdog
 with Watchdog(WatchdogConfig(factor=2.0, min_sec=0.2, slow_sec=0.3, action="exit")) as dog:
     dog.slow("evaluating step 3")

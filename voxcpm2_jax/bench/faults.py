@@ -296,7 +296,7 @@ def bad_numbers(lab: Lab) -> Outcome:
     if rows_of(peace)[-1]["skipped"] != 3 or rows_of(peace)[-1]["loss"] is None:
         problems.append(f"the last row counts {rows_of(peace)[-1]['skipped']} skipped updates instead of 3")
     with lab.children(workdir, f"--data={shards}") as (child,):
-        lab.until(lambda: "passing over batches" in child.said, [child])
+        lab.until(lambda: "stepping over batches" in child.said, [child])
         child.kill()
     lab.finish(workdir, f"--data={shards}")
     problems += lab.differences(workdir, peace=peace)

@@ -134,6 +134,7 @@ def _check(config: BackboneRun, *, against_reference: bool):
 
     from voxcpm2_jax import sharding
     from voxcpm2_jax.models import voxcpm2
+    from voxcpm2_jax.models.compute import Compute
     from voxcpm2_jax.train import backbone
 
     machine = _machine(config)
@@ -149,32 +150,32 @@ def _check(config: BackboneRun, *, against_reference: bool):
     except RuntimeError:
         raise UserError("JAX_PLATFORMS hides the CPU, which the check needs: add cpu to it, at the end") from None
 
-    def gradients(model: ModelConfig, platform: str):
+    def gradients(model: ModelConfig, compute):
         """-> jitted: losses as (sum, count), and the gradient of their sum."""
 
         def loss(params, batch, draws):
             kwargs = {"time_BM": draws.time_BM, "noise_BMPC": draws.noise_BMPC, "drop_BM": draws.drop_BM}
-            form = {"max_segments": small.segments, "remat": config.remat, "remat_local": config.remat_local}
-            sums = voxcpm2.loss(params, model, batch, **kwargs, **form, platform=platform)
+            sums = voxcpm2.loss(params, model, batch, **kwargs, compute=compute)
             return sum(total / count for total, count in sums.values()), sums
 
         return jax.jit(jax.grad(loss, has_aux=True))
 
+    on_cpu = dataclasses.replace(Compute.of(config), platform="cpu")
     with jax.default_device(cpu):
         draws = backbone.draw(jax.random.key(1), config, batch.patches_BMPC, 0.0)
         arguments = _params(config.model), batch, jax.device_get(draws)
         exact = dataclasses.replace(config.model, dtype="float32")
-        truth = jax.device_get(gradients(exact, "cpu")(*arguments))
+        truth = jax.device_get(gradients(exact, on_cpu)(*arguments))
         errors, failed = {}, []
         bounds = {"loss": _FLOAT32_BOUND, "gradient": _FLOAT32_BOUND}
         if config.model.dtype != "float32":
-            own = _errors(jax.device_get(gradients(config.model, "cpu")(*arguments)), truth)
+            own = _errors(jax.device_get(gradients(config.model, on_cpu)(*arguments)), truth)
             errors |= {f"cpu_{config.model.dtype}_{name}": value for name, value in own.items()}
             bounds = {name: _MARGIN * max(value, _BFLOAT16_STEP) for name, value in own.items()}
     with jax.set_mesh(mesh):
         params = jax.device_put(arguments[0], sharding.param_shardings(arguments[0], mesh))
         rows = (sharding.global_batch(part, mesh, small.rows) for part in arguments[1:])
-        found = jax.device_get(gradients(config.model, machine["platform"])(params, *rows))
+        found = jax.device_get(gradients(config.model, Compute.of(config, mesh))(params, *rows))
     for name, value in _errors(found, truth).items():
         errors[name] = value
         if not value <= bounds[name]:
@@ -246,7 +247,7 @@ def _reference_losses(model: ModelConfig, params, batch, clips, draws) -> dict[s
 
 
 def _setup(config: BackboneRun, batch):
-    """-> mesh, layout of the state, state, batch on the devices."""
+    """-> mesh, state and batch on its devices."""
     import jax
 
     from voxcpm2_jax import sharding
@@ -258,9 +259,9 @@ def _setup(config: BackboneRun, batch):
         shares = f"{row_shards} devices x {config.accumulate} micro-batches"
         raise UserError(f"{config.batch.rows} rows cannot be split over {shares}")
     with jax.set_mesh(mesh):
-        layout = sharding.param_shardings(jax.eval_shape(partial(backbone.init_state, config)), mesh)
+        layout = jax.tree.map(lambda x: x.sharding, backbone.abstract_state(config, mesh))
         state = jax.jit(partial(backbone.init_state, config), out_shardings=layout)()
-        return mesh, layout, state, sharding.global_batch(batch, mesh, config.batch.rows)
+        return mesh, state, sharding.global_batch(batch, mesh, config.batch.rows)
 
 
 def _ours(config: BackboneRun):
@@ -279,12 +280,10 @@ def _ours(config: BackboneRun):
     }  # fmt: skip
     if peak := flops.peak_flops(machine["device"]):
         figures["peak_flops"] = peak * machine["devices"]
-    mesh, layout, state, batch = _setup(config, batch)
+    mesh, state, batch = _setup(config, batch)
     with jax.set_mesh(mesh):
-        step = partial(backbone.train_step, config=config, platform=machine["platform"])
-        program = jax.jit(step, donate_argnums=0, out_shardings=(layout, layout.step))
         begin = time.perf_counter()
-        program = program.lower(state, batch).compile()
+        program = backbone.jit_train_step(config, mesh).lower(state, batch).compile()
         figures["compile_sec"] = time.perf_counter() - begin
         planned = program.memory_analysis()
         figures["planned_bytes"] = (
@@ -338,16 +337,17 @@ def _parts(config: BackboneRun, *, rounds: int):
 
     from voxcpm2_jax import flops, sharding
     from voxcpm2_jax.models import attention, voxcpm2
+    from voxcpm2_jax.models.compute import Compute
     from voxcpm2_jax.train.state import apply_update
 
     machine = _machine(config)
     host_batch, _ = _data(config)
     model, dtype = config.model, jnp.dtype(config.model.dtype)
-    mesh, _, state, batch = _setup(config, host_batch)
+    mesh, state, batch = _setup(config, host_batch)
     B, T = host_batch.tokens_BT.shape
     M = host_batch.slot_BM.shape[1]
     targets = config.batch.target_patches or M
-    module = voxcpm2.VoxCPM2(model, config.remat, platform=machine["platform"], remat_local=config.remat_local)
+    module = voxcpm2.VoxCPM2(model, Compute.of(config, mesh))
 
     def stack(name):
         def run(params, x_BTD):

@@ -1,14 +1,14 @@
-"""A held-out loss that can be trusted: it depends on the weights and the clips, and on nothing else.
+"""The held-out loss: a figure that depends on the weights and the clips, and on nothing else.
 
-    clip -> (by a hash of what is in it) layout, flow times, noise -> loss of each of its patches -> sums of the clip
-    figure = sum over clips / count over clips, standard error over clips
+    clip -> (by a hash of its content) layout, flow times, noise -> loss of each of its patches -> sums over the clip
+    loss = sum over clips / count over clips, with its standard error over clips
 
-A clip keeps its draws for good: whichever clips it is heard with, wherever it stands in a batch, on any mesh, in any run
-and after any resume. Its flow times are stratified: n target patches take one time from each n-th of the distribution that
-training draws from. Conditioning is never dropped, and mean mode is heard with r = t. A clip that can be laid out in several
-ways (with a reference, with its description) takes one of them. Prompt clips bear no loss and are left out.
+A clip always gets the same draws: whichever other clips there are, in whichever batch and row it stands, on any mesh, in any
+run and after any resume. Its flow times are stratified: n target patches take one time from each n-th of the distribution
+that training draws from. Conditioning is never dropped, and mean mode is evaluated at r = t. A clip that can be laid out in
+several ways (with a reference, with its description) gets one of them. Prompt clips bear no loss and are skipped.
 
-Sums of patches go to the host and are added up there in float64.
+Devices compute sums per patch; the host adds them up in float64.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ from voxcpm2_jax.config.run import BatchConfig, ValidationConfig
 from voxcpm2_jax.data import packing
 from voxcpm2_jax.data.packing import DESCRIBED, IS_PROMPT, NO_REFERENCE, OWN_REFERENCE, REFERENCE, Draw
 from voxcpm2_jax.models import voxcpm2
+from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.sequence import Batch, Sequence, pack
 
 RESULT_FILE = "result.json"
@@ -39,7 +40,7 @@ LOSSES = ("loss_diff", "loss_stop")
 
 
 class Item(NamedTuple):
-    """A held-out clip as it is always heard."""
+    """A held-out clip with its layout and draws, which never change."""
 
     label: int  # dataset, language and mode, see `packing.label`
     sequence: Sequence
@@ -48,7 +49,7 @@ class Item(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A batch with its draws; `batch.label_BM` numbers the items."""
+    """A batch with its draws; `batch.label_BM` is the number of each patch's item."""
 
     batch: Batch
     time_BM: jax.Array
@@ -59,49 +60,45 @@ class Validation:
     """The held-out loss of any weights of one model.
 
     Args:
-        source: held-out clips.   budgets: of a batch; clips that fit no row of it are left out, with a line that says so.
-        mesh: where batches are spread; each process reads all clips and keeps the rows of its own devices.
+        source: held-out clips.   budgets: of a batch; clips that fit no row are skipped, with a line on standard error.
+        mesh: the devices that share a batch; each process reads all clips and keeps the rows of its own devices.
     Raises:
-        UserError: no clip that fits.
+        UserError: no clip fits.
     """
 
     def __init__(self, model: ModelConfig, source: packing.Source, budgets: BatchConfig, config: ValidationConfig, mesh):
         self._mesh = mesh
         scheduler = model.dit_config.cfm_config.t_scheduler
-        items = [_item(source, number, config.seed, scheduler) for number in _chosen(source.index, config.max_clips)]
+        items = [make_item(source, number, config.seed, scheduler) for number in _chosen(source.index, config.max_clips)]
         limits = np.array([budgets.slots, budgets.patches, budgets.target_patches or budgets.patches])
-        sizes_N3 = np.array([(s.num_slots, s.num_patches, s.num_targets) for _, s, _, _ in items]).reshape(-1, 3)
-        fits_N = (sizes_N3 <= limits).all(axis=1)
-        if not fits_N.any():
+        sizes = np.array([(s.num_slots, s.num_patches, s.num_targets) for _, s, _, _ in items]).reshape(-1, 3)
+        fits = (sizes <= limits).all(axis=1)
+        if not fits.any():
             slots, patches, targets = limits
             raise UserError(
                 f"held-out clips: none of {len(items)} bears loss and fits a row of {slots} slots, {patches} patches and "
                 f"{targets} target patches"
             )
-        if not fits_N.all():
-            processes.say(f"validation: {(~fits_N).sum()} of {len(items)} clips fit no row and are left out")
-        self._items = [item for item, fits in zip(items, fits_N) if fits]
+        if not fits.all():
+            processes.say(f"validation: {(~fits).sum()} of {len(items)} clips fit no row and are skipped")
+        self._items = [item for item, does_fit in zip(items, fits) if does_fit]
         self._labels = metrics.name_labels(
             packing.label_names(source.index),
             np.bincount([item.label for item in self._items], minlength=len(source.index.groups) * len(packing.MODES)),
         )
-        row_N, num_rows = packing.share_rows(sizes_N3[fits_N] / limits)
+        row_of_item, num_rows = packing.share_rows(sizes[fits] / limits)
         shards = mesh.shape["replica"] * mesh.shape["data"]
         self._num_rows = shards * math.ceil(min(budgets.rows, num_rows) / shards)
-        rows = [np.flatnonzero(row_N == row).tolist() for row in range(num_rows)]
+        rows = [np.flatnonzero(row_of_item == row).tolist() for row in range(num_rows)]
         rows += [[]] * (-num_rows % self._num_rows)
         mine = sharding.local_rows(mesh, self._num_rows)
         self._batches = [
             self._pack([rows[start + row] for row in mine], budgets, source.patch_shape)
             for start in range(0, len(rows), self._num_rows)
         ]
-        form = {
-            "target_patches": budgets.target_patches,
-            "max_segments": max(map(len, rows)),
-            "platform": sharding.platform(mesh),
-        }
-        program = partial(_of_patches, config=model, form=form)
-        whole = jax.NamedSharding(mesh, jax.P())  # on every device, for every process adds up all of it
+        compute = Compute(remat="none", max_segments=max(map(len, rows)), platform=sharding.platform(mesh))
+        program = partial(_of_patches, config=model, target_patches=budgets.target_patches, compute=compute)
+        whole = jax.NamedSharding(mesh, jax.P())  # replicated, because every process adds up the whole result
         self._program = jax.jit(program, out_shardings=whole)
 
     @property
@@ -109,11 +106,11 @@ class Validation:
         return len(self._items)
 
     def figures(self, params) -> dict[str, float | None]:
-        """Losses with their standard errors ("loss_diff_se"), in all, by flow time, dataset, language and mode; stop head.
+        """Losses and their standard errors ("loss_diff_se"), overall and by flow time, dataset, language and mode.
 
-        None where nothing was counted, and for the error of fewer than two clips.
+        Also precision and recall of the stop head. None where nothing was counted, and for errors over fewer than two clips.
         """
-        totals: dict[str, np.ndarray] = {}
+        totals: dict[str, np.ndarray] = {}  # [2, clips]: sums and counts
         by_time = np.zeros((2, len(metrics.TIME_BINS)))
         for rows in self._batches:
             pairs, item_BM, time_BM = jax.device_get(
@@ -121,28 +118,28 @@ class Validation:
             )
             is_used_BM = item_BM >= 0
             for name, pair in pairs.items():
-                sums_2N = [np.bincount(item_BM[is_used_BM], x_BM[is_used_BM], self.num_clips) for x_BM in pair]
-                totals[name] = totals.get(name, 0.0) + np.stack(sums_2N)
+                sums = [np.bincount(item_BM[is_used_BM], x_BM[is_used_BM], self.num_clips) for x_BM in pair]
+                totals[name] = totals.get(name, 0.0) + np.stack(sums)
             bins = np.minimum(time_BM[is_used_BM] * len(metrics.TIME_BINS), len(metrics.TIME_BINS) - 1).astype(int)
             by_time += [np.bincount(bins, x_BM[is_used_BM], len(metrics.TIME_BINS)) for x_BM in pairs["loss_diff"]]
-        return self._told(totals, by_time)
+        return self._divided(totals, by_time)
 
-    def _told(self, totals, by_time) -> dict[str, float | None]:
+    def _divided(self, totals, by_time) -> dict[str, float | None]:
         found = {}
         for name in LOSSES:
-            found |= {name: _mean(totals[name]), f"{name}_se": _standard_error(totals[name])}
+            found |= {name: _mean(totals[name]), f"{name}_se": standard_error(totals[name])}
         found |= {name: _mean(totals[name]) for name in ("stop_precision", "stop_recall")}
         found |= {f"loss_diff/time/{name}": _mean(pair) for name, pair in zip(metrics.TIME_BINS, by_time.T[..., None])}
-        member_N3 = np.array(self._labels.members)[[item.label for item in self._items]]
+        groups = np.array(self._labels.members)[[item.label for item in self._items]]  # [clips, 3]
         for number, group in enumerate(self._labels.names):
-            is_in_N = (member_N3 == number).any(axis=1)
+            is_member = (groups == number).any(axis=1)
             for name in LOSSES:
-                pair_2N = totals[name][:, is_in_N]
-                found |= {f"{name}/{group}": _mean(pair_2N), f"{name}_se/{group}": _standard_error(pair_2N)}
+                pair = totals[name][:, is_member]
+                found |= {f"{name}/{group}": _mean(pair), f"{name}_se/{group}": standard_error(pair)}
         return found
 
     def _pack(self, rows: list[list[int]], budgets: BatchConfig, patch_shape) -> Rows:
-        """These rows of items."""
+        """The batch of these rows, given as numbers of items."""
         form = {"num_slots": budgets.slots, "num_patches": budgets.patches}
         items = [[self._items[number] for number in row] for row in rows]
         times = [[item.sequence._replace(patches_MPC=item.time_M[:, None, None]) for item in row] for row in items]
@@ -155,10 +152,10 @@ class Validation:
         )
 
 
-def _of_patches(params, rows: Rows, *, config: ModelConfig, form: dict):
-    """Sums and counts of every patch, with its item and flow time; `form`: options of `voxcpm2.loss_terms`."""
+def _of_patches(params, rows: Rows, *, config: ModelConfig, target_patches: int | None, compute: Compute):
+    """Sums and counts of every patch, with its item and flow time."""
     draws = voxcpm2.Draws(rows.time_BM, rows.noise_BMPC, jnp.zeros(rows.time_BM.shape, bool))
-    terms = voxcpm2.loss_terms(params, config, rows.batch, draws, **form, remat="none")
+    terms = voxcpm2.loss_terms(params, config, rows.batch, draws, target_patches=target_patches, compute=compute)
     M = terms["target_BM"].shape[1]
     return voxcpm2.patch_figures(terms, rows.batch.stop_BM), rows.batch.label_BM[:, :M], rows.time_BM[:, :M]
 
@@ -166,12 +163,12 @@ def _of_patches(params, rows: Rows, *, config: ModelConfig, form: dict):
 def evaluate(
     config: EvaluateConfig, checkpoint: str | os.PathLike, shards: str | os.PathLike, output: str | os.PathLike
 ) -> dict:
-    """The held-out loss of a checkpoint, averaged weights if it has them -> the content of OUTPUT/result.json.
+    """Writes the held-out loss of a checkpoint (of its averaged weights, if it has them) to result.json -> its content.
 
     Args:
-        shards: made by `prepare`, with the checkpoint's codec and tokenizer.
+        shards: made by `prepare` with the checkpoint's codec and tokenizer.   output: directory of result.json.
     Raises:
-        UserError: no checkpoint, no shards, shards of another model, or an output directory that cannot be written to.
+        UserError: no checkpoint, no shards, shards of another codec or tokenizer, or `output` cannot be written to.
     """
     from voxcpm2_jax import workdir
     from voxcpm2_jax.data.shards import Shards, check_fit
@@ -201,12 +198,13 @@ def evaluate(
 
 
 def _chosen(index: packing.Index, max_clips: int) -> list[int]:
-    """Clips that bear loss, at most so many, evenly spread over all."""
+    """Numbers of at most `max_clips` clips that bear loss, evenly spread."""
     clips = np.flatnonzero(index.lengths[:, IS_PROMPT] == 0)
     return clips[np.linspace(0, len(clips) - 1, min(max_clips, len(clips))).astype(int)].tolist()
 
 
-def _item(source: packing.Source, number: int, seed: int, scheduler: str) -> Item:
+def make_item(source: packing.Source, number: int, seed: int, scheduler: str) -> Item:
+    """A clip with the draws that its content and the seed determine."""
     clip = source[number]
     content = hashlib.sha256(clip.text_ids.astype("<i4").tobytes() + clip.patches_MPC.astype("<f4").tobytes())
     rng = np.random.default_rng((seed, int.from_bytes(content.digest()[:16], "little")))
@@ -221,7 +219,7 @@ def _item(source: packing.Source, number: int, seed: int, scheduler: str) -> Ite
 
 
 def _ways(index: packing.Index, number: int) -> list[Draw]:
-    """How a clip can be laid out: with no reference, its own or each of its pairs, with and without its description."""
+    """The layouts of a clip: no reference, its own or each of its pairs; without and, if it has one, with its description."""
     lengths = index.lengths[number]
     descriptions = [False, True] if lengths[DESCRIBED] else [False]
     references = [NO_REFERENCE]
@@ -233,22 +231,23 @@ def _ways(index: packing.Index, number: int) -> list[Draw]:
 
 
 def _quantile(share, scheduler: str):
-    """Flow times by their share in `flow.draw_times`."""
+    """The inverse of the cumulative distribution that `flow.draw_times` draws from."""
     return share if scheduler == "uniform" else scipy.special.expit(scipy.special.ndtri(share) - 0.4)
 
 
 # ---- sums ------------------------------------------------------------------------------------------------------------
 
 
-def _mean(pair_2N: np.ndarray) -> float | None:
-    total, count = pair_2N.sum(axis=1)
+def _mean(pair: np.ndarray) -> float | None:
+    """Sum / count of a pair [2, clips] of sums and counts; None if nothing was counted."""
+    total, count = pair.sum(axis=1)
     return float(total / count) if count else None
 
 
-def _standard_error(pair_2N: np.ndarray) -> float | None:
-    """Of a ratio of sums over clips, by how far each clip's sum is from the mean times its count."""
-    (sum_N, count_N), n = pair_2N, pair_2N.shape[1]
-    if n < 2:
+def standard_error(pair: np.ndarray) -> float | None:
+    """Of the ratio sum / count of a pair [2, clips], from how far each clip's sum is from the ratio times its count."""
+    (sums, counts), num_clips = pair, pair.shape[1]
+    if num_clips < 2:
         return None
-    residual_N = sum_N - sum_N.sum() / count_N.sum() * count_N
-    return float(np.sqrt(n / (n - 1) * np.sum(residual_N**2)) / count_N.sum())
+    residuals = sums - sums.sum() / counts.sum() * counts
+    return float(np.sqrt(num_clips / (num_clips - 1) * np.sum(residuals**2)) / counts.sum())

@@ -66,16 +66,17 @@ def find_segments(segment_BT: jax.Array, max_segments: int | None = None) -> Seg
 
 
 def attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sees: Segments | jax.Array | None, *, platform: str = "cpu"
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sees: Segments | jax.Array | None, *, platform: str | None = None
 ) -> jax.Array:
     """Softmax attention of N query heads over K <= N shared key/value heads.
 
     Args:
-        sees: `Segments`, a mask [B, T, S], or None for everything.   platform: "cpu", "gpu" or "tpu", whose kernel is used.
+        sees: `Segments`, a mask [B, T, S], or None for everything.
+        platform: whose kernel is used: "cpu", "gpu" or "tpu"; None: see `sharding.current_platform`.
     """
-    assert platform in ("cpu", "gpu", "tpu"), platform
     if not isinstance(sees, Segments):
         return _xla(q_BTNH, k_BSKH, v_BSKH, sees)
+    platform = platform or sharding.current_platform()
     if platform == "tpu" and q_BTNH.dtype != jnp.float32:
         return _by_device(splash, q_BTNH, k_BSKH, v_BSKH, sees)
     if platform == "gpu" and q_BTNH.dtype != jnp.float32 and (kernel := _cudnn()):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from voxcpm2_jax.config.model import TransformerConfig
+from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.transformer import Linear, run_layers
 
 TIME_SCALE = 1000.0
@@ -28,9 +29,7 @@ class LocEnc(nn.Module):
     """One vector for each patch of latents."""
 
     config: TransformerConfig
-    remat: str = "full"
-    unrolled: bool = False
-    platform: str = "cpu"
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, x_RPC: jax.Array) -> jax.Array:
@@ -39,8 +38,7 @@ class LocEnc(nn.Module):
         x_RPD = Linear((width,), name="in_proj")(x_RPC)
         special_R1D = jnp.broadcast_to(special_D[None, None], (len(x_RPD), 1, width))
         x_RTD = jnp.concatenate([special_R1D, x_RPD], axis=1)
-        form = {"remat": self.remat, "unrolled": self.unrolled, "platform": self.platform}
-        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, **form)
+        y_RTD, _ = run_layers(self.config, self.compute, x_RTD, _positions(x_RTD), None)
         return y_RTD[:, 0]
 
 
@@ -73,9 +71,7 @@ class LocDiT(nn.Module):
     """
 
     config: TransformerConfig
-    remat: str = "full"
-    unrolled: bool = False
-    platform: str = "cpu"
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, x_RPC, prefix_R2D, cond_RPC, t_R, dt_R):
@@ -86,7 +82,6 @@ class LocDiT(nn.Module):
         cond_RPD = Linear((width,), name="cond_proj")(cond_RPC.astype(dtype))
         x_RPD = Linear((width,), name="in_proj")(x_RPC.astype(dtype))
         x_RTD = jnp.concatenate([prefix_R2D, time_RD[:, None], cond_RPD, x_RPD], axis=1)
-        form = {"remat": self.remat, "unrolled": self.unrolled, "platform": self.platform}
-        y_RTD, _ = run_layers(self.config, x_RTD, _positions(x_RTD), None, **form)
+        y_RTD, _ = run_layers(self.config, self.compute, x_RTD, _positions(x_RTD), None)
         v_RPC = Linear((C,), name="out_proj", kernel_init=nn.initializers.zeros)(y_RTD[:, -P:])
         return v_RPC.astype(jnp.float32)

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from voxcpm2_jax.config.model import TransformerConfig
 from voxcpm2_jax.config.run import REMAT_POLICIES
 from voxcpm2_jax.models.attention import attention, einsum
+from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.sharding import constrain
 
 
@@ -138,8 +139,7 @@ class Block(nn.Module):
     """One layer. With a cache, keys and values are written at `start_B` and attention runs over the whole cache."""
 
     config: TransformerConfig
-    fused: bool = False  # one q/k/v and one gate/up matrix
-    platform: str = "cpu"  # whose attention
+    compute: Compute = Compute()  # unrolled layers have one q/k/v and one gate/up matrix
 
     @nn.compact
     def __call__(self, x_BTD, rope, sees, cache=None, start_B=None):
@@ -151,7 +151,7 @@ class Block(nn.Module):
 
         with jax.named_scope("attention"):
             y_BTD = RMSNorm(c.rms_norm_eps, name="attn_norm")(x_BTD)
-            if self.fused:
+            if self.compute.is_unrolled:
                 q, k, v = jnp.split(linear("qkv", N + 2 * K, H)(y_BTD), [N, N + K], axis=2)
             else:
                 q, k, v = linear("q", N, H)(y_BTD), linear("k", K, H)(y_BTD), linear("v", K, H)(y_BTD)
@@ -162,12 +162,12 @@ class Block(nn.Module):
                 cache = cache.write(k, v, start_B)
                 k, v = cache
             q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
-            o_BTNH = constrain(attention(q, k, v, sees, platform=self.platform), "batch", None, "heads", None)
+            o_BTNH = constrain(attention(q, k, v, sees, platform=self.compute.platform), "batch", None, "heads", None)
             y_BTD = checkpoint_name(linear("o", c.width, num_in=2)(o_BTNH), "o")
             x_BTD += y_BTD * jnp.asarray(c.residual_scale, x_BTD.dtype)
         with jax.named_scope("mlp"):
             y_BTD = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x_BTD)
-            if self.fused:
+            if self.compute.is_unrolled:
                 gate_up_BT2F = linear("gate_up", 2, F)(y_BTD)
             else:
                 # One product reads x once, and its gradient is one product too; on an axis of its own each half stays split
@@ -182,41 +182,28 @@ class Block(nn.Module):
         return constrain(x_BTD, "batch", None, None), cache
 
 
-def run_layers(
-    config: TransformerConfig,
-    x_BTD,
-    position_BT,
-    sees,
-    *,
-    remat="full",
-    unrolled=False,
-    platform="cpu",
-    cache=None,
-    start_B=None,
-):
+def run_layers(config: TransformerConfig, compute: Compute, x_BTD, position_BT, sees, cache=None, start_B=None):
     """All blocks of a stack and its last norm, as parameters `layers` and `norm` of the calling compact module.
 
     Args:
         position_BT: for RoPE.   sees: what each slot sees (`attention`); with a cache a mask, S is the cache's length.
-        remat: what the backward pass recomputes, one of REMAT_POLICIES.
-        unrolled: separate `layers_0`, `layers_1` .. with fused matrices (see `unstack`); needed for a cache.
-        platform: whose attention, see `attention`.
+        compute: unrolled, the parameters are `layers_0`, `layers_1` .. with fused matrices (see `unstack`), as a cache needs.
         cache: one KV a layer, written from slot `start_B` of each row on.
     Returns:
         y_BTD and the new cache (None if there was none).
     """
     rope = rope_table(config, position_BT)
-    if unrolled:
+    if compute.is_unrolled:
         layers = []
         for i in range(config.num_layers):
-            x_BTD, layer = Block(config, fused=True, platform=platform, name=f"layers_{i}")(
+            x_BTD, layer = Block(config, compute, name=f"layers_{i}")(
                 x_BTD, rope, sees, None if cache is None else cache[i], start_B
             )
             layers.append(layer)
         cache = None if cache is None else tuple(layers)
     else:
         assert cache is None, "a cache needs unrolled layers"
-        block, kept = Block, REMAT_POLICIES[remat]
+        block, kept = Block, REMAT_POLICIES[compute.remat]
         if kept is not None:
             block = nn.remat(Block, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(*kept))
         stacked = nn.scan(
@@ -226,7 +213,7 @@ def run_layers(
             in_axes=(nn.broadcast, nn.broadcast),
             length=config.num_layers,
         )
-        x_BTD, _ = stacked(config, platform=platform, name="layers")(x_BTD, rope, sees)
+        x_BTD, _ = stacked(config, compute, name="layers")(x_BTD, rope, sees)
     return RMSNorm(config.rms_norm_eps, name="norm")(x_BTD), cache
 
 

@@ -21,6 +21,7 @@ from voxcpm2_jax.config.model import ModelConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.models import flow
 from voxcpm2_jax.models.attention import causal_mask, find_segments
+from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.local import LocDiT, LocEnc
 from voxcpm2_jax.models.transformer import KV, Linear, empty_cache, run_layers, unstack
 from voxcpm2_jax.sequence import Batch
@@ -42,9 +43,7 @@ class Embedding(nn.Module):
 
 class TextSemanticLM(nn.Module):
     config: ModelConfig
-    remat: str = "full"
-    unrolled: bool = False
-    platform: str = "cpu"
+    compute: Compute = Compute()
 
     def setup(self):
         self.embed_table = Embedding(self.config.lm_config.vocab_size, self.config.tslm.width, name="embed")
@@ -55,20 +54,16 @@ class TextSemanticLM(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, position_BT, sees, cache=None, start_B=None):
-        form = {"remat": self.remat, "unrolled": self.unrolled, "platform": self.platform}
-        return run_layers(self.config.tslm, x_BTD, position_BT, sees, cache=cache, start_B=start_B, **form)
+        return run_layers(self.config.tslm, self.compute, x_BTD, position_BT, sees, cache, start_B)
 
 
 class ResidualAcousticLM(nn.Module):
     config: ModelConfig
-    remat: str = "full"
-    unrolled: bool = False
-    platform: str = "cpu"
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, x_BTD, position_BT, sees, cache=None, start_B=None):
-        form = {"remat": self.remat, "unrolled": self.unrolled, "platform": self.platform}
-        return run_layers(self.config.ralm, x_BTD, position_BT, sees, cache=cache, start_B=start_B, **form)
+        return run_layers(self.config.ralm, self.compute, x_BTD, position_BT, sees, cache, start_B)
 
 
 class FSQ(nn.Module):
@@ -104,29 +99,18 @@ class Cache(NamedTuple):
 
 
 class VoxCPM2(nn.Module):
-    """The backbone; every method is a pure function of its parameters. Training sets `remat`, generation `unrolled`.
-
-    Attributes:
-        remat, remat_local: of the language models and of the local ones (None: alike), of REMAT_POLICIES.
-        platform: whose attention kernels, see attention.py.   max_segments: of a packed row, see `find_segments`.
-    """
+    """The backbone; every method is a pure function of its parameters."""
 
     config: ModelConfig
-    remat: str = "full"
-    unrolled: bool = False
-    platform: str = "cpu"
-    max_segments: int | None = None
-    remat_local: str | None = None
+    compute: Compute = Compute()
 
     def setup(self):
         c = self.config
         width, local = c.tslm.width, c.locdit.width
-        form = {"remat": self.remat, "unrolled": self.unrolled, "platform": self.platform}
-        self.base_lm = TextSemanticLM(c, **form)
-        self.residual_lm = ResidualAcousticLM(c, **form)
-        form["remat"] = self.remat_local or self.remat
-        self.feat_encoder = LocEnc(c.locenc, **form)
-        self.feat_decoder = LocDiT(c.locdit, **form)
+        self.base_lm = TextSemanticLM(c, self.compute)
+        self.residual_lm = ResidualAcousticLM(c, self.compute)
+        self.feat_encoder = LocEnc(c.locenc, self.compute.local)
+        self.feat_decoder = LocDiT(c.locdit, self.compute.local)
         self.fsq_layer = FSQ(c.scalar_quantization_latent_dim, c.scalar_quantization_scale, width)
         self.enc_to_lm_proj = Linear((width,))
         self.lm_to_dit_proj = Linear((local,))
@@ -168,7 +152,7 @@ class VoxCPM2(nn.Module):
         embed_BTD = self.base_lm.embed(batch.tokens_BT)
         start_B = None
         if cache is None:
-            sees = find_segments(batch.segment_BT, self.max_segments)
+            sees = find_segments(batch.segment_BT, self.compute.max_segments)
             # Some kernels would leave segments out without a word: such a row has no loss rather than a wrong one.
             embed_BTD = jnp.where(sees.is_overfull_B[:, None, None], jnp.asarray(jnp.nan, embed_BTD.dtype), embed_BTD)
         else:
@@ -228,7 +212,7 @@ def init(key: jax.Array, config: ModelConfig) -> dict:
 
 
 def unrolled_params(params: dict) -> dict:
-    """Parameters of `VoxCPM2(config, unrolled=True)`: layers side by side, q/k/v and gate/up fused."""
+    """Parameters of the unrolled form of `VoxCPM2`: layers side by side, q/k/v and gate/up fused."""
     stacks = ("base_lm", "residual_lm", "feat_encoder", "feat_decoder")
     return params | {name: unstack(params[name]) for name in stacks}
 
@@ -262,10 +246,7 @@ def loss_terms(
     draws: Draws,
     *,
     target_patches: int | None = None,
-    max_segments: int | None = None,
-    remat: str = "full",
-    remat_local: str | None = None,
-    platform: str = "cpu",
+    compute: Compute = Compute(),
     with_figures: bool = False,
 ) -> dict:
     """Both losses of every patch that may bear loss, before any sum; arguments as in `loss`.
@@ -280,7 +261,7 @@ def loss_terms(
     flow_config = config.dit_config.cfm_config
     if flow_config.noise_cond_scale and max(flow_config.noise_cond_prob_range):
         raise UserError("noise_cond_scale: noise on the previous patch is not supported in training; set it to 0")
-    model = VoxCPM2(config, remat, platform=platform, max_segments=max_segments, remat_local=remat_local)
+    model = VoxCPM2(config, compute)
     params = to_compute(params, jnp.dtype(config.dtype))
     batch = jax.tree.map(jnp.asarray, batch)
     M = batch.slot_BM.shape[1] if target_patches is None else target_patches
@@ -380,10 +361,7 @@ def loss(
     drop_BM,
     start_BM=None,
     target_patches: int | None = None,
-    max_segments: int | None = None,
-    remat: str = "full",
-    remat_local: str | None = None,
-    platform: str = "cpu",
+    compute: Compute = Compute(),
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The two training losses of a packed batch as (sum, count), not yet divided.
 
@@ -391,16 +369,13 @@ def loss(
         time_BM: flow time of each patch.   noise_BMPC: standard normal.   drop_BM: patches whose two conditioning
             vectors are dropped; the previous-patch condition stays.   start_BM: r of mean mode.
         target_patches: only the first that many patches of a row may bear loss; LocDiT runs on them alone. Static.
-        max_segments: clips of a row at most; the loss of a row with more is not a number. None: as many as fit. Static.
-        remat: what the backward pass recomputes, one of REMAT_POLICIES.   remat_local: of LocEnc and LocDiT; None: alike.
-        platform: "cpu", "gpu" or "tpu": whose attention kernels (attention.py).
+        compute: how, beside the numbers: what is recomputed, whose kernels run. Static.
     Returns:
         "diff": squared velocity error, mean over channels, summed over target frames; count in frames.
         "stop": cross-entropy summed over target patches; count in patches.
     """
     draws = Draws(time_BM, noise_BMPC, drop_BM, start_BM)
-    form = {"target_patches": target_patches, "max_segments": max_segments, "platform": platform}
-    terms = loss_terms(params, config, batch, draws, remat=remat, remat_local=remat_local, **form)
+    terms = loss_terms(params, config, batch, draws, target_patches=target_patches, compute=compute)
     of_patches = patch_figures(terms, batch.stop_BM)
     return {name: tuple(jnp.sum(x_BM) for x_BM in of_patches[f"loss_{name}"]) for name in ("diff", "stop")}
 
@@ -428,7 +403,7 @@ def prefill(params, config: ModelConfig, batch: Batch, *, cache_slots: int) -> S
     B = len(batch.tokens_BT)
     dtype = jnp.dtype(config.dtype)
     cache = Cache(empty_cache(config.tslm, B, cache_slots, dtype), empty_cache(config.ralm, B, cache_slots, dtype))
-    hidden = VoxCPM2(config, unrolled=True).apply({"params": params}, batch, cache, method="read_batch")
+    hidden = VoxCPM2(config, Compute(is_unrolled=True)).apply({"params": params}, batch, cache, method="read_batch")
     length_B = jnp.sum((batch.segment_BT > 0).astype(jnp.int32), axis=1)
     last_B1 = length_B[:, None] - 1
     patch_B1 = jnp.take_along_axis(patch_index(batch), last_B1, axis=1)
@@ -447,7 +422,7 @@ def draw_patch(params, config: ModelConfig, step: Step, noise_BPC, *, num_steps:
     Returns:
         patch_BPC float32, stop_B bool (the stop class wins).
     """
-    model = VoxCPM2(config, unrolled=True)
+    model = VoxCPM2(config, Compute(is_unrolled=True))
     prefix_B2D = model.apply({"params": params}, step.semantic_BD, step.acoustic_BD, method="prefixes")
     # One call for both halves: with the conditioning vectors, and with zeros in their place.
     prefix_R2D = jnp.concatenate([prefix_B2D, jnp.zeros_like(prefix_B2D)])
@@ -467,7 +442,7 @@ def draw_patch(params, config: ModelConfig, step: Step, noise_BPC, *, num_steps:
 
 def read_patch(params, config: ModelConfig, step: Step, patch_BPC) -> Step:
     """Reads one patch into the next slot of every row."""
-    model = VoxCPM2(config, unrolled=True)
+    model = VoxCPM2(config, Compute(is_unrolled=True))
     e_B1D = model.apply({"params": params}, patch_BPC, method="encode_patches")[:, None]
     S = step.cache.base_lm[0].k_BSKH.shape[1]
     mask_B1S = (jnp.arange(S)[None] <= step.length_B[:, None])[:, None]

@@ -1,12 +1,11 @@
-"""Training of the TTS backbone: state, one update, and the run that `voxcpm2-jax train` starts.
+"""One update of the TTS backbone, a pure function of state and batch.
 
-    loss = diff_weight * diff + stop_weight * stop,   each a global sum over its global count
+    loss = diff_weight * diff + stop_weight * stop,   each a global sum divided by its global count
 
-Update i reads `batch(seed, i)` and draws its noise from `fold_in(key(seed), i)` at global shape, so that a result does
-not depend on the mesh, nor on `accumulate`: the number of micro-batches that an update adds up.
+Update i reads `batch(seed, i)` and draws its noise from `fold_in(key(seed), i)` at global shape. So its result depends
+neither on the mesh nor on `accumulate`, the number of micro-batches that an update adds up.
 """
 
-import dataclasses
 from functools import partial
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from voxcpm2_jax import metrics, sharding
 from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.models import flow, voxcpm2
+from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.sequence import Batch
 from voxcpm2_jax.train import guard
 from voxcpm2_jax.train.state import TrainState, apply_update, fresh_state
@@ -24,12 +24,17 @@ def init_state(config: BackboneRun, params=None) -> TrainState:
     """A fresh state, from `params` if given, else from scratch by the run's seed."""
     if params is None:
         params = voxcpm2.init(jax.random.key(config.seed), config.model)
-    state = fresh_state(config.optim, config.num_steps, params)
-    return dataclasses.replace(state, guard=guard.init(config.guard))
+    return fresh_state(config.optim, config.num_steps, params, guard.init(config.guard))
+
+
+def abstract_state(config: BackboneRun, mesh) -> TrainState:
+    """The state as ShapeDtypeStructs, each with its sharding on the mesh."""
+    shapes = jax.eval_shape(partial(init_state, config))
+    return sharding.abstract(shapes, sharding.param_shardings(shapes, mesh))
 
 
 def draw(key: jax.Array, config: BackboneRun, patches_BMPC, step) -> voxcpm2.Draws:
-    """The random part of one update, with `step` updates behind it."""
+    """The random part of an update that has `step` updates before it."""
     flow_config = config.model.dit_config.cfm_config
     time_key, noise_key, drop_key, start_key, mean_key = jax.random.split(key, 5)
     B, M = patches_BMPC.shape[:2]
@@ -55,16 +60,16 @@ def objective(
     config: BackboneRun,
     batch: Batch,
     draws: voxcpm2.Draws,
+    compute: Compute,
     counts=None,
     labels: metrics.Labels | None = None,
-    platform: str = "cpu",
 ):
-    """The weighted loss of a batch -> (scalar, metrics that parts of a batch have as the whole has, see `metrics.combine`).
+    """The weighted loss of a batch -> (scalar, metrics; those of micro-batches are joined by `metrics.combine`).
 
     Args:
-        counts: "diff" and "stop": what the two sums are divided by; None: the batch's own. A micro-batch takes those of the
-            whole batch: its losses and gradients are then parts that add up to the whole's.
-        labels: the losses are told by them as well.   platform: as in `voxcpm2.loss`.
+        counts: "diff" and "stop": what the two sums are divided by; None: the counts of this batch. A micro-batch is given
+            those of the whole batch, so that losses and gradients of all micro-batches add up to those of the batch.
+        labels: the losses are also reported by dataset, language and mode.
     """
     terms = voxcpm2.loss_terms(
         params,
@@ -72,10 +77,7 @@ def objective(
         batch,
         draws,
         target_patches=config.batch.target_patches,
-        max_segments=config.batch.segments,
-        remat=config.remat,
-        remat_local=config.remat_local,
-        platform=platform,
+        compute=compute,
         with_figures=True,
     )
     of_patches = voxcpm2.patch_figures(terms, batch.stop_BM)
@@ -98,22 +100,22 @@ def loss_and_grads(
     config: BackboneRun,
     batch: Batch,
     draws: voxcpm2.Draws,
+    compute: Compute,
     labels: metrics.Labels | None = None,
-    platform: str = "cpu",
 ):
-    """Loss, metrics and gradients of a batch, in `config.accumulate` parts one after the other.
+    """Loss, metrics and gradients of a batch, computed in `config.accumulate` micro-batches one after the other.
 
-    The parts are weighted by what they hold, so the result is that of the whole batch at once, to float32 rounding; no
-    more than one part's activations are in memory.
+    Each micro-batch is weighted by its target frames and patches, so the result equals that of the whole batch to float32
+    rounding. Activations of only one micro-batch are in memory.
     """
     grad = jax.value_and_grad(objective, has_aux=True)
     if config.accumulate == 1:
-        (loss, figures), grads = grad(params, config, batch, draws, None, labels, platform)
+        (loss, figures), grads = grad(params, config, batch, draws, compute, None, labels)
         return loss, figures, grads
     counts = _counts(config, batch)
 
     def add(total, part):
-        figures, grads = grad(params, config, *part, counts, labels, platform)
+        figures, grads = grad(params, config, *part, compute, counts, labels)
         total = jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, grads)
         return sharding.constrain_params(total), figures
 
@@ -124,14 +126,14 @@ def loss_and_grads(
 
 
 def _split(x_B, parts: int):
-    """[B, ..] -> [parts, B / parts, ..]: each part takes rows of every device, so none has to move."""
+    """[B, ..] -> [parts, B / parts, ..]: each part takes rows of every device, so no row moves between devices."""
     B, *rest = x_B.shape
     x_BA = x_B.reshape(B // parts, parts, *rest)
     return sharding.constrain(jnp.swapaxes(x_BA, 0, 1), None, "batch", *[None] * len(rest))
 
 
 def _counts(config: BackboneRun, batch: Batch) -> dict:
-    """Target frames and patches: what the losses of a whole batch are divided by; they do not depend on the model."""
+    """Target frames and patches of a batch, by which its losses are divided; they do not depend on the model."""
     M = config.batch.target_patches
     is_target_BM = batch.target_BM[:, :M].astype(bool) & (batch.slot_BM[:, :M] >= 0)
     patches = jnp.sum(is_target_BM.astype(jnp.float32))
@@ -143,18 +145,20 @@ def train_step(
     batch: Batch,
     *,
     config: BackboneRun,
-    platform: str = "cpu",
+    compute: Compute | None = None,
     labels: metrics.Labels | None = None,
 ) -> tuple[TrainState, dict]:
     """One update, which train/guard.py may skip -> (state, metrics).
 
     Args:
-        platform: as in `voxcpm2.loss`.   labels: the losses are also told by dataset, language and mode.
+        compute: None: as the config says, for the platform of the mesh in use.
+        labels: the losses are also reported by dataset, language and mode.
     """
+    compute = compute or Compute.of(config)
     before = state
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     draws = draw(key, config, batch.patches_BMPC, state.step)
-    loss, figures, grads = loss_and_grads(state.params, config, batch, draws, labels, platform)
+    loss, figures, grads = loss_and_grads(state.params, config, batch, draws, compute, labels)
     figures |= metrics.fsq_figures(figures.pop("fsq_levels"))
     state, figures_of_update = apply_update(config.optim, config.num_steps, state, grads)
     is_patch_BM = batch.slot_BM >= 0
@@ -173,3 +177,13 @@ def train_step(
     }
     starts = [0, *(stage.first_step for stage in config.stages)]
     return guard.judge(config.guard, before, state, figures | figures_of_update, starts)
+
+
+def jit_train_step(config: BackboneRun, mesh, labels: metrics.Labels | None = None):
+    """`train_step` as one program over a mesh: jitted (state, batch) -> (state, metrics).
+
+    The state is donated and keeps its layout; every process gets the metrics. Trace and call it under `jax.set_mesh(mesh)`.
+    """
+    layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    step = partial(train_step, config=config, compute=Compute.of(config, mesh), labels=labels)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, layout.step))

@@ -1,18 +1,18 @@
-"""TODO train.clock."""
+"""Where the wall time of a training goes."""
 
 import contextlib
 import time
 
 
 class Clock:
-    """Where wall time goes.
+    """Measures steps, waits for data, saves, and goodput.
 
-    A step's time is what it costs the host, waiting for data and devices included; compiling, evaluating and saving are
-    none of it. Goodput is the share of the time since the run's first start that went into updates which still count:
-    what a kill or a way back undoes, starting, compiling, data, saves, evaluations and standing still are the rest.
+    The time of a step includes waiting for data and devices, but not compiling, evaluating or saving. Goodput is the share
+    of the time since the run's first start that was spent on updates which still count. The rest went into updates that a
+    kill or a rollback has undone, into starting, compiling, waiting for data, saving, evaluating, and into pauses.
 
     Args:
-        saved: `state` of the checkpoint that the run goes on from; None: it starts.
+        saved: `state` from the checkpoint that the run resumes from; None: the run starts.
     """
 
     def __init__(self, saved: dict | None):
@@ -26,7 +26,7 @@ class Clock:
 
     @contextlib.contextmanager
     def busy(self):
-        """Around what a step costs the host beside the wait for its batch."""
+        """Wraps the host's part of a step, except the wait for its batch."""
         begin = time.perf_counter()
         yield
         sec = time.perf_counter() - begin
@@ -35,7 +35,7 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting(self):
-        """Around the wait for a batch."""
+        """Wraps the wait for a batch."""
         begin = time.perf_counter()
         yield
         self._last_wait_sec = time.perf_counter() - begin
@@ -43,19 +43,19 @@ class Clock:
 
     @contextlib.contextmanager
     def compiling(self):
-        """In place of `busy` where the step meets a new shape: the feed started as well, so that this wait counts neither."""
+        """Replaces `busy` for a step that compiles: neither this step nor the wait for data before it is timed."""
         self._wait_sec -= self._last_wait_sec
         yield
 
     @contextlib.contextmanager
     def saving(self):
-        """Around what a save holds the loop up."""
+        """Wraps the part of a save that blocks the loop."""
         begin = time.perf_counter()
         yield
         self._save_sec += time.perf_counter() - begin
 
     def settled(self, *, is_kept: bool) -> None:
-        """A step is over; its time counts if its update does."""
+        """A step is finished; its time counts for goodput if its update was kept."""
         self._steps += 1
         if is_kept:
             self.state["counted_sec"] += self._unsettled_sec

@@ -1,4 +1,4 @@
-"""TODO train.profiler."""
+"""Traces of some updates for XProf: `--profile-steps=A:B`."""
 
 import re
 from typing import Any
@@ -7,14 +7,12 @@ import jax
 
 from voxcpm2_jax.config.plain import UserError
 
-# ---- tracing ---------------------------------------------------------------------------------------------------------
-
 
 class Profiler:
-    """Traces some updates for XProf (`xprof WORKDIR/profile`, or TensorBoard's profile plugin); a context manager.
+    """Traces some updates; a context manager. View with `xprof WORKDIR/profile` or TensorBoard's profile plugin.
 
     Args:
-        steps: (a, b): updates a, a + 1 .. b - 1; None: none.   directory: where the trace goes.
+        steps: (a, b): updates a, a + 1 .. b - 1; None: no trace.   directory: where the trace is written.
     """
 
     def __init__(self, steps: tuple[int, int] | None, directory):
@@ -22,11 +20,11 @@ class Profiler:
         self._is_on = False
 
     def at(self, step: int, running: Any = None) -> None:
-        """Called before update number `step` is dispatched; the trace begins or ends here if it is time.
+        """Starts or ends the trace if it is time; called before update number `step` is dispatched.
 
         Args:
-            running: results of the update before, still on the devices; waited for where the trace begins and ends, so
-                that it holds whole updates.
+            running: results of the previous update, still on the devices. They are waited for when the trace starts and
+                ends, so that it contains whole updates.
         """
         is_wanted = self._steps is not None and self._steps[0] <= step < self._steps[1]
         if is_wanted == self._is_on:

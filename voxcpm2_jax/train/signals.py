@@ -1,4 +1,8 @@
-"""TODO train.signals."""
+"""SIGTERM and SIGINT: the run saves after the step that is running, then stops; a second signal ends the process at once.
+
+Every process of a run has to stop after the same step. So each step carries the maximum of the signals that the processes
+have received; it is read together with the step's metrics.
+"""
 
 import contextlib
 import os
@@ -12,65 +16,65 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-class _Stop:
-    """A signal to any of the processes.
+class Stop:
+    """Whether a signal has reached any of the processes.
 
     Attributes:
-        number: of the signal, once every process knows it; 0: none.
+        number: the signal's number, once every process knows it; 0: none.
     """
 
     def __init__(self):
-        self._heard = 0  # by this process
+        self._received = 0  # by this process
         self._agreed = 0
         if jax.process_count() > 1:
             devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
             mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
             self._split = NamedSharding(mesh, PartitionSpec("process"))
-            self._highest = jax.jit(lambda heard: heard.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+            self._highest = jax.jit(lambda received: received.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     @property
     def number(self) -> int:
-        return self._heard if jax.process_count() == 1 else self._agreed
+        return self._received if jax.process_count() == 1 else self._agreed
 
     def ask(self):
-        """With every step: what any process has heard by now, still on the devices."""
+        """Called with every step: the highest signal that any process has received so far, still on the devices."""
         if jax.process_count() == 1:
             return None
-        heard = np.array([self._heard], np.int32)
-        return self._highest(jax.make_array_from_process_local_data(self._split, heard, (jax.process_count(),)))
+        received = np.array([self._received], np.int32)
+        return self._highest(jax.make_array_from_process_local_data(self._split, received, (jax.process_count(),)))
 
     def settle(self, asked) -> None:
-        """When that step is settled."""
+        """Called when that step is settled, with what `ask` gave for it."""
         if asked is not None:
             self._agreed = int(asked)
 
-    def hear(self, number: int, _frame=None) -> None:
-        self._heard = self._heard or number
+    def receive(self, number: int, _frame=None) -> None:
+        self._received = self._received or number
 
     def listen(self, pipe: int) -> None:
-        """Counts signals, from a thread: the loop's own may be deep in a call that does not come back."""
+        """Counts signals in a thread of its own, since the main thread may be in a call that does not return."""
         first_sec = None
         for (number,) in (n for n in iter(lambda: os.read(pipe, 1), b"") if n[0] in _SIGNALS):
             now_sec = time.monotonic()
             if first_sec is not None:
                 if now_sec - first_sec < ECHO_SEC:
                     continue
-                os._exit(128 + number)  # what is on disk is whole at any time
+                os._exit(128 + number)  # files on disk are whole at any time
             first_sec = now_sec
-            self.hear(number)
+            self.receive(number)
             name = signal.Signals(number).name
             what = f"saving after this step, then stopping; a second signal, {ECHO_SEC:.0f} s later or more, stops at once"
             print(f"{name}: {what}", file=sys.stderr, flush=True)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ECHO_SEC = 1.0  # `timeout`, Slurm and others signal a process and then its group: that is one signal
+ECHO_SEC = 1.0  # `timeout`, Slurm and others signal a process and then its group; within this time both are one signal
 
 
 @contextlib.contextmanager
 def listening():
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one ends the process at once."""
-    stop = _Stop()
+    """Catches SIGTERM and SIGINT while the block runs -> Stop; a second signal ends the process at once."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -81,7 +85,7 @@ def listening():
     thread.start()
     usual_pipe = signal.set_wakeup_fd(into)
     for number in _SIGNALS:
-        signal.signal(number, stop.hear)
+        signal.signal(number, stop.receive)
     try:
         yield stop
     finally:

@@ -1,4 +1,4 @@
-"""TODO train.start."""
+"""Where a run starts: its own checkpoint, another run's, or a fresh state; and which fields of its config may have changed."""
 
 import dataclasses
 import json
@@ -18,18 +18,16 @@ from voxcpm2_jax.config.run import FIXED, FREE, SCHEDULE, SHAPE
 from voxcpm2_jax.processes import all_agree, from_first, say
 from voxcpm2_jax.workdir import TRAINING, kind
 
-# ---- where a run starts ----------------------------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run starts whose workdir holds no checkpoint, and which fields of its config may differ from a checkpoint's.
+    """Where a run without a checkpoint of its own starts, and which fields of its config may differ from a checkpoint's.
 
     Args:
-        resume_from: another run's workdir or one step of it; its whole state is taken, the run itself is only read.
-        fresh: what the state is without any checkpoint, in words.
-        rules: as `config.CHANGES`; by default every field may differ.
-        accept_changes: fields that must not differ may, except those that the saved arrays' shapes hang on.
+        resume_from: another run's workdir or one step of it. Its whole state is loaded; nothing is written there.
+        fresh: describes the state that is used without a checkpoint, for the message.
+        rules: as CHANGES in config/run.py; by default every field may differ.
+        accept_changes: every field may differ, except those that decide the shapes of the saved arrays.
     """
 
     resume_from: str | os.PathLike | None = None
@@ -39,14 +37,14 @@ class Start:
 
 
 def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
-    """The state to start from, laid out as `state` is, and its meta; {} if the run starts afresh.
+    """The state to start from, with the layout of `state`, and the checkpoint's meta ({} without a checkpoint).
 
-    The run's own newest whole checkpoint counts first, then `start.resume_from`, then `state` itself; one line on stderr
-    says which. The memory of `state` is given up for a checkpoint's; ShapeDtypeStructs do where there is one.
+    The run's own newest undamaged checkpoint comes first, then `start.resume_from`, then `state` itself; one line on
+    standard error says which. If there is a checkpoint, the arrays of `state` are deleted, and ShapeDtypeStructs are enough.
 
     Raises:
-        UserError: no whole checkpoint where there should be one, one of other arrays, or fields of the config that must
-            not differ and do: each is named.
+        UserError: all checkpoints are damaged, the arrays differ, or the config differs in fields that must not: all
+            differences are named.
     """
     step = checkpoints.verified_step()
     unused = f"; --resume-from={start.resume_from} is not used" if step is not None and start.resume_from else ""
@@ -71,37 +69,37 @@ def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
 
 
 def _whole_step(path) -> pathlib.Path:
-    """The step that a path names, of another run; it must be whole. Each process reads its share of the files."""
+    """The step that a path names, after verifying its files. Each process reads its share of them."""
     if kind(path) != TRAINING:
-        raise UserError(f"--resume-from={path}: released weights, no training state; expected a workdir or one step of it")
+        raise UserError(f"--resume-from={path}: released weights without training state; expected a workdir or one step of it")
     step = pathlib.Path(from_first(str(step_directory(path))))
     problem = find_damage(step, share=(jax.process_index(), jax.process_count()))
     if not all_agree(not problem):
-        raise damaged(step, problem or "another process of this run says what")
+        raise damaged(step, problem or "see the message of another process of this run")
     return step
 
 
 def _check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) -> None:
-    """Names every field that differs; raises if one does that must not."""
+    """Names every field that differs; raises if some must not differ."""
     refused, accepted, is_final = [], [], False
     for field, change in sorted(_changes(old, json.loads(json.dumps(new)))):
-        told = f"{field}: {change}"
-        rule, why = next(((rule, why) for pattern, rule, why in start.rules if re.match(pattern, told)), (FIXED, "no rule"))
-        is_new = change.startswith(_ABSENT) or change.endswith(_ABSENT)  # a field that one of the two versions has not got
+        line = f"{field}: {change}"
+        rule, why = next(((rule, why) for pattern, rule, why in start.rules if re.match(pattern, line)), (FIXED, "no rule"))
+        is_new = change.startswith(_ABSENT) or change.endswith(_ABSENT)  # a field that only one of the two versions has
         is_accepted = start.accept_changes and rule != SHAPE
         if rule == FREE or is_new or (is_branch and rule == SCHEDULE) or is_accepted:
-            accepted.append(told)
+            accepted.append(line)
         else:
-            refused.append(f"{told} ({why})")
+            refused.append(f"{line} ({why})")
             is_final |= rule == SHAPE
     if refused:
         ways = "set it back, or start in a new workdir"
         ways = ways if is_final else "set it back, start in a new workdir, or add --accept-config-changes"
         raise UserError(
-            f"{path}: the config differs from the checkpoint's in what its state means: {'; '.join(refused)}; {ways}"
+            f"{path}: the config differs from the checkpoint's in fields its state depends on: {'; '.join(refused)}; {ways}"
         )
-    for told in accepted:
-        say(f"config differs from the checkpoint's: {told}")
+    for line in accepted:
+        say(f"config differs from the checkpoint's: {line}")
 
 
 _ABSENT = "(none)"

@@ -1,14 +1,14 @@
-"""Training of the codec: state, one update, batches of crops, and the run that `voxcpm2-jax train-vae` starts.
+"""Training of the codec: one update, batches of crops, and what `voxcpm2-jax train-vae` runs.
 
     crop at the encoder's rate -> posterior -> mu + exp(logvar / 2) noise -> decode -> losses against the same crop at the
     decoder's rate
 
 Update i reads `Crops.batch(seed, i)` and draws its noise from `fold_in(key(seed), i)` at global shape. The decoder is
-trained with its own rate as the listener's; other buckets of a rate-conditioned codec keep what they began with.
-Clips are held in memory. There is no discriminator yet: spectral distances alone give intelligible, metallic speech.
+trained only for its own output rate: other buckets of the rate conditioning keep their initial values. All clips are held
+in memory. There is no discriminator yet: spectral losses alone give intelligible, metallic speech.
 """
 
-import dataclasses
+import itertools
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -25,6 +25,7 @@ from voxcpm2_jax.config.run import CHANGES, VAERun
 from voxcpm2_jax.corpus import manifest, sources
 from voxcpm2_jax.data import audio
 from voxcpm2_jax.train import guard, loop
+from voxcpm2_jax.train.figures import spectrogram
 from voxcpm2_jax.train.start import Start
 from voxcpm2_jax.train.state import TrainState, apply_update, fresh_state
 from voxcpm2_jax.vae import autoencoder, losses
@@ -33,8 +34,7 @@ from voxcpm2_jax.vae import autoencoder, losses
 def init_state(config: VAERun, key=None) -> TrainState:
     """A fresh state; the key is the run's seed unless given."""
     params = autoencoder.init(jax.random.key(config.seed) if key is None else key, config.vae)
-    state = fresh_state(config.optim, config.num_steps, params)
-    return dataclasses.replace(state, guard=guard.init(config.guard))
+    return fresh_state(config.optim, config.num_steps, params, guard.init(config.guard))
 
 
 def objective(params, config: VAERun, batch: dict, key):
@@ -140,65 +140,65 @@ def load_clips(recordings: Sequence[manifest.Recording], config: VAERun) -> tupl
 
 
 def train(config: VAERun, workdir, data=None, *, resume_from=None, accept_changes: bool = False) -> dict:
-    """Trains in `workdir`, from where it stopped if it holds a checkpoint -> figures of the last logged step.
+    """Trains in `workdir`, and resumes there if it holds a checkpoint -> figures from the last row of metrics.jsonl.
 
     Args:
-        data: what data/corpus.py opens, or a directory with train.jsonl; a heldout.jsonl beside it is listened to. None:
-            seeded glides.
-        resume_from, accept_changes: as in train/backbone.py.
+        data: a corpus (`sources.open_corpus`), or a directory with train.jsonl; clips of a heldout.jsonl beside it are
+            reconstructed as samples. None: synthetic glides.
+        resume_from, accept_changes: as in pretrain.py.
     Raises:
-        UserError: recordings that cannot be used, rows that suit no mesh, or what `checkpoint.begin` refuses.
+        UserError: recordings that cannot be used, rows that cannot be split over the devices, or what `start.begin` refuses.
     """
     if data is None:
         clips = tiny_clips(config)
         samples = [wave_A for wave_A, _ in zip(clips[0], range(config.num_samples))]
     else:
-        recordings, listened = _recordings(data)
+        recordings, heldout = _recordings(data)
         clips = load_clips(recordings, config)
-        samples = load_clips(listened[: config.num_samples], config)[0]
+        samples = load_clips(heldout[: config.num_samples], config)[0]
     crops = Crops(config, *clips)
     mesh = sharding.make_mesh()
     if config.rows % mesh.size:
         raise UserError(f"rows {config.rows} cannot be split over {mesh.size} devices")
-    copied = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
+        copied = NamedSharding(mesh, PartitionSpec())
         state = jax.jit(partial(init_state, config), out_shardings=copied)()
-        state, row = loop.run(
-            workdir=workdir,
-            config=to_dict(config),
-            state=state,
-            train_step=jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=copied),
-            batches_from=partial(_batches, crops, config, mesh),
-            num_steps=config.num_steps,
-            log=config.log,
-            checkpoint=config.checkpoint,
-            guard=config.guard,
-            watchdog=config.watchdog,
-            evaluators=[_listener(config, samples)] if samples else [],
-            origin=Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes),
-        )
+        origin = Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes)
+        _, row = loop.run(CodecTask(config, crops, mesh, samples), state, workdir, origin=origin)
     return {name: row.get(name) for name in ("step", "loss", "loss_mel", "loss_kl", "audio_sec_per_sec", "mfu")}
 
 
+class CodecTask(loop.Task):
+    """The codec, for the loop: parameters on every device, rows of a batch over all devices."""
+
+    def __init__(self, config: VAERun, crops: Crops, mesh, samples: Sequence[np.ndarray] = ()):
+        self.run, self.record = config, to_dict(config)
+        self.evaluators = [_sampler(config, samples)] if samples else []
+        self._crops, self._mesh = crops, mesh
+        copied = NamedSharding(mesh, PartitionSpec())
+        self._program = jax.jit(partial(train_step, config=config), donate_argnums=0, out_shardings=copied)
+
+    def train_step(self, state, batch: dict):
+        return self._program(state, batch)
+
+    def batches(self, start: int) -> Iterator[dict]:
+        """Batches over all devices. Every process makes the whole batch, which costs no more than copying it."""
+        rows = sharding.local_rows(self._mesh, self.run.rows)
+        for step in itertools.count(start):
+            batch = self._crops.batch(self.run.seed, step)
+            yield sharding.global_batch({name: x_BA[rows] for name, x_BA in batch.items()}, self._mesh, self.run.rows)
+
+
 def _recordings(data) -> tuple[sources.Corpus, sources.Corpus]:
-    """What is trained on, and what is listened to."""
+    """Recordings to train on, and recordings to reconstruct as samples."""
     path = pathlib.Path(data) / "train.jsonl" if pathlib.Path(data).is_dir() else pathlib.Path(data)
     recordings = sources.open_corpus(path if path.is_file() else data)
     heldout = path.with_name("heldout.jsonl")
     return recordings, sources.open_corpus(heldout) if path.is_file() and heldout.is_file() else recordings
 
 
-def _batches(crops: Crops, config: VAERun, mesh, step: int) -> Iterator[dict]:
-    """Batches over all devices; every process makes the whole batch, which costs no more than copying it."""
-    rows = sharding.local_rows(mesh, config.rows)
-    while True:
-        batch = crops.batch(config.seed, step)
-        yield sharding.global_batch({name: x_BA[rows] for name, x_BA in batch.items()}, mesh, config.rows)
-        step += 1
-
-
-def _listener(config: VAERun, samples: Sequence[np.ndarray]) -> loop.Evaluator:
-    """Reconstructs clips with the weights of the moment: audio, and a picture of its mel spectrogram."""
+def _sampler(config: VAERun, samples: Sequence[np.ndarray]) -> loop.Evaluator:
+    """Reconstructs clips with the current weights: audio, and a picture of its mel spectrogram."""
     vae = config.vae
     longest = max(map(len, samples))
     audio_BA = np.stack([np.pad(wave_A, (0, longest - len(wave_A))) for wave_A in samples])
@@ -209,13 +209,6 @@ def _listener(config: VAERun, samples: Sequence[np.ndarray]) -> loop.Evaluator:
         for i, wave_A in enumerate(samples):
             samples_A = reconstructed_BA[i, : len(wave_A) * vae.out_sample_rate // vae.sample_rate]
             yield f"sample_{i}", metrics.Audio(samples_A, vae.out_sample_rate)
-            yield f"spectrogram_{i}", metrics.Image(_picture(samples_A, vae.out_sample_rate))
+            yield f"spectrogram_{i}", metrics.Image(spectrogram(samples_A, vae.out_sample_rate))
 
     return loop.Evaluator(config.sample_every_steps, run)
-
-
-def _picture(audio_A: np.ndarray, hz: int) -> np.ndarray:
-    """Log-mel spectrogram in grey, low pitches at the bottom, uint8 [80 x 2, frames x 2, 1]."""
-    log_mel_TE = np.asarray(losses.log_mel(audio_A[None], hz, window=1024, bins=80)[0])
-    grey = np.clip(255 * (log_mel_TE + 5.0) / 5.0, 0, 255).astype(np.uint8).T[::-1]
-    return np.repeat(np.repeat(grey, 2, axis=0), 2, axis=1)[:, :, None]

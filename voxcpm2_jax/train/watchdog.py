@@ -1,9 +1,9 @@
-"""Notices that a run is stuck, and says where.
+"""Detects that a run is stuck, and reports where.
 
-A thread looks at the clock a few times a minute; the loop tells it what it is about to do. A step, or a wait for data,
-that lasts longer than `factor` median steps is a stall: the stacks of all threads go to standard error, once. With
-action "exit" the process then ends with code 1, as after any failure, for a launcher to start it again a limited number of
-times: no state is saved, for there is none to be had from a thread that does not answer.
+The loop tells the watchdog what it is about to do; a thread compares the clock a few times a minute. A step or a wait for
+data that takes longer than `factor` median steps is a stall: the stacks of all threads are printed to standard error, once.
+With action "exit" the process then ends with code 1, so that a launcher can start it again. No state is saved, since the
+stuck thread cannot hand it over.
 """
 
 import collections
@@ -26,31 +26,31 @@ class Watchdog:
 
     def __init__(self, config: WatchdogConfig):
         self._config = config
-        self._sec = collections.deque(maxlen=_REMEMBERED_STEPS)  # of finished steps, their wait for data included
+        self._sec = collections.deque(maxlen=_REMEMBERED_STEPS)  # of finished steps, including their wait for data
         self._wait_sec = 0.0
-        self._now = ("starting", time.monotonic(), True)  # what, since when, whether it may take its time
+        self._now = ("starting", time.monotonic(), True)  # what, since when, whether `slow_sec` is its limit
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def waiting(self, batch: int) -> None:
-        """The loop now waits for a batch."""
+        """The loop waits for a batch from now on."""
         self._turn(f"waiting for batch {batch}", is_slow=False)
 
     def stepping(self, step: int, *, is_compiling: bool) -> None:
-        """The wait is over, a step begins."""
+        """The batch is there; the step begins."""
         begin = self._now[1]
         self._turn(f"{'compiling' if is_compiling else 'in'} step {step}", is_slow=is_compiling)
         self._wait_sec = self._now[1] - begin
 
     def stepped(self) -> None:
-        """The step is over: it counts among those that the median is taken of, unless it compiled."""
+        """The step is finished; its time enters the median unless it compiled."""
         what, begin, is_slow = self._now
         if not is_slow:
             self._sec.append(self._wait_sec + time.monotonic() - begin)
         self._turn(f"after {what}", is_slow=True)
 
     def slow(self, what: str) -> None:
-        """Something begins that is no step: it has `slow_sec`."""
+        """Something other than a step begins; its limit is `slow_sec`."""
         self._turn(what, is_slow=True)
 
     def _turn(self, what: str, *, is_slow: bool) -> None:
@@ -58,7 +58,7 @@ class Watchdog:
 
     @property
     def limit_sec(self) -> float:
-        """Longest step that is no stall."""
+        """A step that takes longer is a stall."""
         sec = tuple(self._sec)
         return max(self._config.min_sec, self._config.factor * statistics.median(sec)) if sec else self._config.slow_sec
 
@@ -82,7 +82,7 @@ class Watchdog:
                 stack = "".join(traceback.format_stack(frame))
                 parts.append(f"thread {names.get(ident, ident)}:\n{stack.rstrip()}")
         if self._config.action == "exit":
-            parts.append(f"leaving with code {EXIT_CODE}: start the same command again to go on from the last checkpoint")
+            parts.append(f"leaving with code {EXIT_CODE}: start the same command again to continue from the last checkpoint")
         print("\n".join(parts), file=sys.stderr, flush=True)
         if self._config.action == "exit":
             os._exit(EXIT_CODE)

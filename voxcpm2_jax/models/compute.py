@@ -1,0 +1,46 @@
+"""How the model is computed: one object that travels from the run's config down to the kernels.
+
+None of it changes a result beyond rounding: it says what the backward pass recomputes, whose attention kernels run, and
+whether layers are scanned or unrolled.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from voxcpm2_jax import sharding
+from voxcpm2_jax.config.run import REMAT_POLICIES, BackboneRun
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Options of the computation; hashable, so that jit can take it as a static argument.
+
+    Attributes:
+        remat: what the backward pass of the language models recomputes: a name in REMAT_POLICIES.
+        remat_local: the same for LocEnc and LocDiT; None: as `remat`.
+        max_segments: most clips in a packed row; the loss of a row with more is NaN. None: as many as fit.
+        platform: whose attention kernels run: "cpu", "gpu" or "tpu". None: the platform of the mesh in `jax.set_mesh`, or
+            without one that of JAX's default device.
+        is_unrolled: layers one by one with fused matrices (`transformer.unstack`), as generation wants them.
+    """
+
+    remat: str = "full"
+    remat_local: str | None = None
+    max_segments: int | None = None
+    platform: str | None = None
+    is_unrolled: bool = False
+
+    def __post_init__(self):
+        assert self.remat in REMAT_POLICIES and (self.remat_local or self.remat) in REMAT_POLICIES, self
+        assert self.platform in (None, "cpu", "gpu", "tpu"), self.platform
+
+    @classmethod
+    def of(cls, run: BackboneRun, mesh=None) -> "Compute":
+        """The options of a training run on a mesh; without a mesh the platform is derived where a kernel is chosen."""
+        platform = None if mesh is None else sharding.platform(mesh)
+        return cls(run.remat, run.remat_local, run.batch.segments, platform)
+
+    @property
+    def local(self) -> "Compute":
+        """The options of LocEnc and LocDiT."""
+        return dataclasses.replace(self, remat=self.remat_local or self.remat)
