@@ -1,4 +1,4 @@
-"""The held-out loss: a clip's draws are its own, and the figures those of the weights and the clips alone."""
+"""The held-out loss: a clip always gets the same draws, and figures depend on weights and clips alone."""
 
 import dataclasses
 import hashlib
@@ -79,28 +79,28 @@ def alone(clips, tiny_params):
     return figures_of(clips, (1, 1, 1), BatchConfig(rows=2, slots=40, patches=24, target_patches=20), tiny_params)
 
 
-def test_a_clip_keeps_its_draws_whatever_it_is_heard_with(clips):
-    """Whichever clips there are and in which order; another seed draws anew."""
+def test_a_clip_keeps_its_draws_whatever_the_other_clips(clips):
+    """Whichever clips there are, and in whichever order; another seed gives other draws."""
 
-    def heard(clips, seed=0):
+    def items_of(clips, seed=0):
         source = InMemory(clips)
-        return {bytes(clips[i].text_ids): validation._item(source, i, seed, "log-norm") for i in range(len(clips))}
+        return {bytes(clips[i].text_ids): validation.make_item(source, i, seed, "log-norm") for i in range(len(clips))}
 
-    alike, fewer, other = heard(clips), heard(clips[::-2]), heard(clips, seed=1)
+    alike, fewer, other = items_of(clips), items_of(clips[::-2]), items_of(clips, seed=1)
     assert len(alike) == 24 and len(fewer) == 12
     for text, item in fewer.items():
         jax.tree.map(np.testing.assert_array_equal, item, alike[text])
     assert all((item.noise_MPC[:1] != other[text].noise_MPC[:1]).all() for text, item in alike.items())
     modes = {packing.label_names(InMemory(clips).index)[item.label][2] for item in alike.values()}
-    assert modes == set(packing.MODES), "every way of laying out is heard"
+    assert modes == set(packing.MODES), "every layout occurs"
 
 
 def test_flow_times_are_stratified(clips):
-    """One time in each n-th of the distribution that training draws from; what is given has none."""
+    """One time in each n-th of the distribution that training draws from; patches that are no targets get none."""
     source = InMemory(clips)
     for scheduler, share_of in (("uniform", lambda t: t), ("log-norm", lambda t: _normal_cdf(np.log(t / (1 - t)) + 0.4))):
         for number in range(len(clips)):
-            item = validation._item(source, number, 0, scheduler)
+            item = validation.make_item(source, number, 0, scheduler)
             share = share_of(item.time_M[item.sequence.target_M].astype(np.float64))
             assert sorted((share * len(share)).astype(int)) == list(range(len(share)))
             assert not item.time_M[~item.sequence.target_M].any()
@@ -126,14 +126,15 @@ def test_figures_add_up(clips, alone):
         assert whole == pytest.approx(alone["loss_diff"], rel=1e-6)
 
 
-def test_standard_error_is_that_of_many_drawn_sets():
+def test_standard_error_is_the_spread_over_many_sets():
+    """4,000 sets of 50 clips."""
     rng = np.random.default_rng(0)
-    count_SN = rng.integers(1, 20, (4000, 50)).astype(float)
-    sum_SN = count_SN * (1 + 0.3 * rng.standard_normal(count_SN.shape))
-    ratios = sum_SN.sum(axis=1) / count_SN.sum(axis=1)
-    told = [validation._standard_error(np.stack(pair)) for pair in zip(sum_SN, count_SN)]
-    assert np.mean(told) == pytest.approx(np.std(ratios), rel=0.05)
-    assert validation._standard_error(np.ones((2, 1))) is None
+    counts = rng.integers(1, 20, (4000, 50)).astype(float)
+    sums = counts * (1 + 0.3 * rng.standard_normal(counts.shape))
+    ratios = sums.sum(axis=1) / counts.sum(axis=1)
+    estimates = [validation.standard_error(np.stack(pair)) for pair in zip(sums, counts)]
+    assert np.mean(estimates) == pytest.approx(np.std(ratios), rel=0.05)
+    assert validation.standard_error(np.ones((2, 1))) is None
 
 
 def test_figures_depend_on_no_mesh_and_no_neighbours(clips, alone, tiny_params):
@@ -144,9 +145,9 @@ def test_figures_depend_on_no_mesh_and_no_neighbours(clips, alone, tiny_params):
 
 
 def test_evaluate_reads_shards_and_checkpoint(clips, alone, released_dir, tmp_path, monkeypatch):
-    """From the disk, on all devices; and refuses shards of another codec.
+    """From disk, on all devices; shards of another codec or tokenizer are refused.
 
-    A released tokenizer.json is spelt in its makers' own way, and shards name the one that `prepare` wrote: both are alike.
+    A released tokenizer.json and the one that `prepare` wrote into the shards may differ in formatting and still match.
     """
     checkpoint = tmp_path / "released"
     shutil.copytree(released_dir, checkpoint)
@@ -190,7 +191,7 @@ def write(directory, clips, **changes):
     return directory
 
 
-def test_clips_that_fit_no_row_are_left_out_and_told(clips, capsys):
+def test_clips_that_fit_no_row_are_skipped_and_reported(clips, capsys):
     held_out, _ = validation_of(clips, (1, 1, 1), BatchConfig(rows=2, slots=16, patches=8))
     assert 0 < held_out.num_clips < 23
     assert f"{23 - held_out.num_clips} of 23 clips fit no row" in capsys.readouterr().err

@@ -28,7 +28,7 @@ def patches(num_patches, seed=0):
     return np.random.default_rng(seed).normal(size=(num_patches, 4, 16)).astype(np.float32)
 
 
-# ---- the same speech, however it is drawn ------------------------------------------------------------------------------
+# ---- the same speech, however it is drawn ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["zero-shot", "reference", "continuation", "reference + continuation"])
