@@ -8,6 +8,8 @@ import pytest
 
 from voxcpm2_jax.evaluate import scores
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     "text",

@@ -12,6 +12,8 @@ from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.inference.api import VoxCPM
 from voxcpm2_jax.inference.request import Request
 
+pytestmark = pytest.mark.fast
+
 BAD = [
     ({"text": ""}, "text must not be empty or only spaces, got ''"),
     ({"text": " \n"}, "text must not be empty or only spaces"),
