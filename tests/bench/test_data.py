@@ -1,4 +1,4 @@
-"""The benchmarks: that their figures are of what was really read, and that nothing stays behind. No figure is judged here."""
+"""`bench data`: its figures describe the batches that it read, and it leaves no files behind. No speed is tested."""
 
 import json
 import tempfile
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from voxcpm2_jax.bench import data
-from voxcpm2_jax.cli import main
+from voxcpm2_jax.cli import main, outcome
 from voxcpm2_jax.config.model import MODELS
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BackboneRun, BatchConfig
@@ -45,7 +45,7 @@ def test_figures_are_those_of_the_batches(shards):
     result = data.data(RUN, shards, seconds=0.3)
     source = Shards(shards)
     mix = Mix(3, source.index, source.patch_sec, RUN.batch)
-    rows = [mix.rows(step) for step in range(1, 1 + result["batches"])]  # the first is not counted
+    rows = [mix.rows(step) for step in range(1, 1 + result["batches"])]  # the first batch is not measured
     clips = [draw.clip for step in rows for row in step for draw in row]
     slots, patches, _ = packing.sizes(source.index.lengths[clips]).sum(axis=0)
     num_rows, sec, wall = 2 * result["batches"], patches * source.patch_sec, result["wall_sec"]
@@ -64,7 +64,7 @@ def test_the_command_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
     assert result["rows"] == 3 and result["data"] == "synthetic" and result["audio_sec_per_cpu_sec"] > 0
-    assert "s of audio a second and core" in err and err.count("\n") == 1
+    assert "s of audio per second and core" in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -82,12 +82,12 @@ def test_the_command_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
 )
 def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert main.main(argv) == main.MISTAKE
+    assert main.main(argv) == outcome.MISTAKE
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert not list(tmp_path.iterdir())
 
 
-def test_shards_that_do_not_fit_the_rows(shards):
+def test_clips_that_fit_no_row(shards):
     with pytest.raises(UserError, match="clips fit no row of 64 slots"):
         data.data(BackboneRun(model=MODELS["tiny"], batch=BatchConfig(rows=2, slots=64, patches=48)), shards, seconds=0.1)

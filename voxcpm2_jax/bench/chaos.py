@@ -1,4 +1,16 @@
-"""TODO bench.chaos."""
+"""`voxcpm2-jax chaos`: injects faults into training runs of a small model and compares their results with a control run.
+
+All runs are real processes of `voxcpm2-jax train` on this machine's CPU. Faults come from outside alone (signals, limits,
+files): the training code does not know about them. faults.py lists them; harness.py starts the processes and compares.
+
+The run has 40 updates with a checkpoint every 5, and uses gradient accumulation, averaged weights, a WSD schedule that starts
+to decay, a second stage and the end of an epoch. A fault is *survived* if the run, started again after it, ends with the
+results of the control run: every array of the last checkpoint bit for bit, and every row of metrics.jsonl except timings;
+across different numbers of processes, losses within a relative 1e-6.
+
+    lost steps   updates that had to be computed again; at most those since the last save, for each fault
+    lost data    checkpoints that were on disk but not resumed from; 0 is expected
+"""
 
 import dataclasses
 import os
@@ -16,16 +28,16 @@ import numpy as np
 from voxcpm2_jax.bench.faults import (
     DAMAGES,
     altered_shard,
-    bad_numbers,
-    changing_processes,
+    changing_process_count,
     damaged_checkpoint,
     full_disk,
     killed_peer,
-    kills_in_turn,
+    non_finite_latents,
+    repeated_kills,
     second_signal,
-    stopped_by,
+    stop_signal,
 )
-from voxcpm2_jax.bench.lab import PATIENCE_SEC, SAVE_EVERY, STEPS, Fell, Lab, Outcome
+from voxcpm2_jax.bench.harness import SAVE_EVERY, STEPS, TIMEOUT_SEC, Harness, Outcome, RunFailed
 from voxcpm2_jax.config.run import (
     BackboneRun,
     BatchConfig,
@@ -39,43 +51,45 @@ from voxcpm2_jax.config.run import (
 )
 from voxcpm2_jax.processes import say
 
-_MOST_AT_ONCE = 4  # faults under way at the same time, a core for each
+_MAX_PARALLEL = 4  # faults injected at the same time, one per core
 
 
 class Fault(NamedTuple):
-    """A line of the table."""
+    """A row of the table."""
 
     fault: str
     injected: int
     survived: int
     lost_steps: int = 0
     lost_data: int = 0
-    note: str = ""  # what went otherwise than it should, or how long it took
+    note: str = ""  # what went wrong; otherwise a detail, such as how long it took
 
 
 def chaos(run: BackboneRun, workdir=None, *, kills: int = 20, seed: int = 0, quick: bool = False) -> dict:
-    """Runs everything -> {"ok", "faults": the table, ..}; a line on standard error for each fault as it is done.
+    """Injects all faults and prints a line on standard error after each.
 
     Args:
-        run: gives the model.   workdir: absent or empty; None: a temporary one, removed if all went well.
-        kills: SIGKILLs at random moments.   seed: of these moments, and of which bit is flipped.
-        quick: three kills, and one of each kind of the rest.
+        run: its model is used.   workdir: absent or empty; None: a temporary one, removed if everything is survived.
+        kills: number of SIGKILLs at random moments.   seed: of these moments and of the bits to flip.
+        quick: three kills, and one fault of every other kind.
+    Returns:
+        "ok", totals, and "faults": the rows of the table.
     """
     directory = pathlib.Path(workdir or tempfile.mkdtemp(prefix="chaos-"))
     directory.mkdir(parents=True, exist_ok=True)
-    lab = Lab(_lively(run), directory.absolute())
+    harness = Harness(_short_run(run), directory.absolute())
     begin = time.monotonic()
-    say(f"a run left in peace, {STEPS} updates, in {lab.directory}")
-    lab.finish(lab.peace)
+    say(f"control run of {STEPS} updates in {harness.directory}")
+    harness.run_to_end(harness.control)
     trials: list[tuple[str, int, Callable]] = [
         *(
-            (f"SIGKILL during {', '.join(kinds)}", n, partial(kills_in_turn, kinds=kinds, kills=n))
-            for kinds, n in _shares(kills, quick)
+            (f"SIGKILL during {', '.join(moments)}", n, partial(repeated_kills, moments=moments, kills=n))
+            for moments, n in _kills_by_moment(kills, quick)
         ),
-        *((name, 1, partial(stopped_by, name=name)) for name in (("SIGTERM",) if quick else ("SIGTERM", "SIGINT"))),
+        *((name, 1, partial(stop_signal, name=name)) for name in (("SIGTERM",) if quick else ("SIGTERM", "SIGINT"))),
         ("SIGTERM twice", 1, second_signal),
         *(
-            (f"{' -> '.join(map(str, n))} processes", len(n) - 1, partial(changing_processes, numbers=n))
+            (f"{' -> '.join(map(str, n))} processes", len(n) - 1, partial(changing_process_count, numbers=n))
             for n in ((1, 2, 1) if quick else (1, 2, 4, 1),)
         ),
         *(
@@ -84,31 +98,31 @@ def chaos(run: BackboneRun, workdir=None, *, kills: int = 20, seed: int = 0, qui
         ),
         ("bit flipped in a data shard", 1, altered_shard),
         ("disk full during a save", 1, full_disk),
-        ("latents that are not finite, in 3 batches", 3, bad_numbers),
-        # After the others: by then the program of two processes is compiled.
+        ("non-finite latents in 3 batches", 3, non_finite_latents),
+        # Last: by then the program for two processes is compiled.
         *(
             (f"SIGKILL of the {('first', 'second')[n]} of two processes", 1, partial(killed_peer, victim=n))
             for n in ((0,) if quick else (0, 1))
         ),
     ]
 
-    def attempt(number: int) -> Fault:
+    def run_trial(number: int) -> Fault:
         name, injected, trial = trials[number]
         try:
-            outcome = trial(lab.branch(np.random.default_rng((seed, number))))
-        except Fell as fell:
-            outcome = Outcome([str(fell)])
+            outcome = trial(harness.with_rng(np.random.default_rng((seed, number))))
+        except RunFailed as failure:
+            outcome = Outcome([str(failure)])
         text = "; ".join(" ".join(problem.split()) for problem in outcome.problems)[:500] or outcome.note
         survived = 0 if outcome.problems else injected
         fault = Fault(name, injected, survived, outcome.lost_steps, outcome.lost_data, text)
         say(_line(fault))
         return fault
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_AT_ONCE)) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_PARALLEL)) as pool:
         try:
-            faults = list(pool.map(attempt, range(len(trials))))
+            faults = list(pool.map(run_trial, range(len(trials))))
         except BaseException:
-            lab.stop()
+            harness.stop()
             raise
     ok = all(fault.survived == fault.injected and not fault.lost_data for fault in faults)
     if ok and workdir is None:
@@ -125,7 +139,7 @@ def chaos(run: BackboneRun, workdir=None, *, kills: int = 20, seed: int = 0, qui
 
 
 def show(result: dict) -> None:
-    """The table, on standard error."""
+    """Prints the table on standard error."""
     header = Fault("fault", "injected", "survived", "lost steps", "lost data", "")
     for line in (header, *(Fault(**fault) for fault in result["faults"])):
         say(_line(line))
@@ -136,8 +150,8 @@ def _line(fault: Fault) -> str:
     return f"{fault.fault:44} {fault.injected:>8} {fault.survived:>8} {fault.lost_steps:>10} {fault.lost_data:>9}  {fault.note}"
 
 
-def _lively(run: BackboneRun) -> BackboneRun:
-    """The same model in a run that has everything in it."""
+def _short_run(run: BackboneRun) -> BackboneRun:
+    """A short run of the same model that uses every mechanism of training."""
     slots = min(64, run.batch.slots)
     return dataclasses.replace(
         run,
@@ -152,14 +166,14 @@ def _lively(run: BackboneRun) -> BackboneRun:
         checkpoint=CheckpointConfig(every_steps=SAVE_EVERY, keep=3),
         log=LogConfig(every_steps=1),
         guard=GuardConfig(window=16, max_in_a_row=2),
-        watchdog=WatchdogConfig(slow_sec=PATIENCE_SEC, action="exit"),
+        watchdog=WatchdogConfig(slow_sec=TIMEOUT_SEC, action="exit"),
         samples=SampleConfig(),
         validation=ValidationConfig(every_steps=0),
     )
 
 
-def _shares(kills: int, quick: bool) -> list[tuple[tuple[str, ...], int]]:
-    """How many kills, by the moments that they come at in turn."""
+def _kills_by_moment(kills: int, quick: bool) -> list[tuple[tuple[str, ...], int]]:
+    """(moments, number of kills) of each trial; the kills of a trial come at its moments in turn."""
     if quick:
         return [(("start-up", "a step", "a save"), 3)]
     start, save = -(-kills // 4), -(-kills // 4)

@@ -1,13 +1,12 @@
-"""What this machine gives: figures side by side with how they were taken. `voxcpm2-jax bench data` is one function here.
+"""`voxcpm2-jax bench data`: how fast this machine reads training batches.
 
-`data` runs the path that training reads from (plan, ArrayRecord, decoding, packing, prefetch) and nothing else. Wall time
-tells what the machine gives with all its cores; the time of its threads on a core, what one core gives.
+Runs the data path of training (plan, ArrayRecord, decoding, packing, prefetch) and nothing else. Audio per second of wall
+time is the speed with all cores; audio per second of CPU time is the speed of one core.
 """
 
 import math
 import os
 import pathlib
-import sys
 import tempfile
 import time
 
@@ -18,19 +17,22 @@ from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.data import packing, pipeline
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.data.shards import LENGTHS_FILE, Header, Shards, write_header, write_shard
+from voxcpm2_jax.processes import say
 
 _HOURS = 2.0  # of synthetic clips
 _SHARDS = 4
 
 
 def data(config: BackboneRun, shards: str | os.PathLike | None = None, *, seconds: float = 10.0) -> dict:
-    """Feeding speed: how much audio the batches of a run hold, by time.
+    """Seconds of audio in the batches of a run, per second.
 
     Args:
-        config: gives budgets, stages and seed; rows are those of one host.   shards: made by prepare; None: synthetic ones.
-        seconds: how long to take batches, the first not counted.
+        config: its batch, stages and seed are used; all rows are read by this host.   shards: made by `prepare`; None:
+            synthetic ones, in a temporary directory.   seconds: how long to measure, after the first batch.
+    Returns:
+        the figures, as plain data.
     Raises:
-        UserError: no shards there, clips that fit no row of this config, or no time to take.
+        UserError: no shards in the directory, no clip fits a row, or `seconds` is not positive.
     """
     if not 0 < seconds < math.inf:
         raise UserError(f"seconds must be a number over 0, got {seconds}")
@@ -83,19 +85,18 @@ def _measure(config: BackboneRun, directory, seconds: float) -> dict:
 
 
 def show(result: dict) -> None:
-    """The figures as a line for people, on standard error."""
-    print(
-        f"{result['audio_sec_per_cpu_sec']:,} s of audio a second and core ({result['audio_sec_per_sec']:,} by the clock, "
-        f"{result['cores_used']} of {result['cores']} cores busy); rows {result['slots_used']:.1%} full, their patches "
-        f"{result['patches_used']:.1%}; the first batch took {result['first_batch_sec']:.2f} s",
-        file=sys.stderr,
+    """Prints the figures in one line on standard error."""
+    say(
+        f"{result['audio_sec_per_cpu_sec']:,} s of audio per second and core ({result['audio_sec_per_sec']:,} per second of "
+        f"wall time, {result['cores_used']} of {result['cores']} cores busy); rows {result['slots_used']:.1%} full, patches "
+        f"{result['patches_used']:.1%}; first batch after {result['first_batch_sec']:.2f} s"
     )
 
 
 def write_synthetic(directory: str | os.PathLike, config: BackboneRun, hours: float = _HOURS) -> None:
-    """Shards of noise with the lengths of speech: log-normal, median 7 s, sigma 0.6, 1 to 30 s, 3.2 tokens a second.
+    """Writes shards of noise with the lengths of speech: log-normal, median 7 s, sigma 0.6, 1 to 30 s, 3.2 tokens per second.
 
-    Clips that would not fit the rows of the config are as long as fits.
+    Clips are shortened to fit the rows of the config.
     """
     directory, model, batch = pathlib.Path(directory), config.model, config.batch
     rng = np.random.default_rng(0)

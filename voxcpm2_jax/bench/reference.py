@@ -1,7 +1,7 @@
-"""The reference as a model to measure against: the `voxcpm` package's own class and losses, trained as its fine-tuning
-script trains: clips in padded batches, float32 parameters, matrix products in the config's dtype, AdamW.
+"""Trains the reference, the PyTorch package `voxcpm`, for comparison.
 
-Two things are spared it that the script does in every step: encoding the audio, and writing metrics.
+It uses the package's own model and losses as its fine-tuning script does: clips in padded batches, float32 parameters, autocast
+to the config's dtype, AdamW. The script also encodes audio and writes metrics in every step; here it does neither.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from voxcpm2_jax.config.plain import UserError, to_dict
 
 
 def load(config: ModelConfig, device: str):
-    """The reference's model of this shape with parameters of its own making, float32, in training mode.
+    """The reference's model in this shape, randomly initialised by itself, float32, in training mode.
 
     Args:
         device: "cpu" or "cuda".
@@ -28,16 +28,18 @@ def load(config: ModelConfig, device: str):
     """
     missing = [name for name in ("torch", "voxcpm") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"no {' and no '.join(missing)}: comparing needs pip install voxcpm==2.0.3, which brings torch along")
+        raise UserError(
+            f"{' and '.join(missing)} not installed: comparing needs pip install voxcpm==2.0.3, which installs torch as well"
+        )
     import torch
 
-    if importlib.util.find_spec("torchaudio") is None:  # imported by it for parts that are not used here
+    if importlib.util.find_spec("torchaudio") is None:  # voxcpm imports it, for parts that are not used here
         stand_in = types.ModuleType("torchaudio")
         stand_in.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
         sys.modules["torchaudio"] = stand_in
     from voxcpm.model.voxcpm2 import VoxCPM2Model, VoxCPMConfig
 
-    # Neither a tokenizer nor a codec takes part: clips come as ids and latents.
+    # Stand-ins: clips are token ids and latents, so that neither tokenizer nor codec is used.
     tokenizer = types.SimpleNamespace(vocab={})
     codec = types.SimpleNamespace(chunk_size=1, decode_chunk_size=1, sample_rate=1, out_sample_rate=1)
     with torch.device(device):
@@ -46,7 +48,7 @@ def load(config: ModelConfig, device: str):
 
 
 def pad(clips: Sequence[sequence.Sequence]) -> dict[str, np.ndarray]:
-    """Clips as one batch of the reference's, every one as long as the longest."""
+    """Clips as one batch of the reference, padded to the longest."""
     shape = len(clips), max(clip.num_slots for clip in clips)
     batch = {
         "text_tokens": np.zeros(shape, np.int64), "text_mask": np.zeros(shape, np.int32),
@@ -67,7 +69,7 @@ def pad(clips: Sequence[sequence.Sequence]) -> dict[str, np.ndarray]:
 
 
 def at_slots(clips: Sequence[sequence.Sequence], values: Sequence[np.ndarray]) -> np.ndarray:
-    """Values of the clips' patches where `pad` has the patches, one after the other: [clips * longest, ...]."""
+    """Values per patch, laid out as `pad` lays out the patches: [clips * longest, ...], zero elsewhere."""
     padded = np.zeros((len(clips), max(clip.num_slots for clip in clips), *values[0].shape[1:]), values[0].dtype)
     for b, (clip, value_M) in enumerate(zip(clips, values)):
         padded[b, clip.slot_M] = value_M
@@ -83,10 +85,10 @@ def losses(model, batch: dict[str, np.ndarray]) -> dict:
 
 @contextlib.contextmanager
 def training_draws(time_T, noise_TPC, drop_T, start_T=None) -> Iterator[None]:
-    """Inside, the reference's loss over T slots takes these times, this noise and this guidance dropout.
+    """Makes the reference's loss use these values in place of its own random draws, inside the `with` block.
 
     Args:
-        time_T: flow time of each slot.   noise_TPC: standard normal.   drop_T: whether its conditioning is dropped.
+        time_T: flow time of each slot.   noise_TPC: standard normal.   drop_T: whether conditioning is dropped.
         start_T: r of mean mode.
     """
     import torch
@@ -95,8 +97,8 @@ def training_draws(time_T, noise_TPC, drop_T, start_T=None) -> Iterator[None]:
     time_T, drop_T = torch.from_numpy(np.asarray(time_T)), torch.from_numpy(np.asarray(drop_T))
     start_T = time_T if start_T is None else torch.from_numpy(np.asarray(start_T))
     noise_TCP = torch.from_numpy(np.asarray(noise_TPC)).transpose(1, 2)
-    # compute_loss draws: rand for the dropout (kept if above the rate), rand and randn_like for noise on the condition
-    # (its scale is zero), then randn_like for the flow's noise.
+    # compute_loss draws, in this order: rand for the dropout (kept if above the rate), rand and randn_like for noise on the
+    # condition (its scale is zero), randn_like for the flow's noise.
     uniforms = iter([torch.where(drop_T, 0.0, 1.0), torch.zeros(len(time_T))])
     normals = iter([torch.zeros_like(noise_TCP), noise_TCP])
     with (
@@ -108,10 +110,10 @@ def training_draws(time_T, noise_TPC, drop_T, start_T=None) -> Iterator[None]:
 
 
 class Training:
-    """Updates of the reference over the same clips, again and again.
+    """Training of the reference on the same clips, epoch after epoch.
 
     Args:
-        rows: clips of a batch.   learning_rate, weight_decay: of AdamW.
+        rows: clips in a batch.   learning_rate, weight_decay: of AdamW.
     """
 
     def __init__(self, config: ModelConfig, clips: Sequence[sequence.Sequence], rows: int, *, learning_rate, weight_decay):
@@ -122,7 +124,7 @@ class Training:
         self._dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self._model = load(config, self.device)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-        order = np.random.default_rng(0).permutation(len(clips))  # its loader shuffles
+        order = np.random.default_rng(0).permutation(len(clips))  # as the script's loader shuffles
         padded = [pad([clips[i] for i in order[start : start + rows]]) for start in range(0, len(clips), rows)]
         self._batches = [{name: torch.from_numpy(x).to(self.device) for name, x in batch.items()} for batch in padded]
         slots = sum(batch["text_tokens"].numel() for batch in self._batches)
@@ -134,18 +136,20 @@ class Training:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Most memory that was in use on the GPU; None on the CPU."""
+        """Peak memory on the GPU; None on the CPU."""
         return self._torch.cuda.max_memory_allocated() if self.device == "cuda" else None
 
     def epoch(self) -> None:
-        """One update for each batch of clips; returns when they are done."""
+        """One update for each batch of clips; returns when the device is done."""
         torch = self._torch
         for batch in self._batches:
             self._optimizer.zero_grad(set_to_none=True)
             with torch.autocast(self.device, dtype=self._dtype, enabled=self._dtype != torch.float32):
                 outputs = self._model(**batch)
             (outputs["loss/diff"] + outputs["loss/stop"]).backward()
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm=1e9)  # as the script does: for its norm
+            torch.nn.utils.clip_grad_norm_(
+                self._model.parameters(), max_norm=1e9
+            )  # as in the script, which wants only the norm
             self._optimizer.step()
         if self.device == "cuda":
             torch.cuda.synchronize()

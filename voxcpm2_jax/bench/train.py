@@ -1,4 +1,17 @@
-"""TODO bench.train."""
+"""`voxcpm2-jax bench train`: checks that this machine computes the train step correctly, then times it.
+
+    check       loss and gradients of the devices' program against float32 on the CPU, for a small batch; with the reference
+                also its losses, for the same clips and random draws
+    ours        whole updates on one batch in memory, for each number of rows and each remat policy
+    parts       forward and backward of each part of the model by itself, and the optimiser, for the first of these
+    reference   the package `voxcpm`, trained on the same clips in padded batches
+
+Nothing is timed if the check fails. Each job runs in a child process of its own (train_jobs.py), one after the other, so
+that memory figures are separate and running out of memory ends one job only. On a CPU, whose load may change, updates of ours
+and of the reference alternate. This process never touches JAX's devices: they belong to the child.
+
+Needs jax, flax and optax. The data are noise with the lengths of speech, made in memory.
+"""
 
 import contextlib
 import dataclasses
@@ -15,7 +28,7 @@ from voxcpm2_jax.processes import say
 
 
 class Disagreement(RuntimeError):  # noqa: N818
-    """The figures would be of a wrong computation; its message is the one line to show."""
+    """The check failed; the message is one line for the user."""
 
 
 def train(
@@ -28,14 +41,17 @@ def train(
     against_reference: bool = False,
     reference_rows: int = 8,
 ) -> dict:
-    """Figures of this machine.
+    """Checks and times training on this machine.
 
     Args:
-        config: model, budgets, optimiser, mesh; stages are not looked at.   rows, remats: what to try; none: the config's.
-        num_rounds: updates that are timed, of the reference passes over all clips.   parts: times every part as well.
-        reference_rows: clips of a batch of the reference.
+        config: model, batch, optimiser and mesh; stages are ignored.   rows, remats: values to compare; none: the config's.
+        num_rounds: updates to time; of the reference, passes over all clips.   parts: also time each part by itself.
+        against_reference: also check against and time the reference.   reference_rows: clips in a batch of the reference.
+    Returns:
+        plain data: the device, "check" (relative errors), "variants" (figures of ours) and, if asked for, "reference" and
+        "parts".
     Raises:
-        UserError: an impossible config, or no reference to compare with.
+        UserError: an impossible config, or the reference is not installed.
         Disagreement: the check failed; nothing was timed.
     """
     if num_rounds < 1 or reference_rows < 1:
@@ -46,48 +62,50 @@ def train(
         for remat in remats or (config.remat,)
     ]
     say("checking loss and gradients against the CPU" + (" and losses against the reference" if against_reference else ""))
-    with _Child("check", variants[0], against_reference=against_reference) as child:
-        check = child.hello
-    say(f"{check['device']} x {check['devices']}, jax {check['jax']}; {_check_in_words(check)}")
+    with _Job("check", variants[0], against_reference=against_reference) as job:
+        check = job.first_answer
+    say(f"{check['device']} x {check['devices']}, jax {check['jax']}; {_describe_check(check)}")
     if check["failed"]:
         raise Disagreement(f"{'; '.join(check['failed'])}: nothing was timed")
 
     result = {name: check[name] for name in ("device", "devices", "platform", "jax", "cpu_cores")} | {"check": check["errors"]}
     result["variants"] = []
     with contextlib.ExitStack() as stack:
-        reference = partial(_Child, "reference", variants[0], rows=reference_rows)
-        takes_turns = against_reference and check["platform"] == "cpu"
-        beside = stack.enter_context(reference()) if takes_turns else None
+        start_reference = partial(_Job, "reference", variants[0], rows=reference_rows)
+        alternates = against_reference and check["platform"] == "cpu"
+        reference = stack.enter_context(start_reference()) if alternates else None
         for variant in variants:
             say(f"timing rows {variant.batch.rows}, remat {variant.remat}")
-            result["variants"].append(_measure(variant, num_rounds, beside if variant is variants[0] else None))
-            say(_variant_in_words(result["variants"][-1]))
+            result["variants"].append(_measure(variant, num_rounds, reference if variant is variants[0] else None))
+            say(_describe_variant(result["variants"][-1]))
         if against_reference:
             say("timing the reference")
-            alone = beside or stack.enter_context(reference())
-            for _ in range(0 if takes_turns else num_rounds):
-                alone.round()
-            result["reference"] = alone.figures()
-            _compare(result)
+            reference = reference or stack.enter_context(start_reference())
+            for _ in range(0 if alternates else num_rounds):
+                reference.round()
+            result["reference"] = reference.figures()
+            _add_ratios(result)
     if parts:
         say("timing parts")
-        with _Child("parts", variants[0], rounds=num_rounds) as child:
-            result["parts"] = child.hello["parts"]
+        with _Job("parts", variants[0], rounds=num_rounds) as job:
+            result["parts"] = job.first_answer["parts"]
     return result
 
 
-def _measure(variant: BackboneRun, num_rounds: int, beside: "_Child | None") -> dict:
-    with _Child("ours", variant) as child:
+def _measure(variant: BackboneRun, num_rounds: int, reference: "_Job | None") -> dict:
+    """Figures of a variant; rounds of the reference, if there is one, alternate with its updates."""
+    with _Job("ours", variant) as job:
         for _ in range(num_rounds):
-            if "error" in child.hello:
+            if "error" in job.first_answer:
                 break
-            child.round()
-            if beside is not None:
-                beside.round()
-        return child.figures()
+            job.round()
+            if reference is not None:
+                reference.round()
+        return job.figures()
 
 
-def _compare(result: dict) -> None:
+def _add_ratios(result: dict) -> None:
+    """Adds our speed / the reference's to the figures of each variant."""
     ours, theirs = result["variants"], result["reference"]
     if "error" in theirs:
         return
@@ -95,7 +113,7 @@ def _compare(result: dict) -> None:
         if "error" not in figures:
             figures["ratio"] = figures["audio_sec_per_sec"] / theirs["audio_sec_per_sec"]
     if result["platform"] == "cpu" and "error" not in ours[0]:
-        # Rounds that took turns met the same load: their own ratios, and the middle one of these.
+        # Rounds that alternated saw the same load of the machine: the median of their ratios.
         scale = (ours[0]["audio_sec"] / theirs["audio_sec"]) if theirs["audio_sec"] else 1.0
         ours[0]["ratio"] = statistics.median(scale * b / a for a, b in zip(ours[0]["rounds_sec"], theirs["rounds_sec"]))
 
@@ -103,21 +121,25 @@ def _compare(result: dict) -> None:
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-class _Child:
-    """A process that does one job: it says hello with what it found, then does a round whenever told; a context manager."""
+class _Job:
+    """A child process with one of the jobs of train_jobs.py; a context manager.
 
-    def __init__(self, job: str, config: BackboneRun, **options):
+    Attributes:
+        first_answer: what it reports before the first round.
+    """
+
+    def __init__(self, name: str, config: BackboneRun, **options):
         self._rounds: list[float] = []
         self._process = subprocess.Popen(
             [sys.executable, "-m", "voxcpm2_jax.bench.train_jobs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        with contextlib.ExitStack() as unless_it_answers:
-            unless_it_answers.callback(self._end)
-            self._last = self.hello = self._ask({"job": job, "config": to_dict(config)} | options)
-            unless_it_answers.pop_all()
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._end)
+            self._last_answer = self.first_answer = self._ask({"job": name, "config": to_dict(config)} | options)
+            on_failure.pop_all()
 
     def _ask(self, question) -> dict:
-        with contextlib.suppress(BrokenPipeError):  # what it died of is on standard error
+        with contextlib.suppress(BrokenPipeError):  # a dead child has printed why on standard error
             print(json.dumps(question), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
@@ -128,13 +150,14 @@ class _Child:
         return answer
 
     def round(self) -> None:
-        if "error" not in self._last:
-            self._last = self._ask("round")
-            self._rounds += [self._last["sec"]] if "sec" in self._last else []
+        """Has the child do one timed round, unless it has run out of memory."""
+        if "error" not in self._last_answer:
+            self._last_answer = self._ask("round")
+            self._rounds += [self._last_answer["sec"]] if "sec" in self._last_answer else []
 
     def figures(self) -> dict:
-        """What it said, and the times of its rounds."""
-        figures = self.hello | self._last
+        """The child's answers, and statistics of its rounds."""
+        figures = self.first_answer | self._last_answer
         figures.pop("sec", None)
         if "error" in figures or not self._rounds:
             return figures
@@ -151,7 +174,7 @@ class _Child:
         return self
 
     def _end(self) -> int:
-        """Tells it that no more questions come -> its exit code."""
+        """Closes the child's input and waits for its end -> exit code."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.stdout.close()
@@ -162,17 +185,22 @@ class _Child:
             raise RuntimeError(f"a measuring process was killed by signal {-self._process.returncode}")
 
 
-def _check_in_words(check: dict) -> str:
-    return "off, against float32 on the CPU: " + ", ".join(f"{name} {value:.1e}" for name, value in check["errors"].items())
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
-def _variant_in_words(v: dict) -> str:
+def _describe_check(check: dict) -> str:
+    return "relative errors, against float32 on the CPU: " + ", ".join(
+        f"{name} {value:.1e}" for name, value in check["errors"].items()
+    )
+
+
+def _describe_variant(v: dict) -> str:
     name = f"rows {v.get('rows', '?')}, remat {v.get('remat', '?')}"
-    return f"{name}: {v['error']}" if "error" in v else f"{name}: {v['audio_sec_per_sec']:,.1f} s of audio a second"
+    return f"{name}: {v['error']}" if "error" in v else f"{name}: {v['audio_sec_per_sec']:,.1f} s of audio per second"
 
 
 def show(result: dict) -> None:
-    """Tables for people, on standard error."""
+    """Prints tables on standard error."""
     from rich.console import Console
     from rich.table import Table
 

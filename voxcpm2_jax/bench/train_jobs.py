@@ -1,15 +1,8 @@
-"""How fast this machine trains: `voxcpm2-jax bench train`, first found right, then timed; beside the reference if asked.
+"""The measuring processes of `bench train`: one job each, answered line by line in JSON.
 
-    check       loss and gradients of the devices' program against float32 on the CPU, same parameters, a small batch;
-                with the reference, its losses as well, from the same clips and draws
-    ours        whole updates on one batch in memory, for each number of rows and each remat policy
-    parts       forward and backward of each part alone, and the optimiser, at the sizes of the first of these
-    reference   the same clips in padded batches
-
-Each runs in a process of its own, one at a time: memory is then its own, and one that runs out of it takes nothing along.
-On a CPU, whose cores others may use, updates of ours and of the reference take turns, round by round.
-
-Needs jax, flax and optax; data are noise with the lengths of speech, made in memory.
+train.py starts `python -m voxcpm2_jax.bench.train_jobs`, writes the job and its config as the first line, and reads the
+first answer. Each further line asks for a round, which is answered with its seconds. A job is a generator: it yields its
+first answer when it is ready, and then one answer per round.
 """
 
 import dataclasses
@@ -31,19 +24,19 @@ from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.data import packing, pipeline, synthetic
 from voxcpm2_jax.data.mixing import Mix
 
-_WARM_UPS = 2  # updates that are not counted
-_CHECK_SLOTS, _CHECK_PATCHES = 256, 160  # of a row: what a CPU computes for the largest model in a minute or two
+_WARM_UPS = 2  # updates that are not timed
+_CHECK_SLOTS, _CHECK_PATCHES = 256, 160  # of a row; a CPU needs a minute or two for the largest model
 
-# What two ways of computing the same may differ by, relative to the norm. In float32 the quantiser decides it: a sum in
-# another order turns a rounding here and there, which shows by itself. In bfloat16 it is measured: see `_check`.
+# Largest relative difference between two correct programs. In float32 the quantiser dominates it: a sum in another order can
+# change one of its roundings. In bfloat16 the bound is measured, see `_check`.
 _FLOAT32_BOUND = 1e-4
 _BFLOAT16_STEP = 2.0**-8
-_MARGIN = 2.0  # x the error that the CPU makes in the same dtype
+_MARGIN = 2.0  # times the error of the CPU in the same dtype
 
 
 def _serve() -> None:
-    """The other end: one job, answered line by line."""
-    # Whatever libraries print goes elsewhere than the answers.
+    """Reads a job from standard input and answers on standard output."""
+    # Libraries that print to standard output must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -59,7 +52,7 @@ def _serve() -> None:
             answer(next(job))
     except UserError as mistake:
         answer({"mistake": str(mistake)})
-    except RuntimeError as error:  # jax's and torch's are such
+    except RuntimeError as error:  # the out-of-memory errors of jax and torch are RuntimeErrors
         if not ("RESOURCE_EXHAUSTED" in str(error) or type(error).__name__ == "OutOfMemoryError"):
             raise
         answer({"error": "out of memory"})
@@ -68,10 +61,10 @@ def _serve() -> None:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def _data(config: BackboneRun):
-    """The batch of step 0, and its clips one by one in the order of the rows: noise with the lengths of speech.
+def _make_data(config: BackboneRun):
+    """-> batch of step 0, its clips in the order of the rows: noise with the lengths of speech.
 
-    Log-normal, median 7 s, sigma 0.6, at most 30 s, a token for two patches; what fits no row is as long as fits.
+    Lengths are log-normal with median 7 s and sigma 0.6, at most 30 s and at most what fits a row; one token for two patches.
     """
     model, batch = config.model, config.batch
     budget = min(batch.patches, batch.target_patches or batch.patches, (batch.slots - 2) * 2 // 3)
@@ -88,8 +81,8 @@ def _data(config: BackboneRun):
     return pipeline.host_rows(source, mix, 0), clips
 
 
-def _of_clips(batch, x_BM) -> list[np.ndarray]:
-    """What belongs to the patches of a packed batch, clip by clip in the order of the rows, patches in that of slots."""
+def _split_by_clip(batch, x_BM) -> list[np.ndarray]:
+    """The values of each clip's patches in a packed batch: clips in the order of the rows, patches in the order of slots."""
     values = []
     for b, slot_M in enumerate(batch.slot_BM):
         segment_M = np.where(slot_M < 0, 0, batch.segment_BT[b, np.maximum(slot_M, 0)])
@@ -99,8 +92,8 @@ def _of_clips(batch, x_BM) -> list[np.ndarray]:
     return values
 
 
-def _work(batch) -> dict[str, float]:
-    """What of a batch counts as useful, as `metrics.forward_flops` wants it."""
+def _useful_work(batch) -> dict[str, float]:
+    """Counts of a batch, as `flops.forward_flops` takes them."""
     return {
         "slots": float(np.count_nonzero(batch.segment_BT)),
         "patches": float(np.count_nonzero(batch.slot_BM >= 0)),
@@ -125,10 +118,9 @@ def _machine(config: BackboneRun):
 
 
 def _check(config: BackboneRun, *, against_reference: bool):
-    """Compares on a small batch -> errors relative to float32 on the CPU, and which of them are too large.
+    """Compares loss and gradients of a small batch with float32 on the CPU -> "errors", and "failed": those too large.
 
-    In bfloat16 the CPU's own error, against float32, is the measure: the devices may make twice that, in the gradient's
-    norm and in the loss.
+    In bfloat16 the bound is twice the error that the CPU makes in bfloat16.
     """
     import jax
 
@@ -144,11 +136,11 @@ def _check(config: BackboneRun, *, against_reference: bool):
         patches=min(config.batch.patches, _CHECK_PATCHES), target_patches=None,
     )  # fmt: skip
     config = dataclasses.replace(config, batch=small)
-    batch, clips = _data(config)
+    batch, clips = _make_data(config)
     try:
         cpu = jax.devices("cpu")[0]
     except RuntimeError:
-        raise UserError("JAX_PLATFORMS hides the CPU, which the check needs: add cpu to it, at the end") from None
+        raise UserError("the check needs the CPU, which JAX_PLATFORMS leaves out: append cpu to it") from None
 
     def gradients(model: ModelConfig, compute):
         """-> jitted: losses as (sum, count), and the gradient of their sum."""
@@ -179,7 +171,7 @@ def _check(config: BackboneRun, *, against_reference: bool):
     for name, value in _errors(found, truth).items():
         errors[name] = value
         if not value <= bounds[name]:
-            failed.append(f"{name} is {value:.1e} off, more than {bounds[name]:.1e}")
+            failed.append(f"{name} differs by {value:.1e}, more than {bounds[name]:.1e}")
     del params, found
     gc.collect()
     if against_reference:
@@ -192,7 +184,7 @@ def _check(config: BackboneRun, *, against_reference: bool):
 
 
 def _params(model: ModelConfig):
-    """Random parameters, none of them where `init` would leave it: what begins at zero there would hide the rest."""
+    """Random parameters. Not those of `init`, which sets some to zero and so would hide errors in what they multiply."""
     import jax
 
     from voxcpm2_jax.models import voxcpm2
@@ -214,6 +206,7 @@ def _params(model: ModelConfig):
 
 
 def _errors(found, truth) -> dict[str, float]:
+    """Relative differences of the loss, and of the gradient in its L2 norm."""
     import jax
 
     off = total = 0.0
@@ -225,7 +218,7 @@ def _errors(found, truth) -> dict[str, float]:
 
 
 def _reference_losses(model: ModelConfig, params, batch, clips, draws) -> dict[str, float]:
-    """The reference's two losses with our parameters, float32 on the CPU, from the same draws."""
+    """The reference's two losses for our parameters and the same random draws, in float32 on the CPU."""
     from voxcpm2_jax.bench import reference
 
     theirs = reference.load(model, "cpu")
@@ -240,14 +233,14 @@ def _reference_losses(model: ModelConfig, params, batch, clips, draws) -> dict[s
             leaf = leaf[key]
         state[row.name] = torch.from_numpy(np.array(row.to_torch(leaf if row.layer is None else leaf[row.layer])))
     theirs.load_state_dict(state)
-    values = [reference.at_slots(clips, _of_clips(batch, x)) for x in (draws.time_BM, draws.noise_BMPC, draws.drop_BM)]
+    values = [reference.at_slots(clips, _split_by_clip(batch, x)) for x in (draws.time_BM, draws.noise_BMPC, draws.drop_BM)]
     with torch.no_grad(), reference.training_draws(*values):
         losses = reference.losses(theirs, reference.pad(clips))
     return {name: float(losses[f"loss/{name}"]) for name in ("diff", "stop")}
 
 
 def _setup(config: BackboneRun, batch):
-    """-> mesh, state and batch on its devices."""
+    """-> mesh; state and batch on its devices."""
     import jax
 
     from voxcpm2_jax import sharding
@@ -265,14 +258,15 @@ def _setup(config: BackboneRun, batch):
 
 
 def _ours(config: BackboneRun):
+    """Times whole updates; a round is one update on the same batch."""
     import jax
 
     from voxcpm2_jax import flops
     from voxcpm2_jax.train import backbone
 
     machine = _machine(config)
-    batch, _ = _data(config)
-    work = _work(batch)
+    batch, _ = _make_data(config)
+    work = _useful_work(batch)
     figures = {
         "rows": config.batch.rows, "slots": config.batch.slots, "patches": config.batch.patches, "remat": config.remat,
         "audio_sec": work["patches"] * config.patch_sec, "slots_used": work["slots"] / batch.segment_BT.size,
@@ -293,9 +287,9 @@ def _ours(config: BackboneRun):
 
         def update():
             nonlocal state
-            state, told = program(state, batch)
-            jax.block_until_ready((state, told))
-            return float(told["loss"])
+            state, metrics = program(state, batch)
+            jax.block_until_ready((state, metrics))
+            return float(metrics["loss"])
 
         losses = [update() for _ in range(_WARM_UPS)]
         answer = figures | {"first_loss": losses[0]}
@@ -307,20 +301,21 @@ def _ours(config: BackboneRun):
 
 
 def _peak_bytes(device=None) -> int:
-    """Most memory in use: of the device, or of the process where the device does not say."""
+    """Peak memory of the device, or of the process if the device does not report it."""
     stats = device and device.memory_stats()
     return stats["peak_bytes_in_use"] if stats else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _reference(config: BackboneRun, *, rows: int):
+    """Times the reference; a round is one pass over all clips."""
     from voxcpm2_jax.bench.reference import Training
 
-    batch, clips = _data(config)
+    batch, clips = _make_data(config)
     optim = {"learning_rate": config.optim.learning_rate, "weight_decay": config.optim.weight_decay}
     training = Training(config.model, clips, rows, **optim)
     answer = {
         "rows": rows, "device": training.device_name, "padding": training.padding,
-        "audio_sec": _work(batch)["patches"] * config.patch_sec,
+        "audio_sec": _useful_work(batch)["patches"] * config.patch_sec,
     }  # fmt: skip
     training.epoch()
     while True:
@@ -331,7 +326,7 @@ def _reference(config: BackboneRun, *, rows: int):
 
 
 def _parts(config: BackboneRun, *, rounds: int):
-    """Each part alone, forward and backward, at the sizes of the batch, and the optimiser."""
+    """Times forward and backward of each part by itself at the sizes of the batch, and the optimiser."""
     import jax
     import jax.numpy as jnp
 
@@ -341,7 +336,7 @@ def _parts(config: BackboneRun, *, rounds: int):
     from voxcpm2_jax.train.state import apply_update
 
     machine = _machine(config)
-    host_batch, _ = _data(config)
+    host_batch, _ = _make_data(config)
     model, dtype = config.model, jnp.dtype(config.model.dtype)
     mesh, state, batch = _setup(config, host_batch)
     B, T = host_batch.tokens_BT.shape
@@ -365,24 +360,24 @@ def _parts(config: BackboneRun, *, rounds: int):
         return module.apply({"params": params}, x_RPC, prefix_R2D, x_RPC, t_R, jnp.zeros_like(t_R), method="velocity")
 
     P, C = model.patch_size, model.feat_dim
-    jobs = {
+    parts = {
         "tslm": ("base_lm", *stack("base_lm")), "ralm": ("residual_lm", *stack("residual_lm")),
         "locenc": ("feat_encoder", locenc, jnp.zeros((B * M, P, C))),
         "locdit": ("feat_decoder", locdit, jnp.zeros((B * targets, P, C))),
     }  # fmt: skip
-    useful = flops.forward_flops(model, **_work(host_batch))
+    useful = flops.forward_flops(model, **_useful_work(host_batch))
     peak = flops.peak_flops(machine["device"])
     found = []
     with jax.set_mesh(mesh):
-        for name, (own, run, x) in jobs.items():
+        for name, (module_name, run, x) in parts.items():
             x = jax.device_put(x, sharding.batch_sharding(mesh))
-            rest = {key: value for key, value in state.params.items() if key != own}
+            rest = {key: value for key, value in state.params.items() if key != module_name}
 
-            def loss(own_params, x, rest, run=run, own=own):
-                params = voxcpm2.to_compute(rest | {own: own_params}, dtype)
+            def loss(own_params, x, rest, run=run, module_name=module_name):
+                params = voxcpm2.to_compute(rest | {module_name: own_params}, dtype)
                 return jnp.sum(run(params, x).astype(jnp.float32) ** 2)
 
-            sec = _time(jax.jit(jax.grad(loss, argnums=(0, 1))), (state.params[own], x, rest), rounds)
+            sec = _time(jax.jit(jax.grad(loss, argnums=(0, 1))), (state.params[module_name], x, rest), rounds)
             mfu = 3 * useful[name] / (sec * peak * machine["devices"]) if peak else None
             found.append({"part": name, "sec": sec, "useful_tflop": 3 * useful[name] / 1e12, "mfu": mfu})
         grads = jax.tree.map(jnp.ones_like, state.params)
