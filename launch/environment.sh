@@ -11,9 +11,14 @@ use_environment() {
   . .venv/bin/activate
 }
 
-# pip_install WHAT ARGUMENTS..: prints one line that says WHAT, then installs; pip's progress goes to a log file.
+# pip_install WHAT ARGUMENTS..: prints one line that says WHAT, then installs. pip's own output goes to a log file; if pip
+# fails, its end is printed.
 pip_install() {
   local log="$VIRTUAL_ENV/install.log"
   echo "installing $1 into $VIRTUAL_ENV (log: $log)" >&2
-  python -m pip install -qq --log "$log" "${@:2}"
+  if ! python -m pip install --progress-bar off "${@:2}" >> "$log" 2>&1; then
+    tail -n 20 "$log" >&2
+    echo "error: pip failed; see $log" >&2
+    exit 1
+  fi
 }
