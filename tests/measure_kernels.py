@@ -1,10 +1,10 @@
-"""Ways to compute a layer side by side, forward and backward: attention of packed rows, the local stacks, remat policies.
+"""Times alternatives for parts of a layer, forward and backward: attention kernels, fused products, remat policies.
 
     python tests/measure_kernels.py [--shape=2b] [--rows=2] [--slots=4096] [--patches=2816] [--layers=4] [--repeats=5]
 
-Runs on whatever JAX finds, unchanged: on a GPU or TPU `--shape=2b` at full size, on a CPU `--shape=demo` at a small one. The
-candidates take turns, so that a machine that others use as well slows all of them alike; a time is the median of the
-turns. The last line is a JSON object with the same figures. Not a test: nothing is asserted.
+Runs on JAX's default device: on a GPU or TPU with `--shape=2b` at full size, on a CPU with `--shape=demo` at a small one.
+Candidates are run in turn, so that other load on the machine affects all of them equally; a time is the median of the
+repeats. The last line is a JSON object with the same figures. This is a command, not a test.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from voxcpm2_jax.models.transformer import run_layers
 
 
 class Stack(nn.Module):
-    """Some layers of one stack by themselves."""
+    """A number of layers of one stack."""
 
     config: object
     remat: str
@@ -44,7 +44,7 @@ MAX_SEGMENTS, SEGMENT_SLOTS = 128, 64
 
 
 def gradient(f, num_args):
-    """f's gradient with respect to its first arguments, as one compiled function."""
+    """The jitted gradient of f with respect to its first `num_args` arguments."""
 
     def total(*args):
         return jnp.sum(f(*args).astype(jnp.float32) ** 2)
@@ -53,7 +53,11 @@ def gradient(f, num_args):
 
 
 def take_turns(candidates, repeats):
-    """name -> (function, arguments); prints and returns milliseconds and megabytes of temporaries of each."""
+    """Prints and returns milliseconds and megabytes of temporaries of each candidate.
+
+    Args:
+        candidates: name -> (jitted function, arguments).
+    """
     figures, times = {}, {name: [] for name in candidates}
     programs = {}
     for name, (f, args) in candidates.items():
@@ -73,6 +77,7 @@ def take_turns(candidates, repeats):
 
 
 def attention_candidates(c, rows, slots, dtype, platform):
+    """Attention over packed rows: XLA's, and the kernel of the platform."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(rows, slots, n, c.head_dim)), dtype) for n in (c.num_heads, *[c.num_kv_heads] * 2))
     segment_BT = jnp.asarray(np.broadcast_to(np.arange(slots) // SEGMENT_SLOTS + 1, (rows, slots)), jnp.int32)
@@ -87,12 +92,12 @@ def attention_candidates(c, rows, slots, dtype, platform):
 
 
 def product_candidates(c, rows, positions, dtype):
-    """q, k, v, gate and up of a local stack: each by itself, gate and up as one, q, k and v as one as well."""
+    """The products q, k, v, gate and up of a local stack: separate, gate and up fused, or also q, k and v fused."""
     rng = np.random.default_rng(0)
     D, F, H = c.width, c.mlp_width, c.head_dim
     widths = {"q": c.num_heads * H, "k": c.num_kv_heads * H, "v": c.num_kv_heads * H, "gate": F, "up": F}
     kernels = {name: jnp.asarray(rng.normal(size=(D, n)) * D**-0.5, dtype) for name, n in widths.items()}
-    x = {"rows apart": (rows, positions, D), "rows folded": (rows * positions, D)}
+    x = {"3-D input": (rows, positions, D), "2-D input": (rows * positions, D)}
 
     def run(x, w, groups):
         outs = {}
@@ -103,7 +108,7 @@ def product_candidates(c, rows, positions, dtype):
         return jnp.concatenate([mixed, jax.nn.silu(outs["gate"]) * outs["up"]], axis=-1)
 
     groups = {
-        "each by itself": (("q",), ("k",), ("v",), ("gate",), ("up",)),
+        "separate": (("q",), ("k",), ("v",), ("gate",), ("up",)),
         "gate+up": (("q",), ("k",), ("v",), ("gate", "up")),
         "q+k+v, gate+up": (("q", "k", "v"), ("gate", "up")),
     }
@@ -114,11 +119,12 @@ def product_candidates(c, rows, positions, dtype):
         )
         for layout, shape in x.items()
         for name, group in groups.items()
-        if layout == "rows apart" or name == "gate+up"
+        if layout == "3-D input" or name == "gate+up"
     }
 
 
 def stack_candidates(name, c, shape, dtype, platform):
+    """Whole layers of a stack under each remat policy."""
     rng = np.random.default_rng(0)
     args = (jnp.asarray(rng.normal(size=(*shape, c.width)), dtype),)
     if name == "tslm":

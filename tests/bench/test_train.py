@@ -119,7 +119,7 @@ def test_the_parent_leaves_the_devices_to_its_children():
         from jax._src import xla_bridge
         from voxcpm2_jax.bench import train
         from voxcpm2_jax.config.model import MODELS
-        from voxcpm2_jax.config.run import BackboneRun
+        from voxcpm2_jax.config.run import BackboneRun, BatchConfig
 
         class Job:
             first_answer = {"device": "a", "devices": 1, "jax": "1", "errors": {}, "failed": ["loss differs"]}
@@ -128,7 +128,7 @@ def test_the_parent_leaves_the_devices_to_its_children():
 
         train._Job = Job
         try:
-            train.train(BackboneRun(model=MODELS["tiny"]))
+            train.train(BackboneRun(model=MODELS["tiny"], batch=BatchConfig(slots=128, patches=80)))
         except train.Disagreement:
             assert not xla_bridge.backends_are_initialized()
             print("checked")
