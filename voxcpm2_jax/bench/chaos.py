@@ -93,7 +93,7 @@ def chaos(run: BackboneRun, workdir=None, *, kills: int = 20, seed: int = 0, qui
             for n in ((1, 2, 1) if quick else (1, 2, 4, 1),)
         ),
         *(
-            (f"newest checkpoint {how}", 1, partial(damaged_checkpoint, how=how))
+            (f"newest checkpoint: {how}", 1, partial(damaged_checkpoint, how=how))
             for how in (DAMAGES[2:3] if quick else DAMAGES)
         ),
         ("bit flipped in a data shard", 1, altered_shard),

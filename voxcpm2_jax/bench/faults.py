@@ -5,7 +5,7 @@
     second_signal            SIGTERM twice: the process ends at once, and no complete checkpoint is harmed
     changing_process_count   1 -> 2 -> 4 -> 1 processes, each time stopped by a signal to one of them
     killed_peer              SIGKILL of one of two processes: the other ends by itself
-    damaged_checkpoint       the newest checkpoint truncated, missing a file, with a flipped bit, or with foreign arrays
+    damaged_checkpoint       the newest checkpoint truncated, without a file, with a flipped bit, or with files of another step
     full_disk                a save fails; the older checkpoint stays complete
     altered_shard            a flipped bit in a data shard: named, and not trained on
     non_finite_latents       the update of one bad batch is skipped; two in a row cause a rollback and are stepped over
@@ -48,7 +48,7 @@ from voxcpm2_jax.train import signals
 from voxcpm2_jax.vae import autoencoder
 from voxcpm2_jax.workdir import codec_sha256, save_codec
 
-DAMAGES = ("truncated", "missing", "bit flipped", "foreign")
+DAMAGES = ("truncated", "file missing", "bit flipped", "files exchanged")
 
 
 # ---- kills and signals -----------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def damaged_checkpoint(harness: Harness, *, how: str) -> Outcome:
     content = file.read_bytes()
     if how == "truncated":
         file.write_bytes(content[: len(content) // 2])
-    elif how == "missing":
+    elif how == "file missing":
         file.unlink()
     elif how == "bit flipped":
         place = int(harness.rng.integers(len(content)))
