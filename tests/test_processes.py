@@ -19,9 +19,9 @@ TRAIN = [
 ROWS = """
 import jax, json, numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from voxcpm2_jax import sharding
+from voxcpm2_jax import processes, sharding
 
-sharding.connect()
+processes.connect()
 whole_BT = np.arange(24).reshape(8, 3)
 found = []
 for shape, order in ((1, 4, 1), "0123"), ((2, 2, 1), "2031"), ((1, 2, 2), "0123"), ((1, 2, 2), "3012"):
@@ -57,8 +57,8 @@ LEAVE = """
 import sys
 import jax, numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from voxcpm2_jax import main
-from voxcpm2_jax.config import UserError
+from voxcpm2_jax.cli.training import run_training
+from voxcpm2_jax.config.plain import UserError
 
 def train():
     process_allgather(np.zeros(1))
@@ -66,7 +66,7 @@ def train():
         raise UserError("this clip is damaged")
     process_allgather(np.zeros(1))
 
-sys.exit(main._run_training(sys.argv[2], train))
+sys.exit(run_training(sys.argv[2], train))
 """
 
 

@@ -10,12 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
-from voxcpm2_jax.checkpoint.arrays import array_specs, flatten, item_metadata, nest, read_array, saved_config
+from voxcpm2_jax.checkpoint.arrays import array_specs, flatten, nest, read_array, read_weights
 from voxcpm2_jax.checkpoint.integrity import verify
-from voxcpm2_jax.checkpoint.steps import META, complete_steps, is_step, read_meta, step_directory, weights_item
+from voxcpm2_jax.checkpoint.steps import META, complete_steps, is_step, read_meta, step_directory
 from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError, from_dict, short, to_dict
 from voxcpm2_jax.config.released import read_released
@@ -76,12 +74,14 @@ def load_params(path):
     path = pathlib.Path(path).absolute()
     if kind(path) != TRAINING:
         raise UserError(f"{path}: a released PyTorch directory; expected a training workdir or one step of it")
-    item = weights_item(path)
-    verify(path, META, item.name)
-    meta = read_meta(step_directory(path))
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item_metadata(item))
-    params = ocp.PyTreeCheckpointHandler().restore(epath.Path(item), args=ocp.args.PyTreeRestore(restore_args=restore_args))
+    params, meta = read_weights(path), read_meta(step_directory(path))
     return meta["config"], params, meta["step"]
+
+
+def saved_config(path) -> dict:
+    """The config that a workdir's latest step, or a step, was saved with; raises UserError if its meta is damaged."""
+    verify(path, META)
+    return read_meta(step_directory(path))["config"]
 
 
 def open_weights(path: str | os.PathLike, config: ModelConfig) -> Weights:

@@ -10,8 +10,10 @@ WORK = """
 import dataclasses, sys
 from typing import Any
 import jax, numpy as np
-from voxcpm2_jax import checkpoint, sharding
-from voxcpm2_jax.checkpoint import Checkpoints, Start
+from voxcpm2_jax import processes
+from voxcpm2_jax.checkpoint import manager, steps
+from voxcpm2_jax.checkpoint.manager import Checkpoints
+from voxcpm2_jax.train.start import Start, begin
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,7 @@ class State:
     params: Any
 
 workdir, what = sys.argv[1:]
-sharding.connect()
+processes.connect()
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
 split, copied = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
 
@@ -35,15 +37,15 @@ if what == "save":
         checkpoints.save(step, state(step), {"config": {}})
 else:
     if jax.process_index() != 0:
-        checkpoint._steps = lambda directory: []  # an old view of a disk that the processes share
-    begun, meta = checkpoint.begin(checkpoints, state(7), {}, Start())
+        manager.complete_steps = lambda directory: []  # an old view of a disk that the processes share
+    begun, meta = begin(checkpoints, state(7), {}, Start())
     want = state(meta["step"])
     for got, expected in zip(begun.params["kernel"].addressable_shards, want.params["kernel"].addressable_shards):
         np.testing.assert_array_equal(got.data, expected.data)
     print(f"began at {meta['step']}")
     checkpoints.save(meta["step"] + 1, state(meta["step"] + 1), {"config": {}})
-    words = checkpoint.from_first(["größer", 2] if jax.process_index() == 0 else None)
-    assert words == ["größer", 2] and checkpoint.has_steps(workdir)
+    words = processes.from_first(["größer", 2] if jax.process_index() == 0 else None)
+    assert words == ["größer", 2] and steps.has_steps(workdir)
 checkpoints.close()
 """
 
