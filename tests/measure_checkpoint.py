@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from voxcpm2_jax.checkpoint import integrity, manager
-from voxcpm2_jax.cli.main import load_config
+from voxcpm2_jax.cli.configs import load_config
 from voxcpm2_jax.config.plain import from_dict
 from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.data import pipeline

@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 
 from voxcpm2_jax import workdir
-from voxcpm2_jax.cli.main import load_config
+from voxcpm2_jax.cli.configs import load_config
 from voxcpm2_jax.config.plain import from_dict
 from voxcpm2_jax.config.run import VAERun
 from voxcpm2_jax.corpus.manifest import Recording, write_manifest
@@ -28,7 +28,7 @@ from voxcpm2_jax.vae import autoencoder
 HZ, FILES = 16000, 200
 CHILD = """
 import json, resource, sys
-from voxcpm2_jax.main import main
+from voxcpm2_jax.cli.main import main
 code = main(sys.argv[1:])
 print(json.dumps({"code": code, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}))
 """

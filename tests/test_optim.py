@@ -12,7 +12,7 @@ import torch
 
 from voxcpm2_jax import optim
 from voxcpm2_jax.checkpoint.arrays import flatten
-from voxcpm2_jax.cli.main import load_config
+from voxcpm2_jax.cli.configs import load_config
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, from_dict
 from voxcpm2_jax.config.run import BackboneRun, OptimConfig

@@ -1,4 +1,7 @@
-"""VoxCPM2 in JAX: pre-training, generation, and checkpoints that PyTorch speaks with."""
+"""VoxCPM2 in JAX: pre-training, generation, and conversion to and from PyTorch checkpoints.
+
+The names of the Python API are imported when they are first used, so that `import voxcpm2_jax` does not import JAX.
+"""
 
 __version__ = "0.1.0"
 

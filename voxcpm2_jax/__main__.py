@@ -1,4 +1,4 @@
-"""`python -m voxcpm2_jax`: the command line."""
+"""`python -m voxcpm2_jax COMMAND ...`: the command line."""
 
 import sys
 

@@ -1,45 +1,15 @@
 """Every mistake a user can make, through the command line: exit code 2, one line that says what to do, nothing written."""
 
 import json
-import os
-import pathlib
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import soundfile
-from safetensors.numpy import load_file, save_file
 from tensorflow_datasets.core import constants
 
-import voxcpm2_jax
 from voxcpm2_jax.cli import main
-from voxcpm2_jax.data.tokenizer import train_tokenizer
 
 QUICK = ("--inference-timesteps=1", "--max-len=2", "--min-len=0", "--seed=1")
-
-
-def content_of(directory):
-    return {path.relative_to(directory): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
-
-
-@pytest.fixture
-def refusal(tmp_path, monkeypatch, capsys):
-    """Runs a command in an empty directory and gives back the one line that a mistake gets."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        before = content_of(tmp_path)
-        capsys.readouterr()
-        code = main.main([str(a) for a in argv])
-        out, err = capsys.readouterr()
-        assert code == 2, err
-        assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), (out, err)
-        assert content_of(tmp_path) == before
-        return err
-
-    return run
 
 
 @pytest.fixture
@@ -50,13 +20,6 @@ def speak(released_dir, refusal):
         return refusal("generate", f"--checkpoint={released_dir}", *argv, f"--output={output}")
 
     return run
-
-
-@pytest.fixture
-def copy(released_dir, tmp_path):
-    """A checkpoint to spoil."""
-    shutil.copytree(released_dir, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 def noise(sec, rate, channels=1, seed=0):
@@ -195,7 +158,7 @@ def test_an_output_that_only_the_system_refuses(speak, monkeypatch, stream):
     ("argv", "message"),
     [
         (["--input=no.txt", "--output-dir=d"], "--input=no.txt"),
-        (["--input=blank.txt", "--output-dir=d"], "--input=blank.txt: no text in it"),
+        (["--input=blank.txt", "--output-dir=d"], "--input=blank.txt: contains no text"),
         (["--input=latin.txt", "--output-dir=d"], "--input=latin.txt: 'utf-8' codec can't decode"),
         (["--input=.", "--output-dir=d"], "--input=."),
         (["--input=lines.txt", "--output-dir=lines.txt"], "--output-dir=lines.txt"),
@@ -208,137 +171,6 @@ def test_files_of_texts(refusal, released_dir, tmp_path, argv, message):
     (tmp_path / "lines.txt").write_text("one\n")
     (tmp_path / "latin.txt").write_bytes("fünf".encode("latin-1"))
     assert message in refusal("generate", f"--checkpoint={released_dir}", *argv)
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-COMMANDS = {
-    "generate": ("generate", "--checkpoint={}", "--text=a", "--output=out.wav"),
-    "export-torch": ("export-torch", "{}", "exported"),
-    "import-torch": ("import-torch", "{}", "imported"),
-}
-
-
-def command(name, path):
-    return [argument.format(path) for argument in COMMANDS[name]]
-
-
-@pytest.mark.parametrize("name", ["generate", "export-torch"])
-def test_directories_that_are_no_checkpoint(refusal, tmp_path, name):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "run/checkpoints").mkdir(parents=True)
-    for path, message in (
-        ("nothing", "nothing: no such directory; expected a training workdir"),
-        ("file", "file: a file, not a directory"),
-        ("empty", "empty: not a checkpoint; expected a training workdir (checkpoints/STEP/)"),
-        ("run", "run: a training workdir without a complete checkpoint"),
-    ):
-        assert message in refusal(*command(name, path))
-
-
-def test_directories_that_cannot_be_imported(refusal, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for path in ("nothing", "empty"):
-        assert "no such file; expected a released VoxCPM2 directory with config.json" in refusal(*command("import-torch", path))
-
-
-@pytest.mark.parametrize("name", list(COMMANDS))
-@pytest.mark.parametrize("file", ["model.safetensors", "audiovae.safetensors"])
-def test_files_that_are_cut_short_or_missing(refusal, copy, name, file):
-    whole = (copy / file).read_bytes()
-    for size in (len(whole) // 2, 100, 4, 0):
-        (copy / file).write_bytes(whole[:size])
-        assert f"{file}: not a whole safetensors file" in refusal(*command(name, copy))
-    (copy / file).unlink()
-    assert f"expected one of {file}" in refusal(*command(name, copy))
-
-
-@pytest.mark.parametrize("name", list(COMMANDS))
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        ("patch_size", 0, "patch_size must be at least 1, got 0"),
-        ("patch_size", "four", "patch_size: expected int, got 'four'"),
-        ("lm_config.num_attention_heads", 0, "lm_config.num_attention_heads must be at least 1, got 0"),
-        ("lm_config.num_key_value_heads", 3, "4 heads cannot share 3 key/value heads evenly"),
-        ("lm_config", None, "lm_config: expected fields of LMConfig, got None"),
-        ("audio_vae_config.sample_rate", 48000, "sample rates and strides must agree"),
-        ("architecture", "voxcpm", """expected "architecture": "voxcpm2", got 'voxcpm'"""),
-        ("lm_config.hidden_size", 64, "tensors differ from what config.json describes"),
-        ("residual_lm_num_layers", 2, "tensors differ from what config.json describes: missing residual_lm.layers.1"),
-    ],
-)  # fmt: skip
-def test_configs_that_no_model_has(refusal, copy, name, path, value, message):
-    config = json.loads((copy / "config.json").read_text())
-    *parents, last = path.split(".")
-    node = config
-    for parent in parents:
-        node = node[parent]
-    node[last] = value
-    (copy / "config.json").write_text(json.dumps(config))
-    assert message in refusal(*command(name, copy))
-
-
-def test_a_config_that_is_no_json(refusal, copy):
-    for content in (b"{", b"\xff\xfe\x00", b""):
-        (copy / "config.json").write_bytes(content)
-        assert "config.json: not valid JSON" in refusal(*command("generate", copy))
-
-
-def test_unknown_keys_of_a_released_config_are_no_mistake(copy, tmp_path, capsys):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"strange": 1}))
-    with pytest.warns(UserWarning, match="no part reads strange"):
-        assert main.main(["generate", f"--checkpoint={copy}", "--text=one", *QUICK, f"--output={tmp_path}/out.wav"]) == 0
-    assert json.loads(capsys.readouterr().out)["stopped_by"] in ("stop head", "max_len")
-
-
-def test_every_tensor_that_differs_is_in_the_line(refusal, copy):
-    tensors = load_file(copy / "model.safetensors")
-    del tensors["stop_head.weight"]
-    tensors["audio_vae.x"] = np.zeros(1, np.float32)
-    save_file(tensors, copy / "model.safetensors")
-    line = refusal(*command("generate", copy))
-    assert "missing stop_head.weight" in line and "unexpected audio_vae.x" in line and "hint: move" in line
-
-
-@pytest.mark.parametrize("name", list(COMMANDS))
-def test_tokenizers_without_the_special_ids(refusal, copy, name):
-    content = json.loads((copy / "tokenizer.json").read_text())
-    vocab = content["model"]["vocab"]
-    without = {piece: i for piece, i in vocab.items() if i not in (101, 104)}
-    small = {piece: i for piece, i in vocab.items() if i < 100}
-    swapped = {"<s>": 2, "</s>": 1} | {piece: i for piece, i in vocab.items() if i not in (1, 2)}
-    for pieces, message in (
-        (without, "no piece has id 101 (an audio or reference mark); no piece has id 104"),
-        (small, "pieces; expected over 104, the last special id"),
-        (swapped, "the special ids are not where the model expects them"),
-    ):
-        merges = [m for m in content["model"]["merges"] if {*m, "".join(m)} <= pieces.keys()]
-        added = [token for token in content["added_tokens"] if token["content"] in pieces]
-        spoilt = content | {"model": content["model"] | {"vocab": pieces, "merges": merges}, "added_tokens": added}
-        (copy / "tokenizer.json").write_text(json.dumps(spoilt))
-        assert message in refusal(*command(name, copy))
-    (copy / "tokenizer.json").write_text("{}")
-    assert "expected a BPE vocabulary" in refusal(*command(name, copy))
-    (copy / "tokenizer.json").unlink()
-    (copy / "tokenizer.model").unlink()
-    assert "no tokenizer; expected tokenizer.json or tokenizer.model" in refusal(*command(name, copy))
-
-
-def test_a_tokenizer_of_another_model(refusal, copy):
-    texts = ["a different corpus with quite some more words in it", "so that there are pieces enough"]
-    train_tokenizer(texts * 3, 386).save(copy)
-    assert "the tokenizer has 386 pieces, the model embeds 384" in refusal(*command("generate", copy))
-
-
-@pytest.mark.parametrize("name", ["import-torch", "export-torch"])
-def test_conversions_overwrite_nothing(refusal, released_dir, tmp_path, name):
-    for destination in ("imported", "exported"):
-        (tmp_path / destination).mkdir()
-        (tmp_path / destination / "mine").write_text("")
-    assert "already there; choose a directory that is absent or empty" in refusal(*command(name, released_dir))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -384,14 +216,6 @@ def test_workdirs_that_cannot_be_written(refusal, tmp_path, workdir, config):
     assert "cannot be written; expected a directory" in refusal(name, f"--config={config}", f"--workdir={workdir}")
 
 
-def test_a_platform_that_does_not_exist(tmp_path):
-    environment = os.environ | {"JAX_PLATFORMS": "npu", "PYTHONPATH": str(pathlib.Path(voxcpm2_jax.__file__).parents[1])}
-    command = [sys.executable, "-m", "voxcpm2_jax", "train", TINY, "--workdir=run"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "'npu'" in done.stderr and not list(tmp_path.iterdir())
-
-
 _TRAIN = "train --config=configs/backbone.py:tiny --workdir=run"
 
 
@@ -406,9 +230,8 @@ _TRAIN = "train --config=configs/backbone.py:tiny --workdir=run"
     ],
 )  # fmt: skip
 def test_buckets_that_are_not_mounted(refusal, command):
-    assert refusal(*command.format("gs://bucket/run").split()).endswith(
-        "gs://bucket/run: expected a path of this machine; mount the bucket and name the mount\n"
-    )
+    message = "gs://bucket/run: expected a local path; mount the bucket and name the mount point"
+    assert message in refusal(*command.format("gs://bucket/run").split())
 
 
 def test_data_that_is_no_shards(refusal, tmp_path):
@@ -480,28 +303,6 @@ def test_speaker_encoders_that_are_none(refusal, released_dir, tmp_path, encoder
     (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "text": "one"}\n')
     argv = "--config.manifest=m.jsonl", f"--config.pairs.encoder={encoder}", f"--vae={released_dir}", "--output=shards"
     assert f"pairs.encoder {encoder}: " in refusal("prepare", "--config=configs/data.py:manifest", *argv)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("def get_config(variant='')\n", "not Python"),
-        ("def get_config(variant=''):\n    return {}\n", "get_config gives dict; expected an ml_collections.ConfigDict"),
-        ("x = 1\n", "has no get_config(variant)"),
-    ],
-)
-def test_config_files_that_are_none(refusal, tmp_path, content, message):
-    (tmp_path / "mine.py").write_text(content)
-    assert message in refusal("train", "--config=mine.py", "--workdir=run")
-
-
-def test_an_interrupted_command_says_so(monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(main, "_doctor", interrupt)
-    assert main.main(["doctor", "--manifest=m.jsonl"]) == main.INTERRUPTED
-    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_evaluate_without_recordings_or_a_model(refusal, released_dir, tmp_path, monkeypatch):

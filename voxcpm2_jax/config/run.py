@@ -159,6 +159,11 @@ class BatchConfig:
             raise UserError(f"batch: segments must be at least 1, or None for as many as fit; got {self.segments}")
 
 
+# Budgets that suit speech, for commands without a config: of 4,096 slots, up to 2,816 are audio patches. `doctor` recommends
+# `patches` for a corpus.
+SPEECH_BATCH = BatchConfig(rows=8, slots=4096, patches=2816)
+
+
 @dataclass(frozen=True)
 class StageConfig:
     """A stage of the curriculum: what is heard from its first step on; data/mixing.py says how."""

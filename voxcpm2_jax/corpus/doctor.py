@@ -24,14 +24,13 @@ import numpy as np
 
 from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.config.run import BatchConfig
+from voxcpm2_jax.config.run import SPEECH_BATCH, BatchConfig
 from voxcpm2_jax.corpus import manifest, sources
 from voxcpm2_jax.data import audio, packing
 from voxcpm2_jax.data.text import normal_text
 
 SPOILS, LOOK = "spoils a run", "worth a look"
 _EXAMPLES = 5
-_ROWS = BatchConfig(rows=8, slots=4096, patches=2816)
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def examine(
     heldout: Sequence[str | os.PathLike] = (),
     *,
     tokenizer=None,
-    batch: BatchConfig = _ROWS,
+    batch: BatchConfig = SPEECH_BATCH,
     patch_sec: float = 0.16,
     limits: Limits = Limits(),
 ) -> dict:

@@ -1,0 +1,98 @@
+"""`voxcpm2-jax bench data` and `bench train`: the speed of this machine."""
+
+import dataclasses
+
+from voxcpm2_jax.cli.configs import load_config
+from voxcpm2_jax.cli.flags import add_command, add_config, local_path, numbers, words
+from voxcpm2_jax.cli.outcome import DONE, NO, print_error, print_result
+from voxcpm2_jax.config.model import MODELS
+from voxcpm2_jax.config.plain import UserError, from_dict
+from voxcpm2_jax.config.run import SPEECH_BATCH, BackboneRun
+
+_TRAIN_EPILOG = """The data are noise with the lengths of speech, made in memory. With --model, jax, flax and optax are the only
+packages needed. The last line of standard output is a JSON object. Exit codes: 0 done, 3 nothing was timed, because the results
+differ from those of the CPU in float32 or from the reference's."""
+
+
+def add(commands) -> None:
+    summary = "measure the speed of this machine"
+    parts = commands.add_parser("bench", help=summary, description=summary)
+    parts = parts.add_subparsers(title="what to measure", metavar="WHAT", required=True)
+    _add_data(parts)
+    _add_train(parts)
+
+
+# ---- bench data ------------------------------------------------------------------------------------------------------
+
+
+def _add_data(parts) -> None:
+    parser = add_command(
+        parts, "data", run_data, "measure how many seconds of audio the data path reads per second and per core"
+    )
+    add_config(parser, "configs/backbone.py:small")
+    parser.add_argument(
+        "--data", type=local_path, metavar="SHARDS",
+        help="directory made by prepare; without it, noise with the lengths of speech",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=10.0, metavar="X", help="how long to measure (default 10)")
+
+
+def run_data(args, overrides) -> int:
+    config = from_dict(BackboneRun, load_config(args.config, overrides))
+    from voxcpm2_jax.bench import data
+
+    result = data.data(config, args.data, seconds=args.seconds)
+    data.show(result)
+    print_result(result)
+    return DONE
+
+
+# ---- bench train -----------------------------------------------------------------------------------------------------
+
+
+def _add_train(parts) -> None:
+    parser = add_command(
+        parts, "train", run_train, "check the train step's results, then measure how many seconds of audio it takes per second",
+        epilog=_TRAIN_EPILOG,
+    )  # fmt: skip
+    model = parser.add_mutually_exclusive_group(required=True)
+    add_config(parser, "configs/backbone.py:2b", group=model)
+    model.add_argument("--model", choices=MODELS, help="shape of a model, in place of a config")
+    parser.add_argument("--rows", type=numbers, default=(), metavar="B[,B]", help="rows of a batch; several are compared")
+    parser.add_argument("--slots", type=int, metavar="T", help="slots of a row")
+    parser.add_argument("--patches", type=int, metavar="M", help="audio patches of a row")
+    parser.add_argument("--remat", type=words, default=(), metavar="R[,R]", help="what to recompute; several are compared")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="updates to time (default 10)")
+    parser.add_argument("--parts", action="store_true", help="also time each part of the model by itself")
+    parser.add_argument("--against-reference", action="store_true", help="also time the package voxcpm, on the same clips")
+    parser.add_argument(
+        "--reference-rows", type=int, default=8, metavar="N", help="clips of a batch of the reference (default 8)"
+    )
+
+
+def run_train(args, overrides) -> int:
+    if args.model:
+        if overrides:
+            raise UserError(f"{overrides[0]} goes with --config, not with --model")
+        model = MODELS[args.model]
+        # As in configs/backbone.py:2b. The cost of cuDNN's attention kernel grows with `segments`.
+        slots = min(SPEECH_BATCH.slots, model.max_length)
+        config = BackboneRun(model, batch=dataclasses.replace(SPEECH_BATCH, rows=2, slots=slots, segments=128))
+    else:
+        config = from_dict(BackboneRun, load_config(args.config, overrides))
+    budgets = {name: value for name in ("slots", "patches") if (value := getattr(args, name)) is not None}
+    if "slots" in budgets:
+        budgets = {"patches": min(config.batch.patches, args.slots)} | budgets
+    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, **budgets))
+    from voxcpm2_jax.bench.train import Disagreement, show, train
+
+    options = {"rows": args.rows, "remats": args.remat, "num_rounds": args.steps, "parts": args.parts}
+    reference = {"against_reference": args.against_reference, "reference_rows": args.reference_rows}
+    try:
+        result = train(config, **options, **reference)
+    except Disagreement as disagreement:
+        print_error(disagreement)
+        return NO
+    show(result)
+    print_result(result)
+    return DONE

@@ -1,0 +1,56 @@
+"""`voxcpm2-jax train`: trains the model."""
+
+from voxcpm2_jax.cli import training
+from voxcpm2_jax.cli.configs import load_config
+from voxcpm2_jax.cli.flags import CKPT, add_command, add_config, local_path
+from voxcpm2_jax.cli.outcome import DONE, print_result
+from voxcpm2_jax.config.plain import UserError, from_dict, to_dict
+from voxcpm2_jax.config.run import BackboneRun
+
+
+def add(commands) -> None:
+    parser = add_command(
+        commands, "train", run, "pre-train or fine-tune the model; continues if the workdir holds a checkpoint",
+        epilog=training.EPILOG,
+    )  # fmt: skip
+    add_config(parser, "configs/backbone.py:tiny")
+    training.add_flags(parser)
+    parser.add_argument(
+        "--data", type=local_path, metavar="SHARDS[,SHARDS]",
+        help="directories made by prepare; without it, synthetic clips made in memory",
+    )  # fmt: skip
+    parser.add_argument(
+        "--heldout", type=local_path, metavar="SHARDS[,SHARDS]",
+        help="clips for the held-out loss; by default SHARDS/heldout, if prepare made one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--init-params", type=local_path, metavar="CKPT", help=f"a new run starts with the weights of a checkpoint: {CKPT}"
+    )
+    parser.add_argument(
+        "--init-tslm", type=local_path, metavar="MINICPM",
+        help="the text-semantic LM of a new run starts as this MiniCPM-4: a directory with config.json and safetensors, or "
+        "the safetensors file",
+    )  # fmt: skip
+    parser.add_argument("--profile-steps", metavar="A:B", help="trace updates A .. B - 1 into WORKDIR/profile, for XProf")
+    parser.add_argument("--dry-run", action="store_true", help="check the arguments, print the whole config and stop")
+
+
+def run(args, overrides) -> int:
+    config = from_dict(BackboneRun, load_config(args.config, overrides))
+    given = [f"--{name.replace('_', '-')}" for name in ("resume_from", "init_params", "init_tslm") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: each says what a new run starts from; give only one of them")
+    from voxcpm2_jax.train import profiler
+
+    profile_steps = args.profile_steps and profiler.profile_steps(args.profile_steps)
+    if args.dry_run:  # launchers call it on the machine they start from, where the paths need not exist
+        print_result({"workdir": args.workdir, "data": args.data, "config": to_dict(config)})
+        return DONE
+    from voxcpm2_jax import files
+    from voxcpm2_jax.train import pretrain
+
+    files.check_directory(args.workdir)
+    options = training.start_options(args) | {
+        "init_params": args.init_params, "init_tslm": args.init_tslm, "heldout": args.heldout, "profile_steps": profile_steps,
+    }  # fmt: skip
+    return training.run_training(args.workdir, lambda: pretrain.train(config, args.workdir, args.data, **options))

@@ -1,0 +1,29 @@
+"""`voxcpm2-jax train-vae`: trains the codec."""
+
+from voxcpm2_jax.cli import training
+from voxcpm2_jax.cli.configs import load_config
+from voxcpm2_jax.cli.flags import RECORDINGS, add_command, add_config, local_path
+from voxcpm2_jax.config.plain import from_dict
+from voxcpm2_jax.config.run import VAERun
+
+
+def add(commands) -> None:
+    parser = add_command(
+        commands, "train-vae", run, "train the codec; continues if the workdir holds a checkpoint", epilog=training.EPILOG
+    )
+    add_config(parser, "configs/vae.py:tiny")
+    training.add_flags(parser)
+    parser.add_argument(
+        "--data", type=local_path, metavar="DATA",
+        help=f"a directory made by prepare, or {RECORDINGS}; without it, synthetic sound made in memory",
+    )  # fmt: skip
+
+
+def run(args, overrides) -> int:
+    config = from_dict(VAERun, load_config(args.config, overrides))
+    from voxcpm2_jax import files
+    from voxcpm2_jax.train import vae
+
+    files.check_directory(args.workdir)
+    options = training.start_options(args)
+    return training.run_training(args.workdir, lambda: vae.train(config, args.workdir, args.data, **options))

@@ -1,0 +1,102 @@
+"""What `train` and `train-vae` share: the flags of a run, and running it in one or several processes."""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from voxcpm2_jax.cli.flags import Parser, local_path
+from voxcpm2_jax.cli.outcome import DONE, FAILED, MISTAKE, PREEMPTED, print_error, print_result
+from voxcpm2_jax.config.plain import UserError
+
+EPILOG = """The last line of standard output is a JSON object: step, losses, audio_sec_per_sec, mfu (null for the codec,
+and where the chip's peak is unknown). Exit codes: 0 done, 1 the run diverged or failed, 2 a mistake in the arguments, 75
+stopped by a signal after saving: start the same command again to continue."""
+
+_LAST_WORDS_SEC = 5
+
+
+def add_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--workdir", required=True, type=local_path, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files"
+    )
+    parser.add_argument(
+        "--resume-from", type=local_path, metavar="CKPT",
+        help="workdir of another run or one step of it; a new run starts from its whole state",
+    )  # fmt: skip
+    parser.add_argument(
+        "--accept-config-changes", action="store_true",
+        help="continue although the config differs from the checkpoint's in fields that change what its state means",
+    )  # fmt: skip
+
+
+def start_options(args) -> dict:
+    """What the flags say about the start of a run, as arguments of its `train` function."""
+    return {"resume_from": args.resume_from, "accept_changes": args.accept_config_changes}
+
+
+def run_training(workdir: str, train: Callable[[], dict]) -> int:
+    """Joins the processes of the run, trains, prints the result -> the exit code.
+
+    With several processes, an error that may have come to one process alone ends all of them: this function then ends the
+    process and does not return.
+    """
+    import jax
+
+    from voxcpm2_jax import processes
+    from voxcpm2_jax.checkpoint.manager import SaveFailed
+    from voxcpm2_jax.train.loop import BrokenRun, Preempted
+
+    processes.connect()
+    _keep_compiled(workdir)
+    try:
+        result = train()
+        if jax.process_index() == 0:
+            print_result(result)
+        return DONE
+    except BrokenRun as broken:  # BrokenRun and Preempted come to all processes, after the same step
+        print_error(broken)
+        return FAILED
+    except Preempted as preempted:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the state is saved: a further signal must not turn 75 into a failure
+        print(preempted, file=sys.stderr)
+        return PREEMPTED
+    except SaveFailed as failed:
+        print_error(failed)
+        code = FAILED
+    except UserError as mistake:
+        print_error(mistake)
+        code = MISTAKE
+    except BaseException:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        print_error("this process failed or lost another one; all processes of the run end; start all of them again")
+        code = FAILED
+    if jax.process_count() > 1:
+        # An orderly exit would wait for the other processes, which wait for this one in a step. They end as soon as process 0
+        # does, so process 0 waits a little: another process with the same error can still print it.
+        time.sleep(_LAST_WORDS_SEC if jax.process_index() == 0 else 0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _keep_compiled(workdir: str) -> None:
+    """Keeps compiled programs on disk, so that a restarted run does not compile again.
+
+    They go to $JAX_COMPILATION_CACHE_DIR if it is set, else to the user's cache. Several processes use WORKDIR/compiled, which
+    they share: only the first process writes programs. With a directory on each host only the first host would find them, and
+    the others would compile, which waits for all processes.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "voxcpm2_jax"
+        cache = cache if jax.process_count() == 1 else pathlib.Path(workdir).absolute()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
