@@ -15,7 +15,7 @@ QUICK = ("--inference-timesteps=1", "--max-len=2", "--min-len=0", "--seed=1")
 
 @pytest.fixture
 def copy(released_dir, tmp_path):
-    """A checkpoint to spoil."""
+    """A copy of a checkpoint, to damage."""
     shutil.copytree(released_dir, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -32,7 +32,7 @@ def command(name, path):
 
 
 @pytest.mark.parametrize("name", ["generate", "export-torch"])
-def test_directories_that_are_no_checkpoint(refusal, tmp_path, name):
+def test_directories_without_a_checkpoint(refusal, tmp_path, name):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "run/checkpoints").mkdir(parents=True)
@@ -77,7 +77,7 @@ def test_files_that_are_cut_short_or_missing(refusal, copy, name, file):
         ("residual_lm_num_layers", 2, "tensors differ from what config.json describes: missing residual_lm.layers.1"),
     ],
 )  # fmt: skip
-def test_configs_that_no_model_has(refusal, copy, name, path, value, message):
+def test_impossible_configs(refusal, copy, name, path, value, message):
     config = json.loads((copy / "config.json").read_text())
     *parents, last = path.split(".")
     node = config
@@ -88,7 +88,7 @@ def test_configs_that_no_model_has(refusal, copy, name, path, value, message):
     assert message in refusal(*command(name, copy))
 
 
-def test_a_config_that_is_no_json(refusal, copy):
+def test_a_config_that_is_not_json(refusal, copy):
     for content in (b"{", b"\xff\xfe\x00", b""):
         (copy / "config.json").write_bytes(content)
         assert "config.json: not valid JSON" in refusal(*command("generate", copy))
@@ -125,8 +125,8 @@ def test_tokenizers_without_the_special_ids(refusal, copy, name):
     ):
         merges = [m for m in content["model"]["merges"] if {*m, "".join(m)} <= pieces.keys()]
         added = [token for token in content["added_tokens"] if token["content"] in pieces]
-        spoilt = content | {"model": content["model"] | {"vocab": pieces, "merges": merges}, "added_tokens": added}
-        (copy / "tokenizer.json").write_text(json.dumps(spoilt))
+        changed = content | {"model": content["model"] | {"vocab": pieces, "merges": merges}, "added_tokens": added}
+        (copy / "tokenizer.json").write_text(json.dumps(changed))
         assert message in refusal(*command(name, copy))
     (copy / "tokenizer.json").write_text("{}")
     assert "expected a BPE vocabulary" in refusal(*command(name, copy))

@@ -14,7 +14,7 @@ QUICK = ("--inference-timesteps=1", "--max-len=2", "--min-len=0", "--seed=1")
 
 @pytest.fixture
 def speak(released_dir, refusal):
-    """A refusal of `generate` by a whole checkpoint."""
+    """Runs `generate` with a good checkpoint and a mistake in the other arguments; returns the one line."""
 
     def run(*argv, output="out.wav"):
         return refusal("generate", f"--checkpoint={released_dir}", *argv, f"--output={output}")
@@ -104,7 +104,7 @@ def write_bad_recordings(directory):
     ],
 )
 @pytest.mark.parametrize("flags", [("--reference-audio={}",), ("--prompt-audio={}", "--prompt-text=b")])
-def test_recordings_of_no_use(speak, tmp_path, name, message, flags):
+def test_unusable_recordings(speak, tmp_path, name, message, flags):
     write_bad_recordings(tmp_path)
     assert message in speak("--text=a", *(flag.format(name) for flag in flags))
 
@@ -149,7 +149,7 @@ def test_outputs_that_cannot_be_written(speak, tmp_path, output, message, stream
 
 @pytest.mark.parametrize("stream", [(), ("--stream",)])
 def test_an_output_that_only_the_system_refuses(speak, monkeypatch, stream):
-    """A file system that says yes and means no."""
+    """A file system that reports a directory as writable and then refuses to write to it."""
     monkeypatch.setattr("os.access", lambda *_: True)
     assert "/proc/out.wav: cannot be written" in speak("--text=one", *QUICK, *stream, output="/proc/out.wav")
 
@@ -234,7 +234,7 @@ def test_buckets_that_are_not_mounted(refusal, command):
     assert message in refusal(*command.format("gs://bucket/run").split())
 
 
-def test_data_that_is_no_shards(refusal, tmp_path):
+def test_directories_without_shards(refusal, tmp_path):
     for name, content in {"json": b"{", "binary": b"\xff\xfe\x00", "list": b"[]", "other": b'{"clips": 3}'}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "header.json").write_bytes(content)
@@ -267,7 +267,7 @@ def test_data_that_is_no_shards(refusal, tmp_path):
         ('{"audio": 3, "text": "a"}', "audio"),
     ],
 )
-def test_manifests_that_are_none(refusal, released_dir, tmp_path, line, message):
+def test_bad_manifests(refusal, released_dir, tmp_path, line, message):
     if line is not None:
         (tmp_path / "m.jsonl").write_text(line + "\n")
     argv = ["--config=configs/data.py:manifest", "--config.manifest=m.jsonl", f"--vae={released_dir}", "--output=shards"]
@@ -284,7 +284,7 @@ def test_prepare_without_a_codec_or_a_place(refusal, released_dir, tmp_path):
     assert "already there" in refusal("prepare", *manifest, "--output=full", f"--vae={released_dir}")
 
 
-def test_names_that_name_nothing(refusal, released_dir):
+def test_lists_of_names_that_are_empty(refusal, released_dir):
     assert "--manifest=,: names no recordings" in refusal("doctor", "--manifest=,")
     argv = "--config=configs/data.py:manifest", "--config.manifest=,", f"--vae={released_dir}", "--output=shards"
     assert "source 'manifest' needs --config.manifest=FILE[,FILE]" in refusal("prepare", *argv)
@@ -299,7 +299,7 @@ def test_a_name_that_no_file_can_have(refusal, released_dir, tmp_path):
 
 
 @pytest.mark.parametrize("encoder", ["json:loads", "no_such_module:x", "json:nothing", "builtins:dict"])
-def test_speaker_encoders_that_are_none(refusal, released_dir, tmp_path, encoder):
+def test_bad_speaker_encoders(refusal, released_dir, tmp_path, encoder):
     (tmp_path / "m.jsonl").write_text('{"audio": "a.wav", "text": "one"}\n')
     argv = "--config.manifest=m.jsonl", f"--config.pairs.encoder={encoder}", f"--vae={released_dir}", "--output=shards"
     assert f"pairs.encoder {encoder}: " in refusal("prepare", "--config=configs/data.py:manifest", *argv)
@@ -320,7 +320,7 @@ def test_evaluate_without_recordings_or_a_model(refusal, released_dir, tmp_path,
         assert message in refusal("evaluate", config, f"--data={data}", f"--checkpoint={checkpoint}", "--output=judged")
 
 
-def test_sets_of_tensorflow_that_are_not_there(refusal, released_dir, tmp_path, monkeypatch):
+def test_missing_tensorflow_data_sets(refusal, released_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
     advice = "prepare it once, with TensorFlow: tfds.builder('ljspeech', file_format='array_record')"
     manifest = "--config=configs/data.py:manifest", "--config.manifest=tfds:ljspeech"
@@ -336,7 +336,7 @@ def test_sets_of_tensorflow_that_are_not_there(refusal, released_dir, tmp_path, 
     assert "cannot be made in /dev/null/tfds" in refusal("doctor", "--manifest=tfds:voxcpm2_demo/tiny")
 
 
-def test_debian_that_cannot_be_had(refusal, monkeypatch):
+def test_debian_packages_that_are_not_available(refusal, monkeypatch):
     debian = "prepare", "--config=configs/data.py:debian", "--output=out"
     assert "languages must be some of en,es,fr,it,ru" in refusal(*debian, "--config.debian.languages=xx")
     assert "nothing: no package asterisk-core-sounds-en_*.deb here" in refusal(*debian, "--config.debian.packages=nothing")

@@ -1,5 +1,6 @@
 """The command line itself: help, wrong arguments, what it imports; and the commands that only pass arguments on."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 import voxcpm2_jax
-from voxcpm2_jax.cli import doctor, main
+from voxcpm2_jax.cli import doctor, flags, main
 
 
 def run(*argv):
@@ -24,7 +25,9 @@ def test_help_names_every_command_and_flag(capsys):
         "train-vae": ["--config", "--workdir", "--data"],
         "generate": ["--checkpoint", "--text", "--control", "--reference-audio", "--prompt-audio", "--prompt-text",
                      "--cfg-value", "--inference-timesteps", "--seed", "--stream", "--output", "--input", "--output-dir"],
-        "bench": ["data"],
+        "evaluate": ["--config", "--checkpoint", "--data", "--output"],
+        "plan": ["--config", "--topology", "--search", "--output", "3"],
+        "bench": ["data", "train"],
         "chaos": ["--config", "--workdir", "--kills", "--quick", "3"],
         "import-torch": ["SRC_DIR", "DST_DIR"],
         "export-torch": ["CKPT", "DST_DIR"],
@@ -51,6 +54,20 @@ def test_help_names_every_command_and_flag(capsys):
 )
 def test_bad_arguments_get_one_line(refusal, argv, message):
     assert message in refusal(*argv)
+
+
+def test_every_flag_for_a_path_refuses_buckets():
+    def actions(parser):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for child in action.choices.values():
+                    yield from actions(child)
+            else:
+                yield action
+
+    metavars = "CKPT", "DATA", "DIR", "DST_DIR", "F", "F.json", "F.wav", "F[,F]", "LINES.txt", "MINICPM", "SHARDS", "SRC_DIR"
+    paths = [action for action in actions(main.make_parser()) if action.metavar in (*metavars, "SHARDS[,SHARDS]")]
+    assert len(paths) >= 28 and all(action.type is flags.local_path for action in paths)
 
 
 def test_import_is_light():

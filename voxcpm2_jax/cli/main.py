@@ -55,6 +55,13 @@ def parse(argv: Sequence[str]):
     Raises:
         UserError: the arguments are not those of a command.
     """
+    args, rest = make_parser().parse_known_args(argv)
+    if unknown := [word for word in rest if not (args.takes_config and word.startswith("--config."))]:
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)} (see voxcpm2-jax --help)")
+    return args, rest
+
+
+def make_parser() -> flags.Parser:
     parser = flags.Parser(
         prog="voxcpm2-jax", description="VoxCPM2 in JAX: data preparation, training, generation, and PyTorch checkpoints."
     )
@@ -62,8 +69,4 @@ def parse(argv: Sequence[str]):
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:
         importlib.import_module(f"voxcpm2_jax.cli.{name}").add(commands)
-
-    args, rest = parser.parse_known_args(argv)
-    if unknown := [word for word in rest if not (args.takes_config and word.startswith("--config."))]:
-        raise UserError(f"unrecognized arguments: {' '.join(unknown)} (see voxcpm2-jax --help)")
-    return args, rest
+    return parser
