@@ -75,7 +75,7 @@ def test_on_a_cluster_that_jax_knows_it_is_told_nothing(joined, monkeypatch):
 
 def test_an_address_alone_is_not_taken_for_one_process(joined, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
-    with pytest.raises(UserError, match=r"do not come together: of JAX_COORDINATOR_ADDRESS, .* only the first is set"):
+    with pytest.raises(UserError, match=r"cannot connect: of JAX_COORDINATOR_ADDRESS, .* only the first is set"):
         processes.connect()
 
 
@@ -90,7 +90,7 @@ def test_in_a_pod_that_may_not_ask_for_others(joined, monkeypatch):
     kubernetes.config = types.SimpleNamespace(ConfigException=ConfigException, load_incluster_config=refuse)
     monkeypatch.setitem(sys.modules, "kubernetes", kubernetes)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    with pytest.raises(UserError, match="do not come together: no token; JAX_NUM_PROCESSES=1 keeps one by itself"):
+    with pytest.raises(UserError, match="cannot connect: no token; with JAX_NUM_PROCESSES=1 a process runs alone"):
         processes.connect()
     assert joined == []
 
@@ -109,7 +109,7 @@ def test_processes_that_do_not_come(joined, monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1:34911")
-    with pytest.raises(UserError, match="do not come together: DEADLINE_EXCEEDED"):
+    with pytest.raises(UserError, match="cannot connect: DEADLINE_EXCEEDED"):
         processes.connect()
 
 

@@ -1,14 +1,12 @@
-"""What a run reports: means over the steps between two logs, useful FLOPs and MFU, and the places they are written to.
+"""What a run reports: figures of a step, their means between two logged steps, and where they are written.
 
-    WORKDIR/metrics.jsonl      one JSON object per logged step; the record: a resumed run heals and continues it
+    WORKDIR/metrics.jsonl      one JSON object per logged step; a resumed run repairs and continues this file
     WORKDIR/tensorboard/       the same scalars, and evaluators' images and audio, if tensorboardX is installed
-    standard error             one live line on a terminal, else one plain line per logged step
+    standard error             a live line on a terminal, else one line per logged step
 
-    WORKDIR/profile/           what `--profile-steps` traced, for XProf
-
-A train step's metrics are scalars (their mean over the steps is reported), pairs (sum, count) (divided once) or Tables
-of such pairs. Names that begin with a word ending in `_max` are maxima: the largest of the steps is reported. A scalar
-whose name ends in `_sec` counts seconds of data and is also reported per second of wall time.
+A metric of a train step is a scalar (its mean over the steps is logged), a pair (sum, count) (divided once) or a Table of
+such pairs. If the first word of its name ends in `_max`, the maximum over the steps is logged. A scalar whose name ends in
+`_sec` counts seconds of audio, and is also logged per second of wall time.
 """
 
 import dataclasses
@@ -32,9 +30,9 @@ from voxcpm2_jax.files import heal
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Pairs (sum, count) under names of their own, X of them in two arrays: one transfer for many figures.
+    """Several named pairs (sum, count) in two arrays [X], so that one transfer brings many figures to the host.
 
-    Stands in a step's metrics under the beginning of its names: "loss_diff/time/" has "loss_diff/time/0.0-0.1" and so on.
+    Its key in the metrics is the common prefix of the names: "loss_diff/time/" gives "loss_diff/time/0.0-0.1" and so on.
     """
 
     sum_X: Any
@@ -48,7 +46,7 @@ def is_max(name: str) -> bool:
 
 
 def fetch(metrics: dict) -> dict[str, tuple[float, float]]:
-    """Metrics of one step on the host as (sum, count); waits for the step."""
+    """Waits for a step and brings its metrics to the host, as (sum, count) by name."""
     pairs = {}
     for name, value in jax.device_get(metrics).items():
         if isinstance(value, Table):
@@ -60,7 +58,7 @@ def fetch(metrics: dict) -> dict[str, tuple[float, float]]:
 
 
 def combine(parts: dict) -> dict:
-    """Sums, pairs and Tables of the parts of a batch, one behind the other on the first axis, as those of the whole."""
+    """Metrics of a batch from those of its micro-batches, which are stacked on the first axis."""
     return {
         name: jax.tree.map(lambda x, name=name: (jnp.max if is_max(name) else jnp.sum)(x, axis=0), value)
         for name, value in parts.items()
@@ -68,7 +66,7 @@ def combine(parts: dict) -> dict:
 
 
 class Meter:
-    """Sums of (sum, count) pairs, in float64, and maxima; `state` is plain data that continues them exactly."""
+    """Sums of (sum, count) pairs in float64, and maxima; `state` is plain data from which they continue exactly."""
 
     def __init__(self, state: dict[str, list[float]] | None = None):
         self.state = {} if state is None else state
@@ -80,25 +78,25 @@ class Meter:
                 self.state[name] = [old[0] + total, old[1] + count]
             elif old[1] and count:
                 self.state[name] = [max(old[0], total), count]
-            else:  # of an update that was skipped there is none
+            else:  # a skipped update has no value
                 self.state[name] = [total, count] if count else old
 
     def means(self) -> dict[str, float | None]:
-        """None where nothing was counted."""
+        """Means and maxima by name; None if nothing was counted."""
         return {name: total / count if count else None for name, (total, count) in self.state.items()}
 
 
 # ---- figures of a batch ----------------------------------------------------------------------------------------------
 
 TIME_BINS = tuple(f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10))  # of flow time, 0 (clean) .. 1 (noise)
-MOST_NAMES = 32  # of data sets, and of languages; those with less audio than the largest are "other"
+MOST_NAMES = 32  # of datasets, and of languages, that are logged by name: those with most audio; the rest is "other"
 
 
 class Labels(NamedTuple):
-    """The groups that clips are told by: X names such as "language/en", and the three that each label is a member of."""
+    """The groups that losses are reported for: names such as "language/en", and the three groups of each label."""
 
     names: tuple[str, ...]
-    members: tuple[tuple[int, ...], ...]  # by label
+    members: tuple[tuple[int, ...], ...]  # by label: dataset, language, mode
 
 
 def name_labels(labels: Sequence[tuple[str, str, str]], weights: Sequence[float]) -> Labels:
@@ -106,7 +104,7 @@ def name_labels(labels: Sequence[tuple[str, str, str]], weights: Sequence[float]
 
     Args:
         labels: (dataset, language, mode) of every label.
-        weights: audio of every label that bears loss, to keep the largest by; what has none gets no name (-1).
+        weights: amount of audio that bears loss, by label; decides which names are kept. Labels without any get -1.
     """
     names: dict[str, int] = {}
     columns = []
@@ -127,7 +125,7 @@ def by_time(pair_BM: tuple[jax.Array, jax.Array], time_BM: jax.Array) -> Table:
 
 
 def by_label(pair_BM: tuple[jax.Array, jax.Array], label_BM: jax.Array, labels: Labels) -> Table:
-    """Sums and counts of patches by data set, language and mode."""
+    """Sums and counts of patches by dataset, language and mode."""
     member_BM3 = jnp.asarray(labels.members)[jnp.maximum(label_BM, 0)]
     is_member_BMX = jnp.any(member_BM3[..., None] == jnp.arange(len(labels.names))[None, None, None], axis=2)
     return _split(pair_BM, is_member_BMX, labels.names)
@@ -139,13 +137,13 @@ def _split(pair_BM, is_member_BMX, names) -> Table:
 
 
 def count_levels(level_BTQ: jax.Array, is_audio_BT: jax.Array, scale: int) -> jax.Array:
-    """[Q, 2 scale + 1]: how often each level, -scale .. scale, stands in the audio slots of a batch."""
+    """[Q, 2 scale + 1]: how often each level, -scale .. scale, occurs in the audio slots of a batch."""
     is_level_BTQX = level_BTQ[..., None] == jnp.arange(-scale, scale + 1)[None, None, None]
     return jnp.sum(is_level_BTQX & is_audio_BT[:, :, None, None], axis=(0, 1), dtype=jnp.float32)
 
 
 def fsq_figures(count_QX: jax.Array) -> dict[str, jax.Array]:
-    """How the quantiser uses its levels, by their counts.
+    """How evenly the quantiser uses its levels, from their counts.
 
     Returns:
         fsq_usage: share of the levels of a dim that occur, mean of the dims.   fsq_entropy: in bits, mean of the dims; at
@@ -157,7 +155,7 @@ def fsq_figures(count_QX: jax.Array) -> dict[str, jax.Array]:
 
 
 def of_parts(values: dict[str, jax.Array]) -> Table:
-    """A number of each part of the model."""
+    """One number per part of the model."""
     value_X = jnp.stack(list(values.values()))
     return Table(value_X, jnp.ones_like(value_X), tuple(values))
 
@@ -174,23 +172,23 @@ def norms(tree: dict) -> dict[str, jax.Array]:
 
 
 class Audio(NamedTuple):
-    """A figure to hear."""
+    """Audio to log."""
 
     samples_A: Any  # float32, -1 .. 1
     rate_hz: int
 
 
 class Image(NamedTuple):
-    """A figure to see."""
+    """A picture to log."""
 
     pixels_HWC: Any  # uint8, or float32 0 .. 1
 
 
 class Writer:
-    """Writes rows of figures from the first process; a context manager.
+    """Writes rows of figures, on process 0 only; a context manager.
 
     Args:
-        start_step: updates that were finished before; rows beyond it are dropped.   num_steps: length of the run.
+        start_step: updates finished before; later rows in the file are removed.   num_steps: length of the run.
     Attributes:
         last_row: the newest row in metrics.jsonl, None before the first.
     """
@@ -214,7 +212,7 @@ class Writer:
             self._progress.start()
 
     def write(self, step: int, figures: dict) -> None:
-        """One row: numbers (or None) go everywhere, Audio and Image to TensorBoard."""
+        """Writes one row: numbers (or None) everywhere, Audio and Image only to TensorBoard."""
         media = {k: v for k, v in figures.items() if isinstance(v, Audio | Image)}
         row = {"step": step} | {k: number(v) for k, v in figures.items() if k not in media}
         self.last_row = row
@@ -231,7 +229,7 @@ class Writer:
             print(f"step {step}/{self._num_steps}  {_in_words(row)}", file=sys.stderr, flush=True)
 
     def advance(self, step: int) -> None:
-        """Moves the live line; called for every step."""
+        """Advances the live line; called after every step."""
         if self._progress:
             self._progress.update(self._task, completed=step)
 
@@ -258,7 +256,7 @@ class Writer:
 
 
 def number(value) -> float | int | None:
-    """JSON has no NaN and no infinity: what was not measured and what diverged are both null."""
+    """A number for JSON, which has no NaN and no infinity: they become None, like figures that were not measured."""
     if value is None or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(value)

@@ -1,4 +1,4 @@
-"""What an update does: learning-rate schedules, AdamW or Muon, decay of matrices only, global-norm clip, averaged weights.
+"""Optimisers: learning-rate schedules, AdamW or Muon, weight decay of matrices only, global-norm clip, averaged weights.
 
     lr
     |     ____________            "constant"  ends flat
@@ -6,14 +6,14 @@
     |   /  "cosine"    \\          warm-up, then half a cosine over all the rest
     |__/________________\\_______ updates
 
-Update number i (from 0) uses lr(i); the warm-up's first update already moves (lr / warmup_steps), and from the end of
-the schedule on lr stays at `end_ratio * learning_rate`. The stable part of "wsd" is a trunk: from any checkpoint of it a
-branch may start whose decay is set by `decay_start` and `decay_steps`.
+Update number i (from 0) uses lr(i). The first update of the warm-up uses learning_rate / warmup_steps, not 0. After the
+end of the schedule lr stays at `end_ratio * learning_rate`. The stable part of "wsd" is a trunk: a branch can start from any
+of its checkpoints, with a decay that `decay_start` and `decay_steps` set.
 
-    direction     of what                                           state a parameter, first moments in float32 | bfloat16
-    AdamW         everything, or with "muon" all but the layers     8 bytes | 6
-    Muon          q, k, v, o, gate, up, down of all layers          4 bytes | 2
-    decay         kernels and embeddings (DECAYED)
+    method        parameters                                        bytes of state per parameter, float32 | bfloat16 moments
+    AdamW         all; with "muon" all but those of the layers      8 | 6
+    Muon          q, k, v, o, gate, up, down of all layers          4 | 2
+    weight decay  kernels and embeddings (DECAYED)                  0
 
 Sources: AdamW, arXiv 1711.05101; WSD, MiniCPM, arXiv 2404.06395; Muon, Keller Jordan, 2024; its update scaled to AdamW's,
 arXiv 2502.16982.
@@ -28,8 +28,8 @@ import optax
 
 from voxcpm2_jax.config.run import OptimConfig
 
-# Names of the parameters that weight decay shrinks. Norm scales, biases, gains and learned single tokens go by other
-# names: the rule is the name, not the rank, because scanned layers stack them to [L, ...].
+# Names of the parameters that weight decay shrinks; norm scales, biases, gains and learned tokens have other names. The
+# rule goes by name and not by rank, because scanned layers stack parameters to [L, ...].
 DECAYED = ("kernel", "embedding")
 
 
@@ -51,7 +51,7 @@ def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     def lr(step):
         step = jnp.asarray(step, jnp.float32)
         warmup = jnp.minimum((step + 1.0) / max(config.warmup_steps, 1), 1.0)
-        done = jnp.clip((step - start) / max(end - start, 1), 0.0, 1.0)  # share of the decay behind us
+        done = jnp.clip((step - start) / max(end - start, 1), 0.0, 1.0)  # share of the decay that is over
         if config.schedule == "cosine":
             left = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
         elif config.schedule == "wsd":
@@ -64,12 +64,12 @@ def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params):
-    """True at the leaves that weight decay shrinks: those whose last path component is in DECAYED."""
+    """True for the leaves that weight decay shrinks: the last component of their path is in DECAYED."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _keys(path)[-1] in DECAYED, params)
 
 
 def methods(params):
-    """What "muon" does with each leaf: "muon" for the matrices of the layers, "adamw" for everything else."""
+    """The method for each leaf with optimizer "muon": "muon" for the matrices of the layers, else "adamw"."""
 
     def method(path, _):
         match _keys(path)[-3:]:
@@ -85,10 +85,10 @@ def _keys(path) -> list[str]:
 
 
 def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
-    """What `config` describes, for a run of `num_steps` updates: clip by global norm, AdamW or Muon, decay, learning rate.
+    """The optimiser of a run of `num_steps` updates: clip by global norm, AdamW or Muon, weight decay, learning rate.
 
-    Its `update` takes the number of the update as `step`. The learning rate follows it and no counter of the optimiser's
-    own, so that an update that is passed over does not shift the schedule.
+    Its `update` takes the number of the update as `step`. The learning rate depends on that number and not on a counter in
+    the optimiser's state, so that a skipped update does not shift the schedule.
     """
     mu_dtype = jnp.dtype(config.mu_dtype)
     direction = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=mu_dtype)
@@ -102,7 +102,7 @@ def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformationExt
     lr = schedule(config, num_steps)
 
     def update(grads, state, params, *, step):
-        # optax mixes float and int32 scalars (bias correction), which strict promotion refuses.
+        # The bias correction of optax mixes float and int32 scalars, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             directions, state = chain.update(grads, state, params)
         scale = -lr(step)
@@ -113,10 +113,14 @@ def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformationExt
 
 # ---- Muon ------------------------------------------------------------------------------------------------------------
 
-# The layers' matrices, stacked to [L, inputs.., outputs..], and how many dims their inputs are. All heads are one matrix.
+# The layers' matrices, stacked to [L, inputs.., outputs..], and their number of input dims. All heads form one matrix.
 MUON = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at 0; drives singular values to 0.7 .. 1.2, not to 1
-_RMS = 0.2  # of an update's entries, as AdamW's are in practice
+_QUINTIC = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # coefficients with the largest slope at 0; singular values end between 0.7 and 1.2, not at 1
+_RMS = 0.2  # of an update's entries; AdamW's updates have about this RMS in practice
 
 
 class MuonState(NamedTuple):
@@ -124,10 +128,10 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(beta: float, mu_dtype=jnp.float32) -> optax.GradientTransformation:
-    """Nesterov momentum, made orthogonal: every direction of a matrix is taken equally far.
+    """Nesterov momentum, orthogonalised: the update has the same size in every singular direction of the matrix.
 
-    Entries have an RMS of 0.2, whatever the shape: about that of AdamW's updates, so one learning rate and one weight
-    decay serve both.
+    Its entries have an RMS of 0.2 for any shape, about that of AdamW's updates, so that one learning rate and one weight
+    decay serve both methods.
     """
 
     def init(params):
@@ -148,9 +152,9 @@ def _muon_direction(x, num_inputs: int):
 
 
 def orthogonalize(x_LIO: jax.Array, num_steps: int = 5) -> jax.Array:
-    """The matrices U V' of x = U S V', nearly: singular values come out between 0.7 and 1.2. Products are bfloat16."""
+    """An approximation of U V' for x = U S V', with singular values between 0.7 and 1.2. Products are in bfloat16."""
     is_tall = x_LIO.shape[1] > x_LIO.shape[2]
-    y_LIO = jnp.swapaxes(x_LIO, 1, 2) if is_tall else x_LIO  # the square products are of the short side
+    y_LIO = jnp.swapaxes(x_LIO, 1, 2) if is_tall else x_LIO  # so that the square products have the size of the short side
     y_LIO = y_LIO / (jnp.linalg.norm(y_LIO, axis=(1, 2), keepdims=True) + 1e-8)
     y_LIO = y_LIO.astype(jnp.bfloat16)
     a, b, c = (jnp.bfloat16(k) for k in _QUINTIC)

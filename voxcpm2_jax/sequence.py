@@ -1,4 +1,4 @@
-"""The layouts: how text and audio become the slots of one sequence, and sequences the rows of a batch.
+"""Layouts: text and audio become the slots of a sequence, and sequences become the rows of a batch.
 
     zero-shot                    text 101 [audio] 102
     reference                    103 (ref) 104 text 101 [audio] 102
@@ -6,8 +6,8 @@
     reference + continuation     103 (ref) 104 prompt-text text 101 (prompt) [audio]
     prompt clip (`is_prompt`)    text 103 (audio) 104
 
-[..] bears loss and is what generation draws; (..) is given. A slot holds a token id or one patch; a patch is P latent
-frames. The models, the data pipeline and generation all build their inputs here and nowhere else.
+[..] bears loss in training and is drawn in generation; (..) is given. A slot holds a token id or one patch of P latent
+frames. Models, data pipeline and generation build all their inputs here.
 
 Source: VoxCPM2 report, "unified sequence organisation".
 """
@@ -47,10 +47,10 @@ class Sequence(NamedTuple):
 
 
 def lay_out(text_ids, *, reference_MPC=None, prompt_MPC=None, target_MPC=None) -> Sequence:
-    """The sequence of a clip to learn from (`target_MPC` given) or to speak (it ends where the first patch comes).
+    """The sequence of a training clip, or without `target_MPC` the prefix that generation continues.
 
     Args:
-        text_ids: int [N]; for a continuation the prompt's text and the target's, tokenized as one string.
+        text_ids: int, one-dimensional; for a continuation the texts of prompt and target, tokenised as one string.
         reference_MPC: latents of the voice to clone.   prompt_MPC: latents of the audio to continue.
         target_MPC: latents of the clip itself.
     """
@@ -66,7 +66,7 @@ def lay_out(text_ids, *, reference_MPC=None, prompt_MPC=None, target_MPC=None) -
 
 
 def lay_out_prompt_clip(text_ids, audio_MPC) -> Sequence:
-    """The sequence of a clip with `is_prompt`: it is only listened to, nothing in it bears loss."""
+    """The sequence of a clip with `is_prompt`: the model only hears it, nothing in it bears loss."""
     return _join([text_ids, [REFERENCE_START_ID], (audio_MPC, False), [REFERENCE_END_ID]])
 
 
@@ -103,8 +103,8 @@ class Batch:
         tokens_BT: text id, or 0.   segment_BT: 1.. per clip of the row, 0 = padding.
         position_BT: slot within the segment.   patches_BMPC: latents of the row's patches, in any order.
         slot_BM: slot of each patch, -1 = unused.   target_BM: whether it bears loss.
-        stop_BM: 1 on a clip's last target patch.   label_BM: number of what the clip of each patch is (`data.packing`
-            numbers dataset, language and mode together), -1 = unused; None: not told. Only figures come of it.
+        stop_BM: 1 on a clip's last target patch.   label_BM: the label of each patch's clip, which numbers its dataset,
+            language and mode together (data/packing.py); -1 = unused. Only figures use it; None: no labels.
     """
 
     tokens_BT: Any
@@ -125,11 +125,11 @@ def pack(
     patch_shape: tuple[int, int],
     labels: Seq[Seq[int]] | None = None,
 ) -> Batch:
-    """Writes the sequences of each row side by side; in a row all target patches come before all others.
+    """Writes the sequences of each row side by side. In a row all target patches come before all other patches.
 
     Args:
         rows: the sequences of each row.   num_slots: T.   num_patches: M.   patch_shape: (P, C).
-        labels: one for each sequence of each row, for `Batch.label_BM`.
+        labels: of each sequence in each row, for `Batch.label_BM`.
     """
     B, T, M = len(rows), num_slots, num_patches
     batch = Batch(

@@ -1,19 +1,19 @@
 """Where every array lives: the mesh, the logical dims of each parameter, and the table from dims to mesh axes.
 
-Mesh axes are ("replica", "data", "tensor"): parameters are copied over replica, split over data (FSDP) and tensor;
-a batch is split over replica and data. Model code names logical dims only, through `constrain`.
+Mesh axes are ("replica", "data", "tensor"). Parameters are copied over replica and split over data (FSDP) and tensor; a
+batch is split over replica and data. Model code names only logical dims, through `constrain`.
 
-The arithmetic, for a part of p parameters that a device runs over n positions (slots of TSLM and RALM; rows x 5 of LocEnc,
-rows x 11 of LocDiT), of what the axes cost. Functions at the end of this file compute it.
+What the axes cost, for a part of p parameters that a device runs over n positions (flops.py). Functions at the end of this
+file compute it.
 
     memory      float32 weights, two moments and gradients: 16 p / (data tensor) bytes, plus 4 for averaged weights; the
                 released shape (2.29 B) takes 36.6 GB, on 256 devices 0.15 GB each
-    data        forward gathers 2 p bytes (bfloat16) for 2 p n FLOP: n FLOP a byte. It hides behind them from
-                n = FLOP/s / (bytes/s) positions on. Backward gathers once more and scatters gradients, for twice the FLOP
-                (three times with remat): the same bound with bfloat16 gradients, a little less with remat.
-    tensor      each layer sums 2 n D bytes twice, forward and backward, in nobody's shadow: only where data alone would
-                leave a device less than a row. Two key/value heads allow tensor = 2.
-    replica     one all-reduce of 4 p / (data tensor) bytes of gradients a step: the only traffic that may cross slices
+    data        the forward pass gathers 2 p bytes (bfloat16) for 2 p n FLOP: n FLOP per byte. The gather hides behind the
+                work if n >= FLOP/s / (bytes/s). The backward pass gathers once more and scatters gradients, for two times
+                the FLOP (three times with remat): the same bound with bfloat16 gradients, a little less with remat.
+    tensor      each layer sums 2 n D bytes twice, forward and backward, on the critical path; nothing overlaps them. Use it
+                only if data alone would leave a device less than one row. Two key/value heads allow at most tensor = 2.
+    replica     one all-reduce of 4 p / (data tensor) bytes of gradients per step: the only traffic that may cross slices
 
     positions a device needs      closed torus                  open                     NVLink, 8      8 GPUs a host
     for `data` to hide            v5e 16x16        1,094        v6e 8x8     5,100        H100  2,443    H100  2,748
@@ -40,7 +40,7 @@ MESH_AXES = ("replica", "data", "tensor")
 # Logical dim -> mesh axes. "embed" is what FSDP splits, the wide dims of a matrix are what tensor parallelism splits.
 RULES: dict[str, Any] = {
     "batch": ("replica", "data"),
-    "replica": "replica",  # rows, where all devices of a replica hold the same ones
+    "replica": "replica",  # rows, if all devices of a replica hold the same rows
     "embed": "data",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -50,7 +50,7 @@ RULES: dict[str, Any] = {
     None: None,
 }
 
-# Parameter path -> logical dims. Each path of the backbone matches exactly one rule, of its own rank.
+# Parameter path -> logical dims. Each path of the backbone matches exactly one rule, of the rank of the parameter.
 PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"base_lm/embed/embedding", ("vocab", "embed")),
     (r".*/layers/(attn_norm|mlp_norm)/scale", ("layers", None)),
@@ -75,7 +75,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def platform(mesh: Mesh) -> str:
-    """Whose kernels programs over these devices use: "cpu", "gpu" or "tpu"."""
+    """The platform of a mesh, which decides the kernels: "cpu", "gpu" or "tpu"."""
     return _known_platform(mesh.devices.flat[0].platform)
 
 
@@ -100,34 +100,34 @@ def _known_platform(name: str) -> str:
 
 
 def make_mesh(shape: tuple[int, int, int] = (-1, -1, 1), devices=None) -> Mesh:
-    """A mesh over `devices` (all by default, or those of a topology that is only compiled for).
+    """A mesh over `devices`: all by default; those of a topology, to compile for it without having it.
 
-    On TPU the axes follow the torus, and only replica crosses slices: its all-reduce of gradients, once a step, is the
-    one collective that the network between slices has to carry. Elsewhere devices stand in the order of their hosts,
-    tensor innermost, then data, and tensor never leaves a host.
+    On TPU the axes follow the torus, and only replica crosses slices: the network between slices carries one all-reduce of
+    gradients per step. On other platforms devices are ordered by host, with tensor innermost, then data; tensor stays inside
+    a host.
 
     Args:
-        shape: devices along (replica, data, tensor). One may be -1 and takes what is left; if replica and data both are,
-            replica is the number of TPU slices.
+        shape: devices along (replica, data, tensor). One of them may be -1: the remaining devices. If replica and data are
+            both -1, replica is the number of TPU slices.
     Raises:
-        UserError: the shape does not use the devices exactly, or would have another axis cross slices or hosts.
+        UserError: the shape does not use all devices exactly, or an axis would cross slices or hosts that must not.
     """
     devices = list(jax.devices() if devices is None else devices)
     is_tpu = devices[0].platform == "tpu"
-    # Without TPU, JAX counts hosts as slices. One slice may have no number.
+    # Without TPU, JAX counts hosts as slices. A single slice may have no number.
     slices = Counter(getattr(device, "slice_index", None) or 0 for device in devices)
     wanted, shape = shape, fill(shape, len(devices), len(slices) if is_tpu else 1)
     if min(shape) < 1 or math.prod(shape) != len(devices):
         raise UserError(
-            f"mesh {tuple(wanted)} (replica, data, tensor) does not fit {len(devices)} devices; -1 may stand once for the "
-            "rest, and twice for replica and data"
+            f"mesh {tuple(wanted)} (replica, data, tensor) does not fit {len(devices)} devices; one of them may be -1, for the "
+            "remaining devices, and replica and data may both be -1"
         )
     replica, data, tensor = shape
     if is_tpu:
         if replica % len(slices):
             raise UserError(
-                f"mesh {shape} (replica, data, tensor): {len(slices)} slices need a multiple of {len(slices)} replicas, for "
-                f"nothing but the sum of gradients may cross slices; --config.mesh=-1,-1,{tensor} has one replica in each"
+                f"mesh {shape} (replica, data, tensor): {len(slices)} slices need a multiple of {len(slices)} replicas, since "
+                f"only the sum of gradients may cross slices; --config.mesh=-1,-1,{tensor} puts one replica on each slice"
             )
         inner = (replica // len(slices), data, tensor)
         try:
@@ -143,7 +143,7 @@ def make_mesh(shape: tuple[int, int, int] = (-1, -1, 1), devices=None) -> Mesh:
         if any(size % tensor for size in slices.values()):
             raise UserError(
                 f"mesh {shape} (replica, data, tensor): tensor {tensor} does not divide the {min(slices.values())} devices of "
-                "a host; its collectives, several in every layer, must not leave one"
+                "a host; its collectives, several per layer, must stay inside a host"
             )
         order = sorted(devices, key=lambda device: (getattr(device, "slice_index", None) or 0, device.id))
         placed = np.array(order, dtype=object).reshape(shape)
@@ -151,12 +151,12 @@ def make_mesh(shape: tuple[int, int, int] = (-1, -1, 1), devices=None) -> Mesh:
 
 
 def abstract(shapes, layouts):
-    """A tree of ShapeDtypeStructs, placed by a tree of shardings: what `checkpoint.restore` and `lower` ask for."""
+    """ShapeDtypeStructs with shardings, from a tree of shapes and a tree of shardings; for `restore` and `lower`."""
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, layouts)
 
 
 def fill(shape: Sequence[int], num_devices: int, num_slices: int) -> tuple[int, int, int]:
-    """The shape with each -1 replaced; one that cannot use the devices exactly comes out with another product."""
+    """The shape with each -1 replaced. If it cannot use the devices exactly, its product differs from their number."""
     if tuple(shape[:2]) == (-1, -1):
         shape = (num_slices, *shape[1:])
     known = math.prod(n for n in shape if n != -1)
@@ -167,7 +167,7 @@ def fill(shape: Sequence[int], num_devices: int, num_slices: int) -> tuple[int, 
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
-    """Pins the layout of an activation by its logical dims; does nothing outside `jax.set_mesh`."""
+    """Constrains the layout of an activation by its logical dims; does nothing outside `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -175,22 +175,22 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 
 
 def spec(shape: tuple[int, ...], dims: tuple[str | None, ...], mesh) -> PartitionSpec:
-    """The mesh axes of an array by its logical dims; a dim that the mesh does not divide stays whole."""
+    """The mesh axes of an array by its logical dims; a dim that the axes do not divide is not split."""
     return PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, shape, strict=True)))
 
 
 def _axes(dim, size, mesh):
-    """The mesh axes of a dim, or None where they do not divide its size."""
+    """The mesh axes of a dim, or None if they do not divide its size."""
     axes = RULES[dim]
     names = (axes,) if isinstance(axes, str) else axes or ()
     return axes if names and size % math.prod(mesh.shape[n] for n in names) == 0 else None
 
 
 def param_shardings(tree, mesh: Mesh):
-    """A NamedSharding for every leaf: parameters by PARAM_AXES, their optimiser moments likewise; scalars and the guard copied.
+    """A NamedSharding for every leaf: parameters and optimiser moments by PARAM_AXES; scalars and the guard are copied.
 
     Raises:
-        UserError: an axis of the mesh does not divide what it has to split; nothing is copied in silence instead.
+        UserError: an axis of the mesh does not divide a dim that it splits.
     """
 
     def one(path, leaf):
@@ -210,7 +210,7 @@ def param_shardings(tree, mesh: Mesh):
 
 
 def constrain_params(tree):
-    """Pins what is shaped like the parameters, such as their gradients, to where the parameters lie."""
+    """Constrains a tree that is shaped like the parameters, such as gradients, to the layout of the parameters."""
     return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *param_dims(_name(path), x.ndim)), tree)
 
 
@@ -219,7 +219,7 @@ def _name(path) -> str:
 
 
 def param_dims(path: str, ndim: int) -> tuple[str | None, ...]:
-    """The logical dims of the parameter at `path`, which may stand under a prefix such as an optimiser's moments."""
+    """The logical dims of the parameter at `path`, which may have a prefix, such as that of optimiser moments."""
     found = [dims for pattern, dims in PARAM_AXES if re.search(rf"(^|/){pattern}$", path)]
     assert [len(dims) for dims in found] == [ndim], f"{path} matches {found} in PARAM_AXES, expected one rule, of rank {ndim}"
     return found[0]
@@ -234,17 +234,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> list[int]:
-    """The rows of a batch that devices of this process hold, in rising order.
+    """The rows of a batch that the devices of this process hold, in rising order.
 
-    They need not follow one another, for a mesh may take devices in another order than processes; nor be this process's
-    alone, where the tensor axis crosses processes.
+    They need not be contiguous, since a mesh may order devices differently from processes. Other processes may hold the
+    same rows, if the tensor axis crosses processes.
     """
     spans = batch_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
     return sorted({row for (span,) in spans for row in range(num_rows)[span]})
 
 
 def global_batch(tree, mesh: Mesh, num_rows: int):
-    """One batch over all devices, from the arrays that each process has made of its `local_rows`."""
+    """One batch over all devices, from the arrays that each process made for its `local_rows`."""
     layout = batch_sharding(mesh)
 
     def one(x):
@@ -257,13 +257,13 @@ def global_batch(tree, mesh: Mesh, num_rows: int):
 
 
 def device_bytes(tree, mesh) -> int:
-    """Bytes that a device holds of parameters, moments or gradients; shapes and an AbstractMesh will do."""
+    """Bytes of parameters, moments or gradients on each device; shapes and an AbstractMesh are enough."""
     shards = jax.tree.map(lambda x, layout: math.prod(layout.shard_shape(x.shape)), tree, param_shardings(tree, mesh))
     return sum(n * x.dtype.itemsize for n, x in zip(jax.tree.leaves(shards), jax.tree.leaves(tree), strict=True))
 
 
 def gather_flop_per_byte(positions: float, weight_bytes: int = 2) -> float:
-    """FLOP of a forward pass over `positions` of a device for each byte of weights that it gathers."""
+    """FLOP of a forward pass over `positions` per byte of gathered weights, on one device."""
     return 2 * positions / weight_bytes
 
 
@@ -277,6 +277,6 @@ def positions_to_hide(chip: Chip, group: Sequence[int], torus: tuple[int, ...] |
 
 
 def replica_bytes(params, mesh) -> float:
-    """Bytes that a device sends in the sum of gradients over replicas, once an update."""
+    """Bytes that a device sends per update to sum gradients over replicas."""
     replicas = mesh.shape["replica"]
     return 2 * (replicas - 1) / replicas * device_bytes(params, mesh)

@@ -1,21 +1,20 @@
-"""Attention of every stack: one function, and below it the kernel of the platform.
+"""Attention of all stacks: one function that picks the kernel of the platform.
 
-    what a slot sees                        "tpu"     "gpu"                    "cpu"
+    what a slot attends to                  "tpu"     "gpu"                    "cpu"
     Segments: itself and what came before   splash    cuDNN, packed offsets    XLA, dense mask
     a mask [B, T, S] (generation's cache)   XLA       XLA                      XLA
     None: everything (LocEnc, LocDiT)       XLA       XLA                      XLA
 
-Memory of the two kernels is linear in T, that of XLA's quadratic. Both kernels multiply in bfloat16 or float16 only:
-float32 stays with XLA wherever it runs, since float32 has to mean float32. So do patches of 5 and 11 slots: cuDNN refuses
-them, and a kernel of 128-wide blocks would compute padding for the most part.
+The memory of the two kernels is linear in T, that of XLA is quadratic. Both kernels multiply only in bfloat16 or float16.
+So float32 uses XLA on every platform, because float32 has to mean float32. Patches of 5 and 11 slots use XLA too: cuDNN
+refuses them, and splash, with blocks of 128, would compute mostly padding.
 
-The kernels see one device's rows and heads: they run in `shard_map` over the mesh in use. Heads are split where the
-tensor axis divides the key/value heads, and computed on every device of that axis otherwise. The platform is an argument:
-programs are also made for TPUs that are not there. On "gpu" JAX is asked once more, whether cuDNN and the devices here are
-new enough for packed rows; a program for GPUs is therefore made where they are.
+The kernels run in `shard_map` over the mesh in use, each on the rows and heads of one device. Heads are split if the tensor
+axis divides the key/value heads; otherwise every device of that axis computes all heads. The platform is an argument,
+because programs are also compiled for TPUs that are not present. On "gpu", JAX decides whether cuDNN and the devices support
+packed rows, so a program for GPUs has to be compiled on a machine with such GPUs.
 
-Sources: splash attention (jax.experimental.pallas.ops.tpu); cuDNN's packed layout, with which roofline.py's seconds of one
-H100 were taken. tests/measure_kernels.py times both on the machine at hand.
+Sources: splash attention (jax.experimental.pallas.ops.tpu); cuDNN's packed layout. tests/measure_kernels.py times both.
 """
 
 import functools
@@ -27,36 +26,40 @@ import jax.numpy as jnp
 
 from voxcpm2_jax import processes, sharding
 
-MIN_SEGMENT_SLOTS = 3  # of a clip as sequence.py lays it out: two marks and a patch
-_LANES = 128  # splash reads blocks of a multiple of this many slots
-_SPLASH_BLOCK_SLOTS = 512  # at most; larger ones compute more of what the causal mask throws away
-_FUSED_BACKWARD_SLOTS = 4096  # rows up to this; it keeps a partial dq for every block of keys: T^2 / 512 of memory
+MIN_SEGMENT_SLOTS = 3  # of the shortest clip in sequence.py: two special tokens and a patch
+_LANES = 128  # the blocks of splash are multiples of this many slots
+_SPLASH_BLOCK_SLOTS = 512  # at most; larger blocks compute more of what the causal mask discards
+_FUSED_BACKWARD_SLOTS = (
+    4096  # longest row for the fused backward pass, which keeps a partial dq per block of keys: memory T^2 / 512
+)
 
 
 class Segments(NamedTuple):
-    """The clips of packed rows: a slot sees itself and what came before it in its own segment.
+    """The clips of packed rows: a slot attends to itself and to earlier slots of its own segment.
 
-    A segment's slots stand side by side. Padding (id 0) is a segment like any other, whose values nobody reads.
+    The slots of a segment are contiguous. Padding (id 0) is a segment too; its values are not read.
     """
 
     id_BT: jax.Array
-    length_BM: jax.Array  # int32: slots of each segment, -1 where there is none
-    offset_BM: jax.Array  # int32, M + 1 wide: first slot of each segment in its row; -1 where there is none, and the last
-    is_overfull_B: jax.Array  # the row has more segments than M: cuDNN would leave the rest out
+    length_BM: jax.Array  # int32: slots of each segment, -1 for unused entries
+    offset_BM: jax.Array  # int32, [B, M + 1]: first slot of each segment in its row; -1 for unused entries and for the last
+    is_overfull_B: jax.Array  # the row has more than M segments: cuDNN would ignore the others
 
 
 def find_segments(segment_BT: jax.Array, max_segments: int | None = None) -> Segments:
-    """The segments of packed rows, as the kernels want them; once a step, not once a layer.
+    """The segments of packed rows in the form that the kernels need; computed once per step, not per layer.
+
+    Here M counts segments, not patches.
 
     Args:
-        segment_BT: equal ids side by side are a segment.
-        max_segments: clips of a row at most, static; cuDNN's time and memory grow with it. None: as many as fit.
+        segment_BT: contiguous equal ids are a segment.
+        max_segments: most clips in a row, static; cuDNN's time and memory grow with it. None: as many as fit.
     """
     B, T = segment_BT.shape
-    M = max(2, (max_segments or T // MIN_SEGMENT_SLOTS) + 1)  # and the padding
+    M = max(2, (max_segments or T // MIN_SEGMENT_SLOTS) + 1)  # one more for the padding
     is_first_BT = jnp.pad(segment_BT[:, 1:] != segment_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     rank_BT = jnp.cumsum(is_first_BT, axis=1, dtype=jnp.int32) - 1
-    # The last offset stays -1: a number there joins the rows and gives wrong results without a word.
+    # The last offset stays -1: with a number there cuDNN joins the rows and silently gives wrong results.
     put_BT = jnp.where(is_first_BT & (rank_BT < M), rank_BT, M + 1)
     slot_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     offset_BM = jnp.full((B, M + 1), -1, jnp.int32).at[jnp.arange(B)[:, None], put_BT].set(slot_BT, mode="drop")
@@ -71,7 +74,7 @@ def attention(
     """Softmax attention of N query heads over K <= N shared key/value heads.
 
     Args:
-        sees: `Segments`, a mask [B, T, S], or None for everything.
+        sees: what slots attend to: `Segments`, a mask [B, T, S], or None for all slots.
         platform: whose kernel is used: "cpu", "gpu" or "tpu"; None: see `sharding.current_platform`.
     """
     if not isinstance(sees, Segments):
@@ -85,7 +88,7 @@ def attention(
 
 
 def causal_mask(segment_BT: jax.Array) -> jax.Array:
-    """[B, T, T]: a slot sees itself and what came before it in its own segment."""
+    """[B, T, T]: a slot attends to itself and to earlier slots of its own segment."""
     same_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
     T = segment_BT.shape[1]
     return same_BTS & jnp.tri(T, dtype=bool)[None]
@@ -95,7 +98,7 @@ def causal_mask(segment_BT: jax.Array) -> jax.Array:
 
 
 def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.einsum` that multiplies float32 as float32 on every platform."""
+    """`jnp.einsum` that multiplies float32 in full float32 precision on every platform."""
     return jnp.einsum(equation, x, y, precision="highest" if x.dtype == jnp.float32 else None)
 
 
@@ -103,7 +106,7 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K
-    # The heads of a group are rows of one product, and all leading dims one batch: XLA's CPU is 3.6 times slower without.
+    # The heads of a group become rows of one product, and all leading dims one batch dim: 3.6 times faster on CPU.
     q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, H)
     k_BKSH, v_BKSH = (x_BSKH.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x_BSKH in (k_BSKH, v_BSKH))
     logits_BKGTS = einsum("BXH,BSH->BXS", q_BKXH, k_BKSH).reshape(B, K, G, T, S).astype(jnp.float32) * H**-0.5
@@ -118,7 +121,7 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
 
 
 def _by_device(kernel, q_BTNH, k_BSKH, v_BSKH, segments: Segments) -> jax.Array:
-    """Runs a kernel on every device's own rows and heads."""
+    """Runs a kernel on each device's rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(q_BTNH, k_BSKH, v_BSKH, segments)
@@ -131,9 +134,9 @@ def _by_device(kernel, q_BTNH, k_BSKH, v_BSKH, segments: Segments) -> jax.Array:
 
 
 def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, interpret: bool = False) -> jax.Array:
-    """TPU: Pallas kernel in blocks. Rows of any length; they are padded to whole blocks with slots that nobody sees.
+    """TPU: splash attention, a Pallas kernel in blocks. Rows are padded to whole blocks with slots that are masked out.
 
-    `interpret` runs it anywhere, slowly.
+    `interpret` runs it on any platform, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -145,7 +148,7 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, interpret: bool = Fals
     def by_head(x, fill=0):
         return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
 
-    # The kernel knows no scale.
+    # The kernel has no scale argument.
     q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
     q_BKGTH = by_head(q_BTNH).reshape(B, T + padding, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = (by_head(x_BSKH).transpose(0, 2, 1, 3) for x_BSKH in (k_BSKH, v_BSKH))
@@ -171,7 +174,7 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, interpret: bool = Fals
 
 
 def _packed(kernel, q_BTNH, k_BSKH, v_BSKH, segments: Segments) -> jax.Array:
-    """NVIDIA: cuDNN's flash attention over packed rows."""
+    """GPU: cuDNN's flash attention over packed rows."""
     length_BM, offset_BM = segments.length_BM, segments.offset_BM
     return kernel(
         q_BTNH, k_BSKH, v_BSKH, q_seqlen=length_BM, kv_seqlen=length_BM, q_offsets=offset_BM, kv_offsets=offset_BM,
@@ -181,9 +184,9 @@ def _packed(kernel, q_BTNH, k_BSKH, v_BSKH, segments: Segments) -> jax.Array:
 
 @functools.cache
 def _cudnn():
-    """cuDNN's attention with packed rows, from a private module of JAX; None without it, and the first process says so.
+    """cuDNN's attention over packed rows, from a private module of JAX; None, with a warning, if it is not available.
 
-    The public `jax.nn.dot_product_attention` takes no offsets: it would need a dense bias of T x T.
+    The public `jax.nn.dot_product_attention` takes no offsets, so it would need a dense T x T bias.
     """
     why = None
     try:
@@ -197,13 +200,13 @@ def _cudnn():
         elif not cudnn.check_compute_capability("9.0"):
             why = "no Hopper or later among the devices"
     if why:
-        fate = "XLA with a dense mask takes its place, slower and with memory that grows with slots^2"
-        processes.say(f"attention: no cuDNN kernel for packed rows ({why}; jax {jax.__version__}): {fate}")
+        fallback = "using XLA with a dense mask, which is slower and needs memory that grows with slots^2"
+        processes.say(f"attention: no cuDNN kernel for packed rows ({why}; jax {jax.__version__}): {fallback}")
         return None
 
     def run(q_BTNH, k_BSKH, v_BSKH, **kwargs):
         if jax.__version_info__ < (0, 11, 2):
-            # Offsets of keys are counted in query heads up to there: wrong results without a word unless there are as many.
+            # These versions count key offsets in query heads: silently wrong unless there are as many key heads.
             k_BSKH, v_BSKH = (jnp.repeat(x, q_BTNH.shape[2] // x.shape[2], axis=2) for x in (k_BSKH, v_BSKH))
         return cudnn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask_type=cudnn.MaskType.PADDING_CAUSAL, **kwargs)
 

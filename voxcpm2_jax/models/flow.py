@@ -1,16 +1,16 @@
-"""Flow matching over any velocity function: the training loss and the guided Euler sampler.
+"""Flow matching for any velocity function: the training loss and the guided Euler sampler.
 
     x_t = (1 - t) x_1 + t z,   target z - x_1,   time runs from 1 (noise) to 0
 
-Mean mode (MeanFlow, arXiv 2505.13447) learns the mean velocity u over [r, t]: its target is v - (t - r) du/dt, the total
-derivative taken along (v, r fixed, t moving). CFG-Zero* (arXiv 2503.18886) scales the unconditional velocity by its
-projection on the conditional one, and takes no step at all while the flow is nearly pure noise.
+Mean mode (MeanFlow, arXiv 2505.13447) learns the mean velocity u over [r, t]. Its target is v - (t - r) du/dt, with the
+total derivative along (dx, dr, dt) = (v, 0, 1). CFG-Zero* (arXiv 2503.18886) scales the unconditional velocity by its
+projection on the conditional one, and skips the first steps, in which the flow is nearly pure noise.
 """
 
 import jax
 import jax.numpy as jnp
 
-ZERO_SHARE = 0.04  # of the time grid in which CFG-Zero* keeps the noise; at least its first step
+ZERO_SHARE = 0.04  # share of the time grid that CFG-Zero* skips; at least the first step
 
 
 def draw_times(key: jax.Array, shape: tuple[int, ...], scheduler: str) -> jax.Array:
@@ -25,10 +25,10 @@ def loss(velocity, x_RPC, noise_RPC, t_R, r_R=None, *, has_aux: bool = False):
 
     Args:
         velocity: (x_t RPC, t_R, dt_R) -> v_RPC.   x_RPC: clean latents.   noise_RPC: standard normal.
-        t_R: time.   r_R: the interval's other end for mean mode; None otherwise.
-        has_aux: `velocity` gives a pair, whose second half is handed on.
+        t_R: time.   r_R: the start of the interval in mean mode; None otherwise.
+        has_aux: `velocity` returns a pair; its second part is returned as well.
     Returns:
-        loss_RP, float32; with `has_aux` that and the second half.
+        loss_RP, float32; with `has_aux` also the second part.
     """
     velocity = velocity if has_aux else _with_nothing(velocity)
     t_R11 = t_R[:, None, None]
@@ -56,9 +56,9 @@ def time_grid(num_steps: int) -> jax.Array:
 
 
 def guide(v_cond, v_uncond, cfg_value) -> jax.Array:
-    """CFG-Zero*: the unconditional velocity, scaled to fit the conditional one, plus `cfg_value` times what is left.
+    """CFG-Zero*: the scaled unconditional velocity plus `cfg_value` times its difference from the conditional one.
 
-    `cfg_value` is a scalar or one value a row.
+    `cfg_value` is a scalar or has one value per row.
     """
     cfg_value = jnp.reshape(jnp.asarray(cfg_value, v_cond.dtype), (-1, 1, 1))
     dot = jnp.sum(v_cond * v_uncond, axis=(1, 2), keepdims=True)
@@ -71,8 +71,8 @@ def sample(velocities, noise_RPC, *, num_steps: int, cfg_value, mean_mode: bool 
 
     Args:
         velocities: (x_RPC, t_R, dt_R) -> (conditional, unconditional) velocity.   cfg_value: guidance, scalar or [R].
-        num_steps: Euler steps, static; the first `max(1, 0.04 (num_steps + 1))` keep x as it is.
-        mean_mode: the network sees the step's real length, otherwise zero.
+        num_steps: Euler steps, static; the first `max(1, 0.04 (num_steps + 1))` of them leave x unchanged.
+        mean_mode: dt_R is the length of the step; otherwise it is zero.
     """
     grid = time_grid(num_steps)
     num_still = max(1, int((num_steps + 1) * ZERO_SHARE))

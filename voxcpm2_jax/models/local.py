@@ -1,9 +1,9 @@
-"""The two local stacks, bidirectional inside one patch: LocEnc (patch -> vector) and LocDiT (noisy patch -> velocity).
+"""The two local stacks, bidirectional within one patch: LocEnc (patch -> vector) and LocDiT (noisy patch -> velocity).
 
     LocEnc   [special, P frames]                                        -> slot 0
     LocDiT   [lm, residual, time, P frames before, P noisy frames]      -> last P slots
 
-R is a row, one patch; tens of thousands of rows are one batch.
+A row R is one patch; a batch has tens of thousands of rows.
 Source: VoxCPM2 report, sections on LocEnc and LocDiT. Differs from the reference: time stays in float32.
 """
 
@@ -26,7 +26,7 @@ def _positions(x_RTD: jax.Array) -> jax.Array:
 
 
 class LocEnc(nn.Module):
-    """One vector for each patch of latents."""
+    """One vector per patch of latents."""
 
     config: TransformerConfig
     compute: Compute = Compute()
@@ -45,7 +45,7 @@ class LocEnc(nn.Module):
 def time_embedding(t_R: jax.Array, width: int) -> jax.Array:
     """Sines, then cosines, of 1000 t at `width / 2` frequencies from 1 down to 1e-4; float32."""
     half = width // 2
-    # Angles reach 1000 radians, where the last bit of a frequency shows in the sine: float32 exponents, exactly rounded.
+    # Angles reach 1000 radians, where the last bit of a frequency changes the sine: so frequencies are correctly rounded.
     exponent = np.arange(half, dtype=np.float32) * np.float32(-math.log(10000.0) / (half - 1))
     frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angle = TIME_SCALE * t_R.astype(jnp.float32)[:, None] * frequency[None]
@@ -65,7 +65,7 @@ class LocDiT(nn.Module):
     Args:
         x_RPC: noisy latents at time t.   prefix_R2D: [lm, residual], concatenated, not summed.
         cond_RPC: previous clean patch; zeros in a segment's first slot.   t_R: time in [0, 1]; 1 is noise.
-        dt_R: t - r in mean mode, otherwise zeros, which pass through their MLP all the same.
+        dt_R: t - r in mean mode; otherwise zeros, which still go through their MLP.
     Returns:
         v_RPC: d(latent)/dt, float32.
     """

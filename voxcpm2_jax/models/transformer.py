@@ -3,11 +3,10 @@
     x += s * o(attention(rope(q(norm x)), rope(k(norm x)), v(norm x)))        s: residual scale, 1 without muP
     x += s * down(silu(gate(norm x)) * up(norm x))
 
-Four stacks of the model are made of it. Training scans over stacked layers with remat; generation runs the layers one
-by one with q/k/v and gate/up fused (`unstack`), since a scan inside the decode loop copies its weights.
-Parameters come in any float type and are cast to the type of the activations, which is the compute type; norms, RoPE
-and softmax are float32. Who applies a module with the collection "figures" mutable gets each layer's maxima beside its
-result; to all others they cost nothing.
+All four stacks of the model use it. Training scans over stacked layers with remat. Generation runs the layers one by one,
+with q/k/v and gate/up fused (`unstack`), because a scan inside the decode loop would copy its weights.
+Parameters may have any float dtype and are cast to the dtype of the activations; norms, RoPE and softmax use float32.
+Pass `mutable=["figures"]` to `apply` to also get the maxima of each layer; otherwise they cost nothing.
 
 Source: MiniCPM-4 report; LongRoPE (arXiv 2402.13753).
 """
@@ -27,13 +26,13 @@ from voxcpm2_jax.sharding import constrain
 
 
 def fan_in(num_in: int, num_out: int) -> nn.initializers.Initializer:
-    """Variance 1 / size of the first `num_in` dims, for a kernel whose other `num_out` dims are outputs."""
+    """Initialiser with variance 1 / (size of the first `num_in` dims), for a kernel whose other `num_out` dims are outputs."""
     axes = tuple(range(num_in)), tuple(range(num_in, num_in + num_out))
     return nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", *axes)
 
 
 class Kernel(nn.Module):
-    """The matrix of a `Linear` by itself, for a product that several share."""
+    """Only the matrix of a `Linear`, for a product that uses several matrices at once."""
 
     shape: tuple[int, int]
 
@@ -81,11 +80,11 @@ class Rope(NamedTuple):
 
 
 def rope_table(config: TransformerConfig, position_BT: jax.Array) -> Rope | None:
-    """Angles of every position; None for a stack without positional encoding."""
+    """Cosines and sines for every position; None for a stack without positional encoding."""
     if config.rope_factor is None:
         return None
     half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    # The product in this order, in float32: angles of late positions are large, and their rounding is part of the model.
+    # In this order and in float32: angles of late positions are large, so their rounding is part of the model.
     per_slot = position_BT.astype(jnp.float32)[..., None] * (1.0 / jnp.asarray(config.rope_factor, jnp.float32))[None, None]
     angle_BTH = per_slot * (1.0 / config.rope_theta**half)[None, None]
     return Rope(jnp.cos(angle_BTH) * config.rope_scale, jnp.sin(angle_BTH) * config.rope_scale)
@@ -99,17 +98,17 @@ def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
 
 
 def largest(x_BTD: jax.Array) -> jax.Array:
-    """[B] float32: the largest magnitude of each row; for figures, without a gradient.
+    """[B] float32: the largest magnitude in each row; a figure, without gradient.
 
-    Not of the batch: a maximum over all devices in every layer would be a collective in every layer.
+    Per row and not per batch, because a maximum over all devices would be a collective in every layer.
     """
     return jnp.max(jnp.abs(jax.lax.stop_gradient(x_BTD)), axis=(1, 2)).astype(jnp.float32)
 
 
 def logit_bound(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
-    """[B, K]: no attention logit is larger: the longest query times the longest key of a row and head (Cauchy-Schwarz).
+    """[B, K]: an upper bound of the attention logits: longest query times longest key of a row and head (Cauchy-Schwarz).
 
-    Kernels never show the logits themselves, and their true maximum would cost as much as attention does.
+    The kernels do not return logits, and computing their true maximum would cost as much as attention itself.
     """
     q_BTNH, k_BSKH = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q_BTNH, k_BSKH))
     q_BN, k_BK = (jnp.max(jnp.sum(x * x, axis=-1), axis=1) for x in (q_BTNH, k_BSKH))
@@ -118,25 +117,25 @@ def logit_bound(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
 
 
 class KV(NamedTuple):
-    """Keys and values that one layer has seen."""
+    """The cached keys and values of one layer."""
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
 
     def write(self, k_BTKH: jax.Array, v_BTKH: jax.Array, start_B: jax.Array) -> "KV":
-        """Puts T new slots at each row's own place."""
+        """Writes T new slots into each row, from slot `start_B` on."""
         put = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (start, 0, 0)))
         return KV(put(self.k_BSKH, k_BTKH, start_B), put(self.v_BSKH, v_BTKH, start_B))
 
 
 def empty_cache(config: TransformerConfig, batch: int, num_slots: int, dtype) -> tuple[KV, ...]:
-    """One KV of zeros for each layer."""
+    """One KV of zeros per layer."""
     shape = (batch, num_slots, config.num_kv_heads, config.head_dim)
     return tuple(KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
 
 
 class Block(nn.Module):
-    """One layer. With a cache, keys and values are written at `start_B` and attention runs over the whole cache."""
+    """One layer. With a cache, it writes keys and values from slot `start_B` on and attends to the whole cache."""
 
     config: TransformerConfig
     compute: Compute = Compute()  # unrolled layers have one q/k/v and one gate/up matrix
@@ -170,8 +169,9 @@ class Block(nn.Module):
             if self.compute.is_unrolled:
                 gate_up_BT2F = linear("gate_up", 2, F)(y_BTD)
             else:
-                # One product reads x once, and its gradient is one product too; on an axis of its own each half stays split
-                # over devices as it is. Fusing q/k/v likewise moves no fewer bytes (tests/measure_kernels.py).
+                # One product reads x once, and its gradient is one product too. The two matrices are stacked on an axis of
+                # their own, so that their split over devices stays as it is. Fusing q/k/v in the same way does not reduce
+                # the bytes moved (tests/measure_kernels.py).
                 kernels = [Kernel((c.width, F), name=name)().astype(y_BTD.dtype) for name in ("gate", "up")]
                 gate_up_BT2F = einsum("BTD,DUF->BTUF", y_BTD, jnp.stack(kernels, axis=1))
             gate, up = gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1]
@@ -186,9 +186,9 @@ def run_layers(config: TransformerConfig, compute: Compute, x_BTD, position_BT, 
     """All blocks of a stack and its last norm, as parameters `layers` and `norm` of the calling compact module.
 
     Args:
-        position_BT: for RoPE.   sees: what each slot sees (`attention`); with a cache a mask, S is the cache's length.
-        compute: unrolled, the parameters are `layers_0`, `layers_1` .. with fused matrices (see `unstack`), as a cache needs.
-        cache: one KV a layer, written from slot `start_B` of each row on.
+        compute: if `is_unrolled`, parameters are `layers_0`, `layers_1` .. with fused matrices (`unstack`); a cache needs it.
+        position_BT: for RoPE.   sees: as in `attention`; with a cache it is a mask over the S slots of the cache.
+        cache: one KV per layer, written from slot `start_B` of each row on.
     Returns:
         y_BTD and the new cache (None if there was none).
     """
@@ -218,7 +218,7 @@ def run_layers(config: TransformerConfig, compute: Compute, x_BTD, position_BT, 
 
 
 def unstack(stack: dict) -> dict:
-    """Stacked parameters of one stack -> those of its unrolled form: `layers_i` with fused q/k/v and gate/up."""
+    """Parameters of a stack -> parameters of its unrolled form: `layers_i` with fused q/k/v and gate/up."""
     layers = stack["layers"]
     kernel = {name: layers[name]["kernel"] for name in ("q", "k", "v", "o", "gate", "up", "down")}
     fused = {

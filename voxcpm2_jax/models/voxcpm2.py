@@ -1,14 +1,14 @@
-"""VoxCPM2 assembled: text and patches in, hidden states, next patch and stop decision out.
+"""The whole backbone: from text and patches to hidden states, the next patch and the stop decision.
 
     patch -> LocEnc -> enc_to_lm -> e            text -> embedding
     slots (text | e) -> TSLM -> h -> FSQ at audio slots -> h'
     fusion([h' ; e at audio slots]) -> RALM -> r
-    slot i is drawn from h'[i-1], r[i-1] and patch[i-1]:  LocDiT -> patch i,  stop head(h'[i-1]) -> go on or stop
+    slot i is drawn from h'[i-1], r[i-1] and patch[i-1]:  LocDiT -> patch i,  stop head(h'[i-1]) -> continue or stop
 
-A batch is packed: LocEnc runs on the M patches of a row, LocDiT and the stop head on those that may bear loss; nothing
-local is computed for text or padding. What comes before a segment's first slot is zero.
+Batches are packed: LocEnc runs on the M patches of a row, LocDiT and the stop head on the patches that may bear loss; the
+local stacks compute nothing for text or padding. The inputs before a segment's first slot are zeros.
 
-Source: VoxCPM2 report. Differs from the reference: rows hold several clips and attention stays inside each.
+Source: VoxCPM2 report. Differs from the reference: a row holds several clips, and attention stays within each clip.
 """
 
 from typing import NamedTuple
@@ -35,8 +35,8 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT, dtype):
         table_VD = self.param("embedding", nn.initializers.normal(1.0), (self.vocab_size, self.width))
-        # Each device looks its own columns up for all rows of its replica, then columns change places with rows. Left to
-        # itself, XLA sums gradients of the whole table over all devices: 600 MB of the release's, in float32.
+        # Each device looks up its own columns for all rows of its replica; then an all-to-all exchanges columns for rows.
+        # Without these constraints XLA sums gradients of the whole table over all devices: 600 MB for the release, float32.
         x_BTD = table_VD[constrain(tokens_BT, "replica", None)].astype(dtype)
         return constrain(constrain(x_BTD, "replica", None, "embed"), "batch", None, None)
 
@@ -67,7 +67,7 @@ class ResidualAcousticLM(nn.Module):
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantisation to the levels -1, .. -1/s, 0, 1/s .. 1, with a straight-through gradient."""
+    """Finite scalar quantisation to the levels -1, .. -1/s, 0, 1/s .. 1 (s = scale), with a straight-through gradient."""
 
     latent_dim: int
     scale: int
@@ -84,7 +84,7 @@ class FSQ(nn.Module):
 
 
 class Hidden(NamedTuple):
-    """What the two language models say at every slot."""
+    """Outputs of the two language models at every slot."""
 
     semantic_BTD: jax.Array  # h', after the quantiser
     acoustic_BTD: jax.Array  # r
@@ -92,7 +92,7 @@ class Hidden(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of both language models, one KV a layer."""
+    """Keys and values of both language models, one KV per layer."""
 
     base_lm: tuple[KV, ...]
     residual_lm: tuple[KV, ...]
@@ -120,15 +120,15 @@ class VoxCPM2(nn.Module):
         self.stop_head = Linear((2,), use_bias=False)
 
     def encode_patches(self, patches_RPC):
-        """e_RD: what each patch says to the language models."""
+        """e_RD: the input of the language models for each patch."""
         with jax.named_scope("locenc"):
             return self.enc_to_lm_proj(self.feat_encoder(patches_RPC.astype(jnp.dtype(self.config.dtype))))
 
     def read(self, embed_BTD, patch_embed_BTD, is_audio_BT, position_BT, sees, cache=None, start_B=None) -> Hidden:
-        """Runs both language models over slots; `patch_embed_BTD` is read where `is_audio_BT`.
+        """Runs both language models. The input is `patch_embed_BTD` at audio slots (`is_audio_BT`), else `embed_BTD`.
 
         Args:
-            embed_BTD: embedded text ids.   sees: what each slot sees (`attention`).
+            embed_BTD: embedded text ids.   sees: as in `attention`.
             cache, start_B: see `run_layers`.
         """
         is_audio_BT1 = is_audio_BT[..., None]
@@ -153,7 +153,7 @@ class VoxCPM2(nn.Module):
         start_B = None
         if cache is None:
             sees = find_segments(batch.segment_BT, self.compute.max_segments)
-            # Some kernels would leave segments out without a word: such a row has no loss rather than a wrong one.
+            # Some kernels would silently ignore the extra segments; NaN makes the loss of such a row invalid instead.
             embed_BTD = jnp.where(sees.is_overfull_B[:, None, None], jnp.asarray(jnp.nan, embed_BTD.dtype), embed_BTD)
         else:
             start_B = jnp.zeros(B, jnp.int32)
@@ -171,11 +171,11 @@ class VoxCPM2(nn.Module):
             return self.feat_decoder(x_RPC, prefix_R2D, cond_RPC, t_R, dt_R)
 
     def stop_logits(self, semantic_RD):
-        """[R, 2] float32: go on, stop."""
+        """[R, 2] float32: continue, stop."""
         return self.stop_head(nn.silu(self.stop_proj(semantic_RD))).astype(jnp.float32)
 
     def everything(self, batch: Batch):
-        """Touches every parameter once; only for `init`."""
+        """Uses every parameter once; only for `init`."""
         hidden = self.read_batch(batch)
         semantic_RD, acoustic_RD = hidden.semantic_BTD[:, 0], hidden.acoustic_BTD[:, 0]
         x_RPC, t_R = batch.patches_BMPC[:, 0], jnp.zeros(len(semantic_RD))
@@ -187,24 +187,24 @@ class VoxCPM2(nn.Module):
 
 
 def patch_index(batch: Batch) -> jax.Array:
-    """[B, T]: which of the row's patches sits in each slot, -1 for none."""
+    """[B, T]: the index of the patch in each slot, -1 for slots without a patch."""
     B, T = batch.tokens_BT.shape
     M = batch.slot_BM.shape[1]
-    # A negative index would count from the end, so unused patches go to slot T, which "drop" leaves out.
+    # A negative index would count from the end, so unused patches get slot T, which mode "drop" ignores.
     slot_BM = jnp.where(batch.slot_BM < 0, T, batch.slot_BM)
     rows = jnp.arange(B)[:, None]
     return jnp.full((B, T), -1, jnp.int32).at[rows, slot_BM].set(jnp.arange(M, dtype=jnp.int32)[None], mode="drop")
 
 
 def take(x_BM: jax.Array, index_BT: jax.Array) -> jax.Array:
-    """x[b, index[b, t]], zeros where the index is negative."""
+    """x[b, index[b, t]]; zeros where the index is negative."""
     shape = index_BT.shape + (1,) * (x_BM.ndim - 2)
     taken = jnp.take_along_axis(x_BM, jnp.maximum(index_BT, 0).reshape(shape), axis=1)
     return jnp.where((index_BT >= 0).reshape(shape), taken, jnp.zeros_like(taken))
 
 
 def init(key: jax.Array, config: ModelConfig) -> dict:
-    """Fresh float32 parameters."""
+    """Initial parameters, float32."""
     one = jnp.zeros((1, 1), jnp.int32)
     patches = jnp.zeros((1, 1, config.patch_size, config.feat_dim))
     batch = Batch(one, one + 1, one, patches, one, one, one)
@@ -221,7 +221,7 @@ def unrolled_params(params: dict) -> dict:
 
 
 class Draws(NamedTuple):
-    """The random part of a training step, one entry a patch."""
+    """The random draws of a training step, one entry per patch."""
 
     time_BM: jax.Array
     noise_BMPC: jax.Array
@@ -230,10 +230,9 @@ class Draws(NamedTuple):
 
 
 def to_compute(params: dict, dtype) -> dict:
-    """Parameters in the type they are multiplied in, once a step: else each layer casts its own on every pass over it, and
-    a device that holds a share of them fetches the others' in float32.
+    """Casts parameters to the compute dtype once per step, so that FSDP gathers bf16, not f32, and no layer casts again.
 
-    The embedding stays: only the rows that are looked up are cast.
+    The embedding keeps its dtype: only the rows that are looked up are cast.
     """
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
     return cast | {"base_lm": cast["base_lm"] | {"embed": params["base_lm"]["embed"]}}
@@ -249,14 +248,14 @@ def loss_terms(
     compute: Compute = Compute(),
     with_figures: bool = False,
 ) -> dict:
-    """Both losses of every patch that may bear loss, before any sum; arguments as in `loss`.
+    """Both losses of every patch that may bear loss, not yet summed; arguments as in `loss`.
 
     Args:
-        with_figures: whether what the inside of the model looks like is told as well.
+        with_figures: also return figures of the model's activations.
     Returns:
         "diff_BMP" (mean over channels), "stop_BM" (cross-entropy), "stop_logits_BM2", "target_BM"; float32. With figures:
         "quantiser": "level_BTQ" (int32, -scale .. scale), "is_audio_BT" and "scale"; "maxima": "activation_max" (residual
-        stream) and "logit_bound_max" (see `logit_bound`), each by stack, padding included.
+        stream) and "logit_bound_max" (see `logit_bound`), each by stack; they include padding.
     """
     flow_config = config.dit_config.cfm_config
     if flow_config.noise_cond_scale and max(flow_config.noise_cond_prob_range):
@@ -267,10 +266,10 @@ def loss_terms(
     M = batch.slot_BM.shape[1] if target_patches is None else target_patches
     P, C = config.patch_size, config.feat_dim
 
-    told = ["figures"] * with_figures
-    hidden, figures = model.apply({"params": params}, batch, method="read_batch", mutable=told)
+    figure_collections = ["figures"] * with_figures
+    hidden, figures = model.apply({"params": params}, batch, method="read_batch", mutable=figure_collections)
 
-    # Every target looks at the slot before its own; a segment's first slot has none before it.
+    # Every target is drawn from the slot before its own; a segment's first slot has none.
     slot_BM = batch.slot_BM[:, :M]
     B = len(slot_BM)
     position_BM = jnp.take_along_axis(batch.position_BT, jnp.maximum(slot_BM, 0), axis=1)
@@ -286,7 +285,7 @@ def loss_terms(
 
     def velocity(x_RPC, t_R, dt_R):
         inputs = (x_RPC, prefix_R2D, cond_RPC, t_R, dt_R)
-        return model.apply({"params": params}, *inputs, method="velocity", mutable=told)
+        return model.apply({"params": params}, *inputs, method="velocity", mutable=figure_collections)
 
     def rows(x_BM):
         return x_BM[:, :M].reshape(B * M, *x_BM.shape[2:]).astype(jnp.float32)
@@ -318,35 +317,35 @@ def loss_terms(
 
 
 def _maxima(stacks: dict) -> dict[str, dict[str, jax.Array]]:
-    """The largest over all layers and rows: figure -> stack -> scalar."""
+    """The maximum over all layers and rows: figure -> stack -> scalar."""
     found: dict = {}
     for stack, figures in stacks.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(figures):
-            of_stacks = found.setdefault(path[-2].key, {})  # behind the name stands the place in what was sown
+            of_stacks = found.setdefault(path[-2].key, {})  # the last key is the index in the tuple that `sow` makes
             of_stacks[stack] = jnp.maximum(of_stacks.get(stack, 0.0), jnp.max(leaf))
     return found
 
 
 def patch_figures(terms: dict, stop_BM) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """What `loss_terms` comes to for every patch, as pairs (sum_BM, count_BM) that any set of patches adds up.
+    """The results of `loss_terms` per patch, as pairs (sum_BM, count_BM) that can be added up over any set of patches.
 
     Args:
-        stop_BM: labels of the patches, of the batch.
+        stop_BM: stop labels of the batch.
     Returns:
-        "loss_diff", counted in frames; "loss_stop", in patches; "stop_precision" and "stop_recall": ends found of ends
-        told, and of ends there are.
+        "loss_diff", counted in frames; "loss_stop", counted in patches; "stop_precision" and "stop_recall": correct stops as
+        a share of predicted stops, and of true stops.
     """
     M, P = terms["diff_BMP"].shape[1:]
     is_target_BM = terms["target_BM"]
-    is_told_BM = is_target_BM & (jnp.argmax(terms["stop_logits_BM2"], axis=-1) == 1)
+    is_predicted_BM = is_target_BM & (jnp.argmax(terms["stop_logits_BM2"], axis=-1) == 1)
     is_end_BM = is_target_BM & (jnp.asarray(stop_BM)[:, :M] == 1)
-    weight_BM, told_BM, end_BM, hit_BM = (
-        x_BM.astype(jnp.float32) for x_BM in (is_target_BM, is_told_BM, is_end_BM, is_told_BM & is_end_BM)
+    weight_BM, predicted_BM, end_BM, hit_BM = (
+        x_BM.astype(jnp.float32) for x_BM in (is_target_BM, is_predicted_BM, is_end_BM, is_predicted_BM & is_end_BM)
     )
     return {
         "loss_diff": (jnp.sum(terms["diff_BMP"], axis=-1) * weight_BM, weight_BM * P),
         "loss_stop": (terms["stop_BM"] * weight_BM, weight_BM),
-        "stop_precision": (hit_BM, told_BM),
+        "stop_precision": (hit_BM, predicted_BM),
         "stop_recall": (hit_BM, end_BM),
     }
 
@@ -369,7 +368,7 @@ def loss(
         time_BM: flow time of each patch.   noise_BMPC: standard normal.   drop_BM: patches whose two conditioning
             vectors are dropped; the previous-patch condition stays.   start_BM: r of mean mode.
         target_patches: only the first that many patches of a row may bear loss; LocDiT runs on them alone. Static.
-        compute: how, beside the numbers: what is recomputed, whose kernels run. Static.
+        compute: remat, kernels, most clips in a row; see `Compute`. Static.
     Returns:
         "diff": squared velocity error, mean over channels, summed over target frames; count in frames.
         "stop": cross-entropy summed over target patches; count in patches.
@@ -394,10 +393,10 @@ class Step(NamedTuple):
 
 
 def prefill(params, config: ModelConfig, batch: Batch, *, cache_slots: int) -> Step:
-    """Reads the prefixes, one a row from slot 0 on, padded on the right.
+    """Runs the language models over the prefixes, one per row, from slot 0 on and padded on the right.
 
     Args:
-        params: of the unrolled form.   cache_slots: S, room for prefix and what is drawn after it.
+        params: of the unrolled form.   cache_slots: S, slots for the prefix and the patches drawn after it.
     """
     batch = jax.tree.map(jnp.asarray, batch)
     B = len(batch.tokens_BT)
@@ -417,14 +416,14 @@ def prefill(params, config: ModelConfig, batch: Batch, *, cache_slots: int) -> S
 
 
 def draw_patch(params, config: ModelConfig, step: Step, noise_BPC, *, num_steps: int, cfg_value):
-    """The next patch and whether it is the last.
+    """Draws the next patch and decides whether it is the last.
 
     Returns:
-        patch_BPC float32, stop_B bool (the stop class wins).
+        patch_BPC float32; stop_B bool: the stop class has the larger logit.
     """
     model = VoxCPM2(config, Compute(is_unrolled=True))
     prefix_B2D = model.apply({"params": params}, step.semantic_BD, step.acoustic_BD, method="prefixes")
-    # One call for both halves: with the conditioning vectors, and with zeros in their place.
+    # One call for both halves of guidance: with the conditioning vectors, and with zeros instead.
     prefix_R2D = jnp.concatenate([prefix_B2D, jnp.zeros_like(prefix_B2D)])
     cond_RPC = jnp.concatenate([step.cond_BPC] * 2)
 
@@ -441,7 +440,7 @@ def draw_patch(params, config: ModelConfig, step: Step, noise_BPC, *, num_steps:
 
 
 def read_patch(params, config: ModelConfig, step: Step, patch_BPC) -> Step:
-    """Reads one patch into the next slot of every row."""
+    """Feeds one patch into the next slot of every row."""
     model = VoxCPM2(config, Compute(is_unrolled=True))
     e_B1D = model.apply({"params": params}, patch_BPC, method="encode_patches")[:, None]
     S = step.cache.base_lm[0].k_BSKH.shape[1]
