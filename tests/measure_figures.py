@@ -35,7 +35,7 @@ def main(shape: str = "demo", slots: int = 512) -> dict:
         max_patches=slots // 2,
     )
     batch = pipeline.host_rows(source, Mix(0, source.index, source.patch_sec, run.batch), 0)
-    whole = partial(backbone.train_step, config=run, labels=pretrain._labels(source))
+    whole = partial(backbone.train_step, config=run, labels=pretrain.labels_of(source))
 
     def plain(state, batch):
         state, figures = whole(state, batch)

@@ -274,9 +274,3 @@ def positions_to_hide(chip: Chip, group: Sequence[int], torus: tuple[int, ...] |
         group, torus: the chips that hold one copy of the parameters, as `chips.gather_bytes_per_sec` takes them.
     """
     return chip.peak_bf16_flops / gather_bytes_per_sec(chip, group, torus) / gather_flop_per_byte(1)
-
-
-def replica_bytes(params, mesh) -> float:
-    """Bytes that a device sends per update to sum gradients over replicas."""
-    replicas = mesh.shape["replica"]
-    return 2 * (replicas - 1) / replicas * device_bytes(params, mesh)

@@ -9,7 +9,7 @@ import soundfile
 
 from voxcpm2_jax.cli import generate, main
 from voxcpm2_jax.config.model import MODELS
-from voxcpm2_jax.inference.request import Request
+from voxcpm2_jax.config.request import Request
 
 
 def run(*argv):

@@ -10,9 +10,9 @@ import soundfile
 from tests.inference import test_request
 from tests.inference.speaking import PATCH_SAMPLES, QUICK, assert_same_audio
 from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.request import Request
 from voxcpm2_jax.inference import decode
 from voxcpm2_jax.inference.api import VoxCPM
-from voxcpm2_jax.inference.request import Request
 from voxcpm2_jax.vae import autoencoder
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

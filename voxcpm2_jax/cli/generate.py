@@ -7,7 +7,7 @@ import time
 from voxcpm2_jax.cli.flags import CKPT, add_command, local_path
 from voxcpm2_jax.cli.outcome import DONE, MISTAKE, print_error, print_result
 from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.inference.request import MAX_CFG, MAX_STEPS, Request
+from voxcpm2_jax.config.request import MAX_CFG, MAX_STEPS, Request
 
 _BATCH_LINES = 16  # lines of an --input file that are spoken in one batch
 

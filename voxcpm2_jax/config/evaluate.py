@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.request import Request
 from voxcpm2_jax.config.run import BatchConfig, ValidationConfig
-from voxcpm2_jax.inference.request import Request
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ import numpy as np
 from voxcpm2_jax import files
 from voxcpm2_jax.config.evaluate import EvaluateConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
+from voxcpm2_jax.config.request import Request
 from voxcpm2_jax.corpus import sources
 from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.data import audio
 from voxcpm2_jax.data.text import normal_text
 from voxcpm2_jax.evaluate import pictures, scores, whisper
 from voxcpm2_jax.inference.api import Speech, VoxCPM
-from voxcpm2_jax.inference.request import Request
 
 RESULT_FILE = "result.json"
 SETS = ("recordings", "reconstructions", "generated")

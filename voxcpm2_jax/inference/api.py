@@ -23,8 +23,8 @@ import numpy as np
 from voxcpm2_jax import sequence
 from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.request import Request
 from voxcpm2_jax.inference import decode
-from voxcpm2_jax.inference.request import Request
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.vae import autoencoder
 

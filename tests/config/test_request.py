@@ -9,8 +9,8 @@ import pytest
 
 from voxcpm2_jax.config.evaluate import EvaluateConfig
 from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.request import Request
 from voxcpm2_jax.inference.api import VoxCPM
-from voxcpm2_jax.inference.request import Request
 
 pytestmark = pytest.mark.fast
 
@@ -80,5 +80,5 @@ def test_evaluation_starts_from_the_same_defaults():
 
 def test_a_request_needs_no_jax():
     """The command line imports it before it knows which command runs."""
-    program = "import sys, voxcpm2_jax.inference.request; sys.exit(bool({'jax', 'numpy'} & set(sys.modules)))"
+    program = "import sys, voxcpm2_jax.config.request; sys.exit(bool({'jax', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
