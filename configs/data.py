@@ -1,4 +1,4 @@
-"""What `prepare` makes shards from.
+"""Configs of `prepare`: what shards are made from.
 
     voxcpm2-jax prepare --config=configs/data.py:demo --output=DIR --vae=CKPT
 
@@ -7,16 +7,18 @@
     demo        digit strings in English, words of five more languages          3.0 h      80 s
     demo_long   the same, more of them                                          4.5 h      2 min
     debian      voice prompts of a telephone exchange in en, es, fr, it, ru     1.8 h      30 s, half of it downloading
-    manifest    what one has: --config.manifest=NAME[,NAME], each a file of JSON lines or tfds:librispeech@train_clean100
+    manifest    your own: --config.manifest=NAME[,NAME], each a JSON-lines file or tfds:librispeech@train_clean100
 
-Without --config.tokenizer a vocabulary of --config.vocab_size pieces is learned from the transcripts. The last two balance
-the languages in it by a temperature of 3: one with a thousandth of another's text counts a tenth of it.
-"manifest" cuts the silence at both ends of its recordings; --config.trim=vad cuts noise as well (extra "eval").
---config.pairs.encoder=resemblyzer chooses reference clips of the same speaker, session and sound (extra "speaker").
+The times are for the recordings; encoding them takes the codec's time on top.
 
-Speech of the demo corpus is synthetic (hibari-tts, espeak-ng): figures made on it say so. That of "debian" is real, one
-speaker a language, CC-BY-SA 3.0 (ru: CC-BY 3.0); apt-get fetches 54 MB, or --config.debian.packages=DIR names packages
-that are there. Without --vae both leave recordings and manifests only. Encoding comes on top, at the codec's speed.
+Without --config.tokenizer, a vocabulary of --config.vocab_size pieces is learned from the transcripts. "debian" and
+"manifest" balance the languages in it with a temperature of 3: a language with a thousandth of another's text counts a
+tenth of it. "manifest" cuts the silence at both ends of its recordings; --config.trim=vad cuts noise as well (extra "eval").
+--config.pairs.encoder=resemblyzer chooses reference clips of the same speaker, session and voice (extra "speaker").
+
+The speech of the demo corpora is synthetic (hibari-tts, espeak-ng), and figures measured on it say so. That of "debian" is
+real, one speaker per language, CC-BY-SA 3.0 (ru: CC-BY 3.0); apt-get downloads 54 MB, unless --config.debian.packages=DIR
+names a directory that has the packages. Without --vae, these make only recordings and manifests.
 """
 
 import dataclasses
@@ -30,7 +32,7 @@ VARIANTS = (*DEMOS, "debian", "manifest")
 
 
 def get_config(variant: str = "demo") -> ConfigDict:
-    """A variant as a ConfigDict; the fields and their units stand in config.DataConfig."""
+    """A variant as a ConfigDict; config/corpus.py (DataConfig) describes the fields and their units."""
     if variant == "tiny":
         config = DataConfig(demo=DEMOS["tiny"], vocab_size=384, shard_clips=32, encode_sec=8.0)
     elif variant in DEMOS:
@@ -38,7 +40,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
     elif variant == "debian":
         config = DataConfig(source="debian", vocab_size=2048, vocab_temperature=3.0)
     elif variant == "manifest":
-        # Recordings end in silence as they come, and who hears over half a second of it never learns to stop.
+        # Most recordings end in silence, and a model that is trained on more than half a second of it never learns to stop.
         return _plain(DataConfig(trim="silence", vocab_temperature=3.0), source="manifest")
     else:
         raise UserError(f"configs/data.py has {', '.join(VARIANTS)}; got {variant!r}")

@@ -27,7 +27,7 @@ PLAIN = ("loss", "loss_diff", "loss_stop", "grad_norm", "audio_sec")
 def main(shape: str = "demo", slots: int = 512) -> dict:
     model = dataclasses.replace(MODELS[shape], dtype="float32")
     run = BackboneRun(model, batch=BatchConfig(rows=1, slots=slots, patches=slots * 3 // 4))
-    source = synthetic.synthetic_corpus(
+    source = synthetic.Synthetic(
         0,
         vocab_size=model.lm_config.vocab_size,
         patch_shape=(model.patch_size, model.feat_dim),

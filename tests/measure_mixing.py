@@ -2,14 +2,14 @@
 
     python tests/measure_mixing.py [CLIPS ...]      default: 1,000,000
 
-Durations are log-normal (median 7 s, sigma 0.6, 1 to 30 s), text has 3.2 tokens a second, in 15 languages of unlike size;
-256 rows of 4,096 slots a step. One JSON object for each corpus, made in a process of its own:
+Durations are log-normal (median 7 s, sigma 0.6, 1 to 30 s), text has 3.2 tokens per second, in 15 languages of different
+size; 256 rows of 4,096 slots per step. Prints one JSON object for each corpus, measured in a process of its own:
 
-    start_sec            until the plan takes questions            first_step_sec   the first step's rows: packs an epoch
-    first_far_step_sec   step 10^6 after it: packs the ways of packing that are left
-    step_sec             the slowest of 20 steps between 0 and 10^7 after that
-    heard_sec            what was heard before step 10^6
-    index_mb, plan_mb    memory that stays                         peak_mb          that was ever used on top of the index
+    start_sec            until the plan is ready                   first_step_sec   rows of the first step: packs an epoch
+    first_far_step_sec   then step 10^6: makes all packings that are left
+    step_sec             then the slowest of 20 steps between 0 and 10^7
+    heard_sec            what the model saw before step 10^6
+    index_mb, plan_mb    memory that stays                         peak_mb          the most that was used beside the index
 """
 
 import json
@@ -23,19 +23,20 @@ import numpy as np
 
 from voxcpm2_jax.config.run import BatchConfig
 from voxcpm2_jax.data import mixing, packing
+from voxcpm2_jax.data.clips import LENGTHS, Index
 
 SLOTS, ROWS, FAR = 4096, 256, 10**6
 
 
-def index_of(num_clips: int) -> packing.Index:
+def index_of(num_clips: int) -> Index:
     rng = np.random.default_rng(0)
-    lengths = np.zeros((num_clips, 6), np.int32)
+    lengths = np.zeros(num_clips, LENGTHS)
     for part in np.array_split(np.arange(num_clips), max(1, num_clips // 100_000)):
         sec = (7 * np.exp(0.6 * rng.standard_normal(len(part)))).clip(1, 30)
-        lengths[part, packing.TEXT] = np.maximum(1, rng.poisson(3.2 * sec))
-        lengths[part, packing.PATCHES] = np.ceil(6.25 * sec)
-        lengths[part, packing.GROUP] = rng.integers(0, 30, len(part)) ** 2 // 60
-    return packing.Index(lengths, tuple(("corpus", f"language {i}") for i in range(15)))
+        lengths["text"][part] = np.maximum(1, rng.poisson(3.2 * sec))
+        lengths["patches"][part] = np.ceil(6.25 * sec)
+        lengths["group"][part] = rng.integers(0, 30, len(part)) ** 2 // 60
+    return Index(lengths, tuple(("corpus", f"language {i}") for i in range(15)))
 
 
 def memory_mb() -> tuple[float, float]:
@@ -69,8 +70,8 @@ def measure(num_clips: int) -> None:
     rows = [
         packing.sizes(index.lengths[[draw.clip for draw in row]]).sum(axis=0) for step in range(4) for row in mix.rows(step)
     ]
-    used = np.mean(rows, axis=0) / (SLOTS, patches, patches)
-    result |= {"slots_used": round(float(used[0]), 4), "patches_used": round(float(used[1]), 4)}
+    used = np.mean(rows, axis=0) / packing.Budgets(SLOTS, patches, patches)
+    result |= {"slots_used": round(float(used[packing.SLOTS]), 4), "patches_used": round(float(used[packing.PATCHES]), 4)}
     result |= {"index_mb": round(index.lengths.nbytes / 1e6), "plan_mb": round(after - before), "peak_mb": round(peak - before)}
     print(json.dumps(result), flush=True)
 

@@ -17,7 +17,7 @@ from tensorflow_datasets.core import constants
 
 from tests.corpus.test_datasets import TEXT, sound, write_set
 from tests.data.test_audio import FORMATS
-from voxcpm2_jax.corpus import manifest, sources
+from voxcpm2_jax.corpus import sources
 from voxcpm2_jax.data import audio
 
 RATE, FILE_SEC, PART_SEC = 16000, 1800, 5
@@ -58,7 +58,7 @@ def measure_set(directory: pathlib.Path) -> dict[str, float]:
     found = sources.open_corpus("tfds:tedlium/release3")
     texts_sec = seconds_of(lambda: [r.text for r in found])
     with ThreadPoolExecutor() as pool:
-        audio_sec = seconds_of(lambda: list(manifest.in_threads(pool, lambda r: len(audio.load(r.audio, RATE)), found)))
+        audio_sec = seconds_of(lambda: list(sources.in_threads(pool, lambda r: len(audio.load(r.audio, RATE)), found)))
     return {"words of a clip": texts_sec / CLIPS, "audio_sec_per_sec": CLIPS * CLIP_SEC / audio_sec}
 
 

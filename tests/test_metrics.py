@@ -217,10 +217,14 @@ def test_flops_agree_with_xla_of_an_unrolled_model(monkeypatch):
     patches_RPC, time_R = float32((B * M, P, C)), float32((B * M,))
     found = {
         "tslm": part(voxcpm2.TextSemanticLM(model, Compute("none")), "base_lm", x_BTD, position_BT, mask_BTS),
-        "ralm": part(voxcpm2.ResidualAcousticLM(model, Compute("none")), "residual_lm", x_BTD, position_BT, mask_BTS),
+        "ralm": part(
+            voxcpm2.ResidualAcousticLM(model, Compute("none")), "residual_lm", x_BTD, position_BT, mask_BTS
+        ),
         "locenc": part(LocEnc(model.locenc, Compute("none")), "feat_encoder", bfloat16((B * M, P, C))),
-        "locdit": part(LocDiT(model.locdit, Compute("none")), "feat_decoder", patches_RPC, bfloat16((B * M, 2, local)), patches_RPC,
-                       time_R, time_R),
+        "locdit": part(
+            LocDiT(model.locdit, Compute("none")), "feat_decoder",
+            patches_RPC, bfloat16((B * M, 2, local)), patches_RPC, time_R, time_R,
+        ),
     }  # fmt: skip
     assert found == {name: pytest.approx(useful[name], rel=0.015) for name in found}
 

@@ -1,4 +1,18 @@
-"""TODO workdir."""
+"""What a training run's directory holds, and how to read a CKPT argument.
+
+    WORKDIR/config.json                  the config that the run was started with
+    WORKDIR/metrics.jsonl                one JSON object per logged step
+    WORKDIR/checkpoints/STEP/            the saved states (checkpoint/steps.py); its meta holds the config; "released" in
+                                         it is the config.json that import-torch read
+    WORKDIR/codec/                       the codec that made the latents: audiovae.safetensors, config.json
+    WORKDIR/tokenizer/                   the tokenizer that made the ids
+
+A CKPT argument names a training workdir (its latest step), one step directory of it, or a released PyTorch directory.
+
+Provenance: codec and tokenizer decide what latents and ids mean. Both have a SHA-256, which shards record as well, and shards
+of another codec or tokenizer than the weights were trained on are refused. `train` copies both from the shards into the
+workdir. A workdir of train-vae has neither: there the checkpoint is the codec.
+"""
 
 import functools
 import hashlib
@@ -11,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from voxcpm2_jax.checkpoint.arrays import array_specs, flatten, nest, read_array, read_weights
+from voxcpm2_jax.checkpoint.arrays import Weights, array_specs, flatten, nest, read_array, read_weights
 from voxcpm2_jax.checkpoint.integrity import verify
 from voxcpm2_jax.checkpoint.steps import META, complete_steps, is_step, read_meta, step_directory
 from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
@@ -22,32 +36,28 @@ from voxcpm2_jax.files import fresh_directory, write_json
 from voxcpm2_jax.torch_io.files import (
     VAE_FILE,
     Stored,
-    Weights,
     assemble,
     check_params,
-    codec_constants,
-    find_differences,
+    check_tensors,
     open_tensors,
-    refuse,
     stack_layers,
-    write_params,
+    write_codec,
 )
 from voxcpm2_jax.torch_io.released import Loaded, OpenDirectory, load, with_boundaries
 from voxcpm2_jax.torch_io.tables import backbone_table, by_path, param_shapes, vae_table
 
-TRAINING, RELEASED = "training", "released"  # what `kind` tells
+# ---- what a path is --------------------------------------------------------------------------------------------------
+
+TRAINING, RELEASED = "training", "released"  # what `kind` returns
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "audiovae.safetensors", "audiovae.pth")
 
 
-# ---- reading without a run -------------------------------------------------------------------------------------------
-
-
-def kind(path) -> str:
-    """What a checkpoint argument is: TRAINING (a workdir or one step of it) or RELEASED (a PyTorch directory).
+def kind(path: str | os.PathLike) -> str:
+    """Whether a CKPT argument is TRAINING (a workdir or one step of it) or RELEASED (a PyTorch directory).
 
     Raises:
-        UserError: neither of the two, saying what was looked for.
+        UserError: it is neither.
     """
     path = pathlib.Path(path)
     if not path.is_dir():
@@ -65,8 +75,22 @@ def kind(path) -> str:
     )
 
 
-def load_params(path):
-    """The weights of a training workdir (its latest step) or of one step directory; averaged ones if it has them.
+def _root(path: pathlib.Path) -> pathlib.Path:
+    """The workdir of a workdir or of one of its steps."""
+    return path if (path / "checkpoints").is_dir() else path.parent.parent
+
+
+def _saved_config(path: str | os.PathLike) -> dict:
+    """The config that the step was saved with; raises UserError if it is damaged."""
+    verify(path, META)
+    return read_meta(step_directory(path))["config"]
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def load_params(path: str | os.PathLike) -> tuple[dict, dict, int]:
+    """Reads the weights of a training workdir or of one step, the averaged ones if it has them.
 
     Returns:
         config: dict, as it was saved.   params: nested dict of numpy arrays.   step: int.
@@ -74,31 +98,62 @@ def load_params(path):
     path = pathlib.Path(path).absolute()
     if kind(path) != TRAINING:
         raise UserError(f"{path}: a released PyTorch directory; expected a training workdir or one step of it")
-    params, meta = read_weights(path), read_meta(step_directory(path))
+    params = read_weights(path)
+    meta = read_meta(step_directory(path))
     return meta["config"], params, meta["step"]
 
 
-def saved_config(path) -> dict:
-    """The config that a workdir's latest step, or a step, was saved with; raises UserError if its meta is damaged."""
-    verify(path, META)
-    return read_meta(step_directory(path))["config"]
+def load_model(path: str | os.PathLike) -> Loaded:
+    """Reads model, codec and the place of the tokenizer from any CKPT.
+
+    Raises:
+        UserError: not a checkpoint, or a workdir without codec/ or tokenizer/.
+    """
+    if kind(path) == RELEASED:
+        return load(path)
+    work = Workdir(path)
+    _, params, _ = load_params(path)
+    check_params(flatten(params), by_path(backbone_table(work.config)), str(path))
+    vae_params = nest(assemble(work.vae, vae_table(work.vae_config)))
+    return Loaded(work.config, params, work.vae_config, vae_params, work.raw, work.tokenizer_dir)
+
+
+class Workdir:
+    """A training workdir, or one step of it, opened and checked; of the tensors, only the codec's headers are read.
+
+    Attributes:
+        config: of the model.   raw: the imported config.json, or None.   vae_config, vae: the codec.   tokenizer_dir.
+    Raises:
+        UserError: no codec/ or tokenizer/.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        path = pathlib.Path(path).absolute()
+        codec, self.tokenizer_dir = _root(path) / "codec", _root(path) / "tokenizer"
+        for directory in (codec, self.tokenizer_dir):
+            if not directory.is_dir():
+                raise UserError(f"{directory}: no such directory; a workdir keeps its codec and tokenizer beside checkpoints/")
+        config = _saved_config(path)
+        self.config = from_dict(ModelConfig, config.get("model", {}), where=f"{path}: config.model")
+        self.raw = config.get("released")
+        self.vae_config, self.vae = _open_codec(codec)
 
 
 def open_weights(path: str | os.PathLike, config: ModelConfig) -> Weights:
-    """The backbone of any checkpoint (averaged weights if it has them), for a training of the model `config`.
+    """Opens the backbone of any CKPT (averaged weights if it has them) to start a training of the model `config` from.
 
     Raises:
-        UserError: no checkpoint, a model of other fields (each is named), or parameters that its config does not describe.
+        UserError: not a checkpoint, its model differs (each field is named), or its parameters do not fit its own config.
     """
     if kind(path) == RELEASED:
         source = OpenDirectory(path)
         theirs, groups = source.released.model, by_path(source.backbone_rows)
         read = lambda key: stack_layers(source.backbone, groups[key])  # noqa: E731
     else:
-        config_there = saved_config(path)
-        if "model" not in config_there:
-            raise UserError(f"{path}: a checkpoint of a codec; expected one of the backbone")
-        theirs = from_dict(ModelConfig, config_there["model"], where=f"{path}: config.model")
+        saved = _saved_config(path)
+        if "model" not in saved:
+            raise UserError(f"{path}: a checkpoint of a codec; expected one of a backbone")
+        theirs = from_dict(ModelConfig, saved["model"], where=f"{path}: config.model")
         groups = by_path(backbone_table(theirs))
         check_params(array_specs(path), groups, str(path))
         read = functools.partial(read_array, path)
@@ -106,10 +161,10 @@ def open_weights(path: str | os.PathLike, config: ModelConfig) -> Weights:
     return Weights(param_shapes(groups), read)
 
 
-# Fields of a model that may change between two trainings: how it computes and draws, not what its weights are of.
+# Fields in which a checkpoint's model may differ from the run's: the weights mean the same in both.
 _MAY_CHANGE = ("dtype", "max_length", "dit_config.cfm_config", "lm_config.dim_model_base", "lm_config.bos_token_id",
                "lm_config.eos_token_id")  # fmt: skip
-_MUP = ("lm_config.scale_emb", "lm_config.scale_depth")  # count with use_mup alone
+_MUP = ("lm_config.scale_emb", "lm_config.scale_depth")  # have no effect without use_mup
 
 
 def _check_same_model(path, theirs: ModelConfig, ours: ModelConfig) -> None:
@@ -132,51 +187,32 @@ def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# ---- training workdirs ---------------------------------------------------------------------------------------------
-#
-#   WORKDIR/checkpoints/STEP/                  weights; its meta holds {"config": {"model": ..}}, imported ones "released"
-#   WORKDIR/codec/audiovae.safetensors         the codec that made the latents, and its config.json
-#   WORKDIR/tokenizer/                         the tokenizer that made the ids
-
-
-def load_model(path: str | os.PathLike) -> Loaded:
-    """Reads whatever a checkpoint argument names: a training workdir, one step of it, or a released directory.
-
-    Raises:
-        UserError: neither, or a workdir without codec/ or tokenizer/.
-    """
-    if kind(path) == RELEASED:
-        return load(path)
-    work = Workdir(path)
-    _, params, _ = load_params(path)
-    check_params(flatten(params), by_path(backbone_table(work.config)), str(path))
-    vae_params = nest(assemble(work.vae, vae_table(work.vae_config)))
-    return Loaded(work.config, params, work.vae_config, vae_params, work.raw, work.tokenizer_dir)
+# ---- the codec -------------------------------------------------------------------------------------------------------
 
 
 def save_codec(workdir: str | os.PathLike, config: AudioVAEConfig, vae_params: Mapping) -> None:
-    """Writes WORKDIR/codec/."""
+    """Writes WORKDIR/codec/, which must not exist yet or be empty."""
     with fresh_directory(pathlib.Path(workdir) / "codec") as aside:
         write_json(aside / "config.json", to_dict(config))
-        write_params(aside / VAE_FILE, vae_table(config), vae_params, codec_constants(config))
+        write_codec(aside / VAE_FILE, config, vae_params)
 
 
 def load_codec(path: str | os.PathLike) -> tuple[AudioVAEConfig, dict]:
-    """The codec of whatever holds one: a workdir of train-vae, one of train, a step of either, shards, a released directory.
+    """Reads the codec of a CKPT of train-vae or train, of a directory of shards, or of a released directory.
 
     Returns:
         vae_config, and vae_params as nested dicts of numpy arrays.
     Raises:
-        UserError: none of these, or tensors differ from the table.
+        UserError: none of these, or tensors that its config does not describe.
     """
     path = pathlib.Path(path).absolute()
     if (path / "codec").is_dir():
         return _read_codec(*_open_codec(path / "codec"))
     if kind(path) == RELEASED:
         config, tensors = read_released(path).vae, open_tensors(path, VAE_FILE, "audiovae.pth")
-        refuse(path, find_differences(tensors, vae_table(config)))
+        check_tensors(path, (tensors, vae_table(config)))
         return _read_codec(with_boundaries(config, tensors), tensors)
-    config = saved_config(path)
+    config = _saved_config(path)
     if "vae" not in config:
         return _read_codec(*_open_codec(_root(path) / "codec"))
     vae_config = from_dict(AudioVAEConfig, config["vae"], where=f"{path}: config.vae")
@@ -185,8 +221,28 @@ def load_codec(path: str | os.PathLike) -> tuple[AudioVAEConfig, dict]:
     return vae_config, params
 
 
+def _open_codec(directory: pathlib.Path) -> tuple[AudioVAEConfig, dict[str, Stored]]:
+    """Opens and checks a codec/ directory without reading its tensors."""
+    path = directory / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    config = from_dict(AudioVAEConfig, content, where=str(path))
+    tensors = open_tensors(directory, VAE_FILE)
+    check_tensors(directory, (tensors, vae_table(config)))
+    return config, tensors
+
+
+def _read_codec(config: AudioVAEConfig, tensors: Mapping[str, Stored]) -> tuple[AudioVAEConfig, dict]:
+    return config, nest(assemble(tensors, vae_table(config)))
+
+
+# ---- provenance ------------------------------------------------------------------------------------------------------
+
+
 def codec_sha256(vae_params: Mapping, vae_config: AudioVAEConfig) -> str:
-    """Identifies a codec: the hash of its configuration and of every parameter, by path."""
+    """Hash of a codec: of its config and of every parameter, by path."""
     digest = hashlib.sha256(json.dumps(to_dict(vae_config), sort_keys=True).encode())
     leaves = jax.tree_util.tree_leaves_with_path(vae_params)
     for path, leaf in sorted((jax.tree_util.keystr(path), np.asarray(leaf)) for path, leaf in leaves):
@@ -196,10 +252,10 @@ def codec_sha256(vae_params: Mapping, vae_config: AudioVAEConfig) -> str:
 
 
 def provenance(path: str | os.PathLike) -> dict[str, str]:
-    """What identifies the codec and the tokenizer of any checkpoint of the backbone, by the names that shards give them.
+    """Hashes of the codec and the tokenizer of a CKPT of a backbone, under the names of the shards' header.
 
-    A released tokenizer.json counts as `Tokenizer.save` writes it, for that is the one `prepare` keeps and hashes. A workdir
-    without a checkpoint will do.
+    A workdir needs no checkpoint for this. A released tokenizer.json is hashed in the form in which `Tokenizer.save` writes
+    it, because that is the file that `prepare` keeps and hashes.
     """
     path = pathlib.Path(path).absolute()
     own = path / "tokenizer"
@@ -210,13 +266,11 @@ def provenance(path: str | os.PathLike) -> dict[str, str]:
 
 
 def check_provenance(path: str | os.PathLike, header, *, name: str = "", advice: str = "") -> None:
-    """Refuses shards whose latents or ids mean something else than those that a checkpoint's weights were trained on.
+    """Raises UserError unless shards were made with the codec and the tokenizer of `path`; the message has the hashes.
 
     Args:
-        path: as in `makers_sha256`.   header: of the shards.
-        name: of the path in the message.   advice: what to do; by default, to prepare the shards with what the path holds.
-    Raises:
-        UserError: another codec or tokenizer, each with both hashes.
+        path: as in `provenance`.   header: of the shards.
+        name: how the message calls `path`.   advice: what to do; default: prepare the shards with the codec of `path`.
     """
     ours = provenance(path)
     wrong = [part for part in ours if ours[part] != getattr(header, part)]
@@ -227,40 +281,3 @@ def check_provenance(path: str | os.PathLike, header, *, name: str = "", advice:
         raise UserError(
             f"the shards were not made with the {' and '.join(parts)} of {name or path} ({'; '.join(sums)}, SHA-256): {advice}"
         )
-
-
-def _open_codec(directory: pathlib.Path) -> tuple[AudioVAEConfig, dict[str, Stored]]:
-    """A codec/ directory, checked, nothing read yet."""
-    path = directory / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    config = from_dict(AudioVAEConfig, content, where=str(path))
-    tensors = open_tensors(directory, VAE_FILE)
-    refuse(directory, find_differences(tensors, vae_table(config)))
-    return config, tensors
-
-
-def _read_codec(config: AudioVAEConfig, tensors: Mapping[str, Stored]) -> tuple[AudioVAEConfig, dict]:
-    return config, nest(assemble(tensors, vae_table(config)))
-
-
-def _root(path: pathlib.Path) -> pathlib.Path:
-    """The workdir of a workdir or of one of its steps."""
-    return path if (path / "checkpoints").is_dir() else path.parent.parent
-
-
-class Workdir:
-    """What a training workdir holds beside the weights."""
-
-    def __init__(self, path):
-        path = pathlib.Path(path).absolute()
-        self.codec_dir, self.tokenizer_dir = _root(path) / "codec", _root(path) / "tokenizer"
-        for directory in (self.codec_dir, self.tokenizer_dir):
-            if not directory.is_dir():
-                raise UserError(f"{directory}: no such directory; a workdir keeps its codec and tokenizer beside checkpoints/")
-        config = saved_config(path)
-        self.config = from_dict(ModelConfig, config.get("model", {}), where=f"{path}: config.model")
-        self.raw = config.get("released")
-        self.vae_config, self.vae = _open_codec(self.codec_dir)

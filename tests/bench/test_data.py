@@ -30,7 +30,7 @@ def test_synthetic_shards_are_shards(shards):
     assert source.patch_shape == (4, 16) and abs(source.header.hours - 0.1) < 0.02 and len(source.header.shards) == 4
     for i in (0, len(source) // 2, len(source) - 1):
         clip, lengths = source[i], source.index.lengths[i]
-        assert (len(clip.text_ids), len(clip.patches_MPC)) == (lengths[packing.TEXT], lengths[packing.PATCHES])
+        assert (len(clip.text_ids), len(clip.patches_MPC)) == (lengths["text"], lengths["patches"])
         assert clip.text_ids.min() >= 105 and clip.text_ids.max() < 384 and 0.8 < clip.patches_MPC.std() < 1.2
 
 
@@ -38,7 +38,7 @@ def test_clips_fit_the_rows_of_small_configs(tmp_path):
     run = BackboneRun(model=MODELS["tiny"], batch=BatchConfig(rows=1, slots=40, patches=24, target_patches=20))
     data.write_synthetic(tmp_path, run, hours=0.02)
     lengths = np.load(tmp_path / "lengths.npy")
-    assert (packing.sizes(lengths) <= (40, 24, 20)).all() and lengths[:, packing.PATCHES].max() == 20
+    assert (packing.sizes(lengths) <= (40, 24, 20, 1)).all() and lengths["patches"].max() == 20
 
 
 def test_figures_are_those_of_the_batches(shards):
@@ -47,7 +47,7 @@ def test_figures_are_those_of_the_batches(shards):
     mix = Mix(3, source.index, source.patch_sec, RUN.batch)
     rows = [mix.rows(step) for step in range(1, 1 + result["batches"])]  # the first batch is not measured
     clips = [draw.clip for step in rows for row in step for draw in row]
-    slots, patches, _ = packing.sizes(source.index.lengths[clips]).sum(axis=0)
+    slots, patches, *_ = packing.sizes(source.index.lengths[clips]).sum(axis=0)
     num_rows, sec, wall = 2 * result["batches"], patches * source.patch_sec, result["wall_sec"]
     assert result["slots_used"] == pytest.approx(slots / num_rows / 512, abs=1e-4)
     assert result["patches_used"] == pytest.approx(patches / num_rows / 320, abs=1e-4)

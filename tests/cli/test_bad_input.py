@@ -295,7 +295,7 @@ def test_lists_of_names_that_are_empty(refusal, released_dir):
 def test_a_name_that_no_file_can_have(refusal, released_dir, tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps({"audio": f"{'a' * 300}.wav", "text": "one"}) + "\n")
     argv = "--config.manifest=m.jsonl", f"--config.tokenizer={released_dir}", f"--vae={released_dir}", "--output=shards"
-    assert "none of 1 recordings is of use; the first: " in refusal("prepare", "--config=configs/data.py:manifest", *argv)
+    assert "none of 1 recordings can be used; the first: " in refusal("prepare", "--config=configs/data.py:manifest", *argv)
 
 
 @pytest.mark.parametrize("encoder", ["json:loads", "no_such_module:x", "json:nothing", "builtins:dict"])

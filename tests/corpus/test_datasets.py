@@ -14,8 +14,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.corpus import datasets, demo, doctor, sources
-from voxcpm2_jax.corpus.manifest import in_threads, read_manifest
-from voxcpm2_jax.corpus.shard import Maker
+from voxcpm2_jax.corpus.encode import ClipEncoder
+from voxcpm2_jax.corpus.manifest import read_manifest
+from voxcpm2_jax.corpus.sources import in_threads
 from voxcpm2_jax.data import audio
 
 
@@ -258,7 +259,7 @@ def test_what_cannot_be_opened_is_one_line(data_dir):
     assert "or an empty one" in refusal("strange")
     write_set(data_dir / "strange/1.0.0", "strange", {"wave": sound(8000), "label": tensor("int64")}, [{"label": 1}])
     assert "its fields are label, wave; known are those of librispeech, " in refusal("strange")
-    assert "neither its field audio nor its metadata tells a sample rate" in refusal("silent")
+    assert "neither its field audio nor its metadata states a sample rate" in refusal("silent")
     assert "prepared as tfrecord, which has no random access; prepare it once" in refusal("old")
 
     shard = data_dir / "ljspeech/1.1.1/ljspeech-train.array_record-00000-of-00001"
@@ -267,7 +268,7 @@ def test_what_cannot_be_opened_is_one_line(data_dir):
     shard.unlink()
     assert "a shard is missing" in refusal("ljspeech")
     (data_dir / "ljspeech/1.1.1/features.json").write_text("{")
-    assert "not JSON" in refusal("ljspeech")
+    assert "its description is not valid JSON" in refusal("ljspeech")
 
 
 def test_doctor_hears_a_set(data_dir):
@@ -282,9 +283,9 @@ def test_a_clip_without_words_is_left_out_by_name(data_dir, tmp_path):
     """VCTK has clips whose text was lost."""
     features = {"audio": sound(8000), "text": TEXT}
     write_set(data_dir / "mine/1.0.0", "mine", features, [{"audio": wave(0, 8000), "text": text} for text in ("a b", " ")])
-    maker = object.__new__(Maker)
+    encoder = object.__new__(ClipEncoder)
     _, wordless = sources.open_corpus("tfds:mine")
-    refused = maker._load(wordless)
+    refused = encoder.load(wordless)
     assert refused.reason == "no words" and str(refused) == "tfds:mine#1: no transcript"
 
 

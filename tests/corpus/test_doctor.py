@@ -65,7 +65,7 @@ FAULTS = {
     "too short": (clip(text="ab"), sound(0.1, 50)),
     "too long": (clip(text="long " * 400), sound(61)),
     "no words": (clip(text="?!" * 9), sound(1, 50)),
-    "reference of no use": (clip(ref_audio="gone.wav"), sound(1, 50)),
+    "unusable reference": (clip(ref_audio="gone.wav"), sound(1, 50)),
     "reference is itself": (clip(ref_audio="new.wav"), sound(1, 50)),
     "trailing silence": (clip(), np.concatenate([sound(1, 50), silence(0.7)])),
     "leading silence": (clip(), np.concatenate([silence(0.7), sound(1, 50)])),
@@ -100,7 +100,7 @@ def test_references_are_opened(tmp_path, sane):
     kinds, _ = found(tmp_path, [*sane, clip(**part, text="within its own reference", ref_audio="long.wav")])
     assert kinds.keys() == {"reference is itself"}
     kinds, _ = found(tmp_path, [*sane, clip(**part, text="beside no recording", ref_audio="text.wav")])
-    assert kinds["reference of no use"]["examples"][0].endswith("text.wav: unreadable")
+    assert kinds["unusable reference"]["examples"][0].endswith("text.wav: unreadable")
 
 
 def test_words_are_shown_as_they_are_and_counted_as_prepare_does(tmp_path, sane, capsys):
@@ -129,7 +129,7 @@ def test_validation_that_was_trained_on(tmp_path, sane):
     kinds, report = found(tmp_path, sane, [fresh])
     assert not kinds and report["ok"]
     kinds, report = found(tmp_path, sane, [fresh, clip(audio="copy.wav", speaker="c"), clip(audio="fresh.wav", speaker="a")])
-    assert {kind: finding["count"] for kind, finding in kinds.items()} == {"heard in validation": 1, "speaker in validation": 1}
+    assert {kind: finding["count"] for kind, finding in kinds.items()} == {"audio in validation": 1, "speaker in validation": 1}
     assert not report["ok"]
 
 
@@ -156,7 +156,7 @@ def test_command_line(tmp_path, sane, capsys):
     manifest = save(tmp_path, sane)
     assert main.main(["doctor", f"--manifest={manifest}", f"--output={tmp_path}/report"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["ok"] and "nothing found" not in out and "40 clips" in err
+    assert json.loads(out)["ok"] and "no findings" not in out and "40 clips" in err
     assert json.loads((tmp_path / "report" / "report.json").read_text())["clips"] == 40
     assert (tmp_path / "report" / "distributions.png").stat().st_size > 5000
     save(tmp_path, [*sane, clip()])
@@ -197,4 +197,4 @@ def test_characters_without_a_piece(tmp_path, sane):
 
 def test_every_kind_is_planted_somewhere():
     planted = FAULTS.keys() | {"several channels", "low rate", "mixed rates", "not finite", "unknown characters", "bytes"}
-    assert planted | {"heard in validation", "speaker in validation"} == doctor.KINDS.keys()
+    assert planted | {"audio in validation", "speaker in validation"} == doctor.KINDS.keys()

@@ -15,9 +15,9 @@ from tests.corpus.test_embedded import write_packages
 from voxcpm2_jax.config.corpus import DataConfig, DebianConfig
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, from_dict
-from voxcpm2_jax.corpus import demo, manifest, prepare, shard
+from voxcpm2_jax.corpus import demo, encode, manifest, prepare, shard
 from voxcpm2_jax.corpus.prepare import make_shards
-from voxcpm2_jax.data import audio, packing, shards
+from voxcpm2_jax.data import audio, shards
 from voxcpm2_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from voxcpm2_jax.vae import autoencoder
 from voxcpm2_jax.workdir import codec_sha256
@@ -100,8 +100,8 @@ def test_shards_hold_what_the_codec_gives_clip_by_clip(tmp_path, recordings, tok
             np.testing.assert_allclose(clip.reference_MPC, latents(recording.ref_audio), rtol=1e-4)
         reference = len(clip.reference_MPC) if recording.ref_audio else 0
         group = header.groups.index((clip.dataset, clip.language or "unknown"))
-        expected = [len(clip.text_ids), len(clip.patches_MPC), reference, recording.is_prompt, len(described), group]
-        assert sizes.tolist() == expected
+        expected = (len(clip.text_ids), len(clip.patches_MPC), reference, recording.is_prompt, len(described), group)
+        assert sizes.item() == expected
         assert (clip.description, clip.speaker, clip.is_prompt) == (
             recording.description,
             recording.speaker,
@@ -145,7 +145,7 @@ def test_trimming_and_held_out_clips(tmp_path, recordings, tokenizer_dir, vae_pa
     make_shards(config, tmp_path / "out", vae_params, VAE)
     header = shards.read_header(tmp_path / "out" / "heldout")
     lengths = np.load(tmp_path / "out" / "heldout" / shards.LENGTHS_FILE)
-    assert header.num_clips == 1 and abs(lengths[0, packing.PATCHES] - 0.45 * 8000 / (P * HOP)) <= 2
+    assert header.num_clips == 1 and abs(lengths["patches"][0] - 0.45 * 8000 / (P * HOP)) <= 2
     assert (header.trim, header.trim_db) == ("silence", -50.0)
 
 
@@ -158,24 +158,41 @@ def content(directory):
 def test_a_run_that_was_stopped_goes_on(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):
     config = config_of(tmp_path, tokenizer_dir)
     expected = make_shards(config, tmp_path / "straight", vae_params, VAE)
-    really, made = shard.Maker._make_part, []
+    really, made = shard.make_shard, []
 
-    def stops(self, path, *args):
+    def stops(directory, name, *args):
         if len(made) == 2:
-            (path.with_name(".half")).write_bytes(b"torn")
+            (directory / ".half").write_bytes(b"torn")
             raise KeyboardInterrupt
-        made.append(path.name)
-        really(self, path, *args)
+        made.append(name)
+        really(directory, name, *args)
 
-    monkeypatch.setattr(shard.Maker, "_make_part", stops)
+    monkeypatch.setattr(shard, "make_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         make_shards(config, tmp_path / "stopped", vae_params, VAE)
     with pytest.raises(UserError, match="no shards here"):
         shards.read_header(tmp_path / "stopped")
-    monkeypatch.setattr(shard.Maker, "_make_part", lambda *args: (made.append(args[1].name), really(*args)))
+    monkeypatch.setattr(shard, "make_shard", lambda *args: (made.append(args[1]), really(*args)))
     assert make_shards(config, tmp_path / "stopped", vae_params, VAE) == expected
     assert len(made) == len(set(made)) == 5 and content(tmp_path / "stopped") == content(tmp_path / "straight")
     assert make_shards(config, tmp_path / "stopped", vae_params, VAE) == expected and len(made) == 5  # nothing is left to do
+
+
+def test_part_files_of_earlier_versions_are_read(tmp_path, recordings, tokenizer_dir, vae_params):
+    """They have other names for some arrays, and matrices in place of structured ones."""
+    config = config_of(tmp_path, tokenizer_dir)
+    expected = make_shards(config, tmp_path / "out", vae_params, VAE)
+    files = content(tmp_path / "out")
+    earlier = {"lengths": "lengths_N6", "moments": "moments_4C", "origins": "origins_N", "embeddings": "embeddings_ED"}
+    for path in (tmp_path / "out").glob("*.npz"):
+        with np.load(path) as file:
+            arrays = dict(file)
+        arrays["lengths"] = np.array(arrays["lengths"].tolist(), np.int32).reshape(-1, 6)
+        arrays["moments"] = np.stack([arrays["moments"][name] for name in arrays["moments"].dtype.names])
+        np.savez(path, **{earlier.get(name, name): array for name, array in arrays.items()})
+    for name in (shards.LENGTHS_FILE, shards.HEADER_FILE):
+        (tmp_path / "out" / name).unlink()
+    assert make_shards(config, tmp_path / "out", vae_params, VAE) == expected and content(tmp_path / "out") == files
 
 
 def test_hosts_share_the_work(tmp_path, recordings, tokenizer_dir, vae_params):
@@ -190,15 +207,15 @@ def test_hosts_share_the_work(tmp_path, recordings, tokenizer_dir, vae_params):
 def test_the_last_host_writes_the_header_whoever_was_slow(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):
     """Host 1 comes and goes while host 0 is between the held-out shards and the others."""
     held = {"heldout": str(tmp_path / "m.jsonl")}
-    really, results = shard.Maker.make_parts, []
+    really, results = shard.make_missing, []
 
-    def slow(self, directory, manifests):
-        if directory.name != "heldout" and self._config.host == 0:
-            config = config_of(tmp_path, tokenizer_dir, host=1, num_hosts=2, **held)
-            results.append(make_shards(config, tmp_path / "out", vae_params, VAE))
-        really(self, directory, manifests)
+    def slow(directory, corpora, encoder, config):
+        if directory.name != "heldout" and config.host == 0:
+            other = config_of(tmp_path, tokenizer_dir, host=1, num_hosts=2, **held)
+            results.append(make_shards(other, tmp_path / "out", vae_params, VAE))
+        really(directory, corpora, encoder, config)
 
-    monkeypatch.setattr(shard.Maker, "make_parts", slow)
+    monkeypatch.setattr(shard, "make_missing", slow)
     config = config_of(tmp_path, tokenizer_dir, host=0, num_hosts=2, **held)
     header = make_shards(config, tmp_path / "out", vae_params, VAE)
     assert results == [None] and header == shards.read_header(tmp_path / "out")
@@ -207,15 +224,15 @@ def test_the_last_host_writes_the_header_whoever_was_slow(tmp_path, recordings, 
 
 def test_a_mistake_on_the_way_costs_no_finished_shard(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):
     config = config_of(tmp_path, tokenizer_dir)
-    really, made = shard.Maker._make_part, []
+    really, made = shard.make_shard, []
 
-    def fails(self, path, *args):
+    def fails(directory, name, *args):
         if made:
             raise UserError("the disk is full")
-        made.append(path.with_suffix(".array_record"))
-        really(self, path, *args)
+        made.append(directory / f"{name}.array_record")
+        really(directory, name, *args)
 
-    monkeypatch.setattr(shard.Maker, "_make_part", fails)
+    monkeypatch.setattr(shard, "make_shard", fails)
     with pytest.raises(UserError, match="the disk is full"):
         make_shards(config, tmp_path / "out", vae_params, VAE)
     assert made[0].is_file()
@@ -244,7 +261,7 @@ def test_prepare_refuses(tmp_path, recordings, tokenizer_dir, vae_params):
     with pytest.raises(UserError, match="already there"):
         make_shards(config_of(tmp_path, tokenizer_dir), tmp_path / "full", vae_params, VAE)
     manifest.write_manifest(tmp_path / "m.jsonl", [manifest.Recording(tmp_path / "missing.wav", "a")])
-    with pytest.raises(UserError, match=r"none of 1 recordings is of use; the first: .*missing\.wav: no such audio file"):
+    with pytest.raises(UserError, match=r"none of 1 recordings can be used; the first: .*missing\.wav: no such audio file"):
         make_shards(config_of(tmp_path, tokenizer_dir), tmp_path / "out", vae_params, VAE)
     with pytest.raises(UserError, match="no such manifest"):
         make_shards(config_of(tmp_path, tokenizer_dir, manifest="no.jsonl"), tmp_path / "out", vae_params, VAE)
@@ -259,11 +276,11 @@ def test_a_mistake_leaves_a_directory_as_it_was(tmp_path, recordings, tokenizer_
     (tmp_path / "m.jsonl").rename(tmp_path / "whole.jsonl")
     away = [dataclasses.replace(r, audio=tmp_path / "away" / r.audio.name, ref_audio=None) for r in recordings]
     manifest.write_manifest(tmp_path / "m.jsonl", away)
-    with pytest.raises(UserError, match="none of 5 recordings is of use"):
+    with pytest.raises(UserError, match="none of 5 recordings can be used"):
         make_shards(config_of(tmp_path, tokenizer_dir), tmp_path / "out", vae_params, VAE)
     assert not list((tmp_path / "out").iterdir())
     shared = config_of(tmp_path, tokenizer_dir, num_hosts=2, shard_clips=9)
-    with pytest.raises(UserError, match="none of 5 recordings is of use"):
+    with pytest.raises(UserError, match="none of 5 recordings can be used"):
         make_shards(shared, tmp_path / "out", vae_params, VAE)
     (tmp_path / "away").mkdir()
     for recording in away:  # the disk comes back
@@ -302,8 +319,8 @@ def test_codec_hash_sees_every_parameter_and_the_config(vae_params):
 
 def test_buckets_waste_a_third_at_most():
     for patches in range(5, 400):
-        assert patches <= shard._bucket(patches) < 1.5 * patches
-    assert len({shard._bucket(patches) for patches in range(1, 376)}) < 16
+        assert patches <= encode._bucket(patches) < 1.5 * patches
+    assert len({encode._bucket(patches) for patches in range(1, 376)}) < 16
 
 
 def configs():
@@ -353,7 +370,7 @@ def test_shards_of_debians_recordings(tmp_path, tokenizer_dir, vae_params):
     header = make_shards(config, tmp_path / "out", vae_params, VAE)
     assert header.sources == ("debian",) and header.groups == (("debian", "en"), ("debian", "it")) and not header.skipped
     held = shards.read_header(tmp_path / "out" / "heldout").num_clips
-    assert header.num_clips + held == 10 and held in (2, 3, 4)  # one text a language, some of two recordings
+    assert header.num_clips + held == 10 and held in (2, 3, 4)  # one text per language, some of two recordings
     assert make_shards(config, tmp_path / "out", vae_params, VAE) == header
     assert sorted(path.name for path in (tmp_path / "out" / "debian").iterdir()) == [
         "copyright-en.txt", "copyright-it.txt", "flac", "heldout.jsonl", "train.jsonl"

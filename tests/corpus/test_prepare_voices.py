@@ -13,8 +13,10 @@ from voxcpm2_jax.config.run import BatchConfig
 from voxcpm2_jax.corpus import shard
 from voxcpm2_jax.corpus.manifest import Recording, write_manifest
 from voxcpm2_jax.corpus.prepare import make_shards
-from voxcpm2_jax.data import packing, pipeline
+from voxcpm2_jax.corpus.trim import trim_silence
+from voxcpm2_jax.data import pipeline
 from voxcpm2_jax.data import shards as data_shards
+from voxcpm2_jax.data.clips import NO_REFERENCE
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.data.shards import HEADER_FILE, LENGTHS_FILE, PAIRS_FILE, Shards, read_header
 from voxcpm2_jax.sequence import REFERENCE_END_ID, REFERENCE_START_ID
@@ -122,7 +124,7 @@ def test_a_batch_has_the_reference_in_front(make, manifest, tmp_path, monkeypatc
                 slots = np.flatnonzero(batch.segment_BT[row] == segment)
                 tokens = batch.tokens_BT[row][slots]
                 assert (draw.reference in EXPECTED[draw.clip]) == (REFERENCE_START_ID in tokens)
-                if draw.reference == packing.NO_REFERENCE:
+                if draw.reference == NO_REFERENCE:
                     continue
                 first, last = (
                     slots[np.flatnonzero(tokens == special)[0]] for special in (REFERENCE_START_ID, REFERENCE_END_ID)
@@ -142,26 +144,26 @@ def test_stopped_and_shared_runs_choose_the_same(make, manifest, tmp_path, monke
     shared = [make("shared", {"references": 1}, host=i, num_hosts=3) for i in (1, 2, 0)]
     assert shared == [None, None, expected] and (tmp_path / "shared" / PAIRS_FILE).read_bytes() == table
 
-    really, made = shard.Maker._make_part, []
+    really, made = shard.make_shard, []
 
-    def stops(self, path, *args):
+    def stops(directory, name, *args):
         if len(made) == 2:
             raise KeyboardInterrupt
-        made.append(path.name)
-        really(self, path, *args)
+        made.append(name)
+        really(directory, name, *args)
 
-    monkeypatch.setattr(shard.Maker, "_make_part", stops)
+    monkeypatch.setattr(shard, "make_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         make("stopped", {"references": 1})
     assert not (tmp_path / "stopped" / PAIRS_FILE).exists()
-    monkeypatch.setattr(shard.Maker, "_make_part", lambda *args: (made.append(args[1].name), really(*args)))
+    monkeypatch.setattr(shard, "make_shard", lambda *args: (made.append(args[1]), really(*args)))
     assert make("stopped", {"references": 1}) == expected and len(made) == len(set(made)) == 4
     assert (tmp_path / "stopped" / PAIRS_FILE).read_bytes() == table
 
 
 def test_pairs_may_be_chosen_anew_without_making_a_shard(make, manifest, tmp_path, monkeypatch):
     make("out", {})
-    monkeypatch.setattr(shard.Maker, "_make_part", None)
+    monkeypatch.setattr(shard, "make_shard", None)
     header = make("out", {"min_cosine": -1.0, "min_sec": 0.0})
     assert header.pairs["clips"] == 10 and header.pairs["min_cosine"] == -1.0
     assert references(tmp_path / "out")[3] == {12} and references(tmp_path / "out")[0] <= {1, 2, 4, 10, 11}
@@ -185,7 +187,7 @@ def test_shards_refuse_a_table_that_is_missing_or_of_other_clips(make, manifest,
     without_checksums = json.dumps(json.loads(header) | {"crc32": {}})  # as it was written before there were any
     for wrong in (pairs[:-1], pairs + 13):
         np.save(file, wrong)
-        for text, message in ((header, r"pairs\.npy: altered"), (without_checksums, r"pairs\.npy is of other clips")):
+        for text, message in ((header, r"pairs\.npy: altered"), (without_checksums, r"pairs\.npy belongs to other clips")):
             header_file.write_text(text)
             with pytest.raises(UserError, match=message):
                 Shards(tmp_path / "out")
@@ -198,7 +200,7 @@ def test_shards_refuse_a_table_that_is_missing_or_of_other_clips(make, manifest,
 
 
 def stored_patches(directory):
-    return np.load(directory / LENGTHS_FILE)[:, packing.PATCHES].tolist()
+    return np.load(directory / LENGTHS_FILE)["patches"].tolist()
 
 
 def test_silence_and_noise_at_the_ends(make, tmp_path):
@@ -208,7 +210,7 @@ def test_silence_and_noise_at_the_ends(make, tmp_path):
     from voxcpm2_jax.data import audio
 
     speech_A = audio.resample(Hibari(voice="heart", threads=1)("Good morning to you all.", seed=1), 24000, RATE)
-    speech_A = audio.trim_silence(speech_A, RATE)
+    speech_A = trim_silence(speech_A, RATE)
     rng = np.random.default_rng(0)
     wide = (round(0.8 * RATE), 2 * RATE)
     noise_A = 0.01 * rng.standard_normal(sum(wide) + len(speech_A)).astype(np.float32)
@@ -228,7 +230,7 @@ def test_silence_and_noise_at_the_ends(make, tmp_path):
     assert len(got) == 2 and max(abs(n - patches(0.4)[0]) for n in got) <= 2
     assert vad.skipped == {"no speech": 1} and not silence.skipped and not left.skipped
     (line,) = (tmp_path / "vad" / "skipped.jsonl").read_text().splitlines()
-    assert json.loads(line)["reason"] == "no speech" and "no.wav: no speech is heard" in json.loads(line)["message"]
+    assert json.loads(line)["reason"] == "no speech" and "no.wav: no speech is detected" in json.loads(line)["message"]
     assert [(h.trim, h.trim_keep_ms) for h in (left, silence, vad)] == [("none", 200), ("silence", 200), ("vad", 200)]
     assert vad.models["vad"]["name"].startswith("silero_vad") and len(vad.models["vad"]["sha256"]) == 64
     assert left.models == silence.models == {}

@@ -40,9 +40,9 @@ def test_embeddings_equal_those_of_resemblyzer_itself(speech, monkeypatch):
     clips = [*speech, speech[0][:5000], 1e-3 * speech[2], 2 * speech[0][: 16000 * 2], speech[0][:35000], speech[0][:40000]]
     original = VoiceEncoder("cpu", verbose=False)
     expected = [original.embed_utterance(normalize_volume(audio_A, -30, increase_only=True)) for audio_A in clips]
-    got_ND = speaker.embed(speaker.load_encoder("resemblyzer"), clips, 16000)
-    np.testing.assert_allclose(got_ND, np.stack(expected), atol=1e-5)
-    cosine = got_ND[:3] @ got_ND[:3].T
+    got = speaker.embed(speaker.load_encoder("resemblyzer"), clips, 16000)
+    np.testing.assert_allclose(got, np.stack(expected), atol=1e-5)
+    cosine = got[:3] @ got[:3].T
     assert cosine[0, 1] > PairsConfig.min_cosine > cosine[:2, 2].max()  # one voice, and another
 
 
@@ -67,7 +67,7 @@ def test_any_encoder_may_be_named():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("no.such:thing", "No module named 'no'"), (f"{__name__}:Missing", "Missing"), ("builtins:dict", "makes {}")],
+    [("no.such:thing", "No module named 'no'"), (f"{__name__}:Missing", "Missing"), ("builtins:dict", "returns {}")],
 )
 def test_what_is_no_encoder_is_refused(name, message):
     with pytest.raises(UserError, match=rf"pairs\.encoder {name}: .*{message}.*; expected"):
@@ -75,7 +75,7 @@ def test_what_is_no_encoder_is_refused(name, message):
 
 
 def test_embeddings_must_be_numbers_one_row_a_clip():
-    with pytest.raises(UserError, match=r"the speaker encoder gives \(1, 2\) for 1 clips; expected one row of finite numbers"):
+    with pytest.raises(UserError, match=r"the speaker encoder returns \(1, 2\) for 1 clips; expected a row of finite numbers"):
         speaker.embed(Broken(), [np.ones(10, np.float32)], 8000)
 
 
@@ -90,18 +90,18 @@ def test_resemblyzer_that_is_not_installed_is_asked_for(monkeypatch):
 
 def choose(origins, embeddings, sec=2.0, sizes=None, **config):
     """`speaker.choose` on tuples (file, start, end, voice) and an embedding for each."""
-    origins_N = np.array([speaker.origin(*one) for one in origins], speaker.ORIGIN)
-    embeddings_ED = np.asarray(embeddings, np.float16)[origins_N["voice"] != 0]
-    sizes = sizes or [len(embeddings_ED)]
+    origins_of_all = np.array([speaker.origin(*one) for one in origins], speaker.ORIGIN)
+    stored = np.asarray(embeddings, np.float16)[origins_of_all["voice"] != 0]
+    sizes = sizes or [len(stored)]
     ends = np.cumsum([0, *sizes])
-    sec_N = np.broadcast_to(sec, len(origins))
+    clip_sec = np.broadcast_to(sec, len(origins))
     return speaker.choose(
-        origins_N, sec_N, sizes, lambda shard: embeddings_ED[ends[shard] : ends[shard + 1]], PairsConfig(**config)
+        origins_of_all, clip_sec, sizes, lambda shard: stored[ends[shard] : ends[shard + 1]], PairsConfig(**config)
     )
 
 
-def references(pairs_NK):
-    return [set(row[row >= 0].tolist()) for row in pairs_NK]
+def references(pairs):
+    return [set(row[row >= 0].tolist()) for row in pairs]
 
 
 VOICE = ("d", "ann", "monday")
@@ -203,9 +203,9 @@ def test_a_large_voice_is_not_compared_with_all_of_itself(monkeypatch):
 
 
 def _spy(function, sizes):
-    def called(origins_E, *args):
-        sizes.append(len(origins_E))
-        return function(origins_E, *args)
+    def called(origins, *args):
+        sizes.append(len(origins))
+        return function(origins, *args)
 
     return called
 
@@ -215,7 +215,7 @@ def test_memory_bounds_what_is_read_at_once_and_changes_no_pair(monkeypatch):
     origins = [(f"{i}.wav", None, None, ("d", f"{rng.integers(30)}", None)) for i in range(600)]
     embeddings = crowd(600)[1]
     expected = choose(origins, embeddings, sizes=[200, 0, 300, 100])
-    monkeypatch.setattr(speaker, "_AT_ONCE", 64)
+    monkeypatch.setattr(speaker, "_MAX_EMBEDDINGS", 64)
     np.testing.assert_array_equal(choose(origins, embeddings, sizes=[200, 0, 300, 100]), expected)
     # A voice that is larger than that is taken in stretches, each by itself.
     pairs = choose([(f"{i}.wav", None, None, VOICE) for i in range(150)], [ALIKE] * 150)

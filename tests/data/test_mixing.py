@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,8 +12,8 @@ from tests.data.test_packing import TARGETS, M, T, clips, lengths_of, speech_len
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BatchConfig, StageConfig
 from voxcpm2_jax.data import mixing, packing
+from voxcpm2_jax.data.clips import LENGTHS, MODES, NO_REFERENCE, OWN_REFERENCE, Draw, Index
 from voxcpm2_jax.data.mixing import Mix
-from voxcpm2_jax.data.packing import NO_REFERENCE, OWN_REFERENCE, Index
 
 PATCH_SEC = 0.16
 SMALL = BatchConfig(rows=2, slots=T, patches=M, target_patches=TARGETS)
@@ -34,10 +35,10 @@ def either_size(request, monkeypatch):
 
 
 def sizes_of(lengths, row):
-    patches = {NO_REFERENCE: lambda d: 0, OWN_REFERENCE: lambda d: lengths[d.clip, packing.REFERENCE]}
-    reference_N = np.array([patches.get(d.reference, lambda d: lengths[d.reference, packing.PATCHES])(d) for d in row])
+    patches = {NO_REFERENCE: lambda d: 0, OWN_REFERENCE: lambda d: lengths["reference"][d.clip]}
+    reference = np.array([patches.get(d.reference, lambda d: lengths["patches"][d.reference])(d) for d in row])
     chosen = lengths[[d.clip for d in row]]
-    return packing.sizes(chosen, reference_N=reference_N, is_described=np.array([d.is_described for d in row]))
+    return packing.sizes(chosen, reference_patches=reference, is_described=np.array([d.is_described for d in row]))
 
 
 # ---- epochs ----------------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def test_no_clip_comes_twice_before_all_came_once_and_no_budget_is_exceeded(rows
         by_kind = {False: [], True: []}  # prompt clips have epochs of their own
         for step in range(3 * len(rows)):
             for row in mix.rows(step):
-                assert row and (sizes_of(lengths, row).sum(axis=0) <= (T, M, TARGETS)).all()
+                assert row and (sizes_of(lengths, row).sum(axis=0) <= (T, M, TARGETS, math.inf)).all()
                 by_kind[rows[row[0].clip][3]] += [draw.clip for draw in row]
     for kind, heard in by_kind.items():
         members = [i for i, row in enumerate(rows) if row[3] == kind]
@@ -61,7 +62,7 @@ def test_no_clip_comes_twice_before_all_came_once_and_no_budget_is_exceeded(rows
             assert sorted(heard[start : start + len(members)]) == members
 
 
-def test_many_windows_and_ways(monkeypatch, either_size):
+def test_many_windows_and_packings(monkeypatch, either_size):
     monkeypatch.setattr(packing, "WINDOW_CLIPS", 100)
     lengths = lengths_of([(3, 5, 0, False)] * 1030)
     mix = mix_of(lengths)
@@ -84,25 +85,25 @@ def test_any_step_in_any_order_is_the_same(rows, seed, steps, few_rows):
         assert [other.rows(step) for step in steps] == [expected[step] for step in steps]
 
 
-@pytest.mark.parametrize("clips, ways", [(400, 16), (2000, 5), (20_000, 2)])
-def test_the_larger_the_corpus_the_fewer_ways_of_packing(monkeypatch, clips, ways):
+@pytest.mark.parametrize("clips, packings", [(400, 16), (2000, 5), (20_000, 2)])
+def test_the_larger_the_corpus_the_fewer_packings(monkeypatch, clips, packings):
     monkeypatch.setattr(mixing, "_FEW_ROWS", 0)
-    monkeypatch.setattr(mixing, "_DRAWS_OF_ALL_WAYS", 10_000)
+    monkeypatch.setattr(mixing, "_MAX_DRAWS", 10_000)
     packed, pack = Counter(), mixing._Stream._pack
-    monkeypatch.setattr(mixing._Stream, "_pack", lambda self, way: packed.update([id(self)]) or pack(self, way))
+    monkeypatch.setattr(mixing._Stream, "_pack", lambda self, number: packed.update([id(self)]) or pack(self, number))
     lengths = speech_lengths(clips, max_sec=30)
-    lengths[: clips // 4, packing.GROUP] = 1
+    lengths["group"][: clips // 4] = 1
     mix = mix_of(lengths, batch=LARGE, groups=(("a", "en"), ("a", "de")))
     mix.heard(10**6)
-    assert list(packed.values()) == [ways, ways]
+    assert list(packed.values()) == [packings, packings]
     mix.rows(10**6), mix.rows(10**9), mix.heard(10**9)
-    assert list(packed.values()) == [ways, ways], "nothing is packed again"
+    assert list(packed.values()) == [packings, packings], "nothing is packed again"
 
 
 def test_a_ramp_of_rows_goes_on_with_the_epoch(either_size):
     """Batches grow in the midst of an epoch: still no clip comes twice before all came once, and none is left out."""
     lengths = speech_lengths(300)
-    lengths[:100, packing.GROUP] = 1
+    lengths["group"][:100] = 1
     rows = {0: 1, 7: 2, 12: 5}
     stages = [StageConfig(first_step=step, batch=dataclasses.replace(LARGE, rows=n)) for step, n in rows.items()]
     mix = mix_of(lengths, *stages, groups=(("a", "en"), ("a", "de")))
@@ -137,20 +138,18 @@ def corpus(num_clips=3000):
     """Three groups of 8 : 1 : 1 hours, some prompt clips in the first; references and descriptions in the second."""
     lengths = speech_lengths(num_clips, max_sec=20)
     i = np.arange(num_clips)
-    lengths[:, packing.GROUP] = np.where(i % 10 < 8, 0, i % 10 - 7)
-    lengths[:, packing.IS_PROMPT] = i % 20 == 0
-    second = lengths[:, packing.GROUP] == 1
-    lengths[second, packing.REFERENCE] = 20
-    lengths[second, packing.DESCRIBED] = lengths[second, packing.TEXT] + 6
+    lengths["group"] = np.where(i % 10 < 8, 0, i % 10 - 7)
+    lengths["is_prompt"] = i % 20 == 0
+    second = lengths["group"] == 1
+    lengths["reference"][second] = 20
+    lengths["described"][second] = lengths["text"][second] + 6
     return lengths, (("a", "en"), ("a", "de"), ("b", "de"))
 
 
 def hours_by_group(lengths, drawn):
     hours = Counter()
     for draw in drawn:
-        hours[int(lengths[draw.clip, packing.GROUP]), bool(lengths[draw.clip, packing.IS_PROMPT])] += int(
-            lengths[draw.clip, packing.PATCHES]
-        )
+        hours[int(lengths["group"][draw.clip]), bool(lengths["is_prompt"][draw.clip])] += int(lengths["patches"][draw.clip])
     return {key: value / sum(hours.values()) for key, value in hours.items()}
 
 
@@ -177,7 +176,7 @@ def test_shares_follow_hours_temperature_and_weights():
 def test_the_share_of_prompt_clips_is_of_audio():
     """Not of rows: those of a group with much text hold less audio."""
     lengths, groups = corpus()
-    lengths[lengths[:, packing.IS_PROMPT] > 0, packing.TEXT] *= 4
+    lengths["text"][lengths["is_prompt"] > 0] *= 4
     mix = mix_of(lengths, StageConfig(prompt=0.3), batch=BatchConfig(rows=2, slots=4096, patches=2800), groups=groups)
     found = hours_by_group(lengths, draws(mix, range(300)))
     assert abs(sum(share for (_, is_prompt), share in found.items() if is_prompt) - 0.3) < 0.02
@@ -187,14 +186,14 @@ def test_the_share_of_prompt_clips_is_of_audio():
 def test_hours_count_whatever_the_references_take(reference):
     """Of two groups of equal hours one has references as long as its clips: its own, or those of a table."""
     lengths = speech_lengths(1200, max_sec=20)
-    lengths[:, packing.GROUP] = np.arange(1200) % 2
-    first = np.flatnonzero(lengths[:, packing.GROUP] == 0)
+    lengths["group"] = np.arange(1200) % 2
+    first = np.flatnonzero(lengths["group"] == 0)
     groups, large = (("a", "en"), ("b", "en")), BatchConfig(rows=2, slots=4096, patches=2800)
     own = lengths.copy()
-    own[first, packing.REFERENCE] = lengths[first, packing.PATCHES]
+    own["reference"][first] = lengths["patches"][first]
     pairs = np.full((1200, 1), -1, np.int32)
     pairs[first, 0] = np.roll(first, 1)
-    hours = lengths[first, packing.PATCHES].sum() / lengths[:, packing.PATCHES].sum()
+    hours = lengths["patches"][first].sum() / lengths["patches"].sum()
     for index in (Index(own, groups), Index(lengths, groups, pairs)):
         mix = Mix(0, index, PATCH_SEC, large, [StageConfig(reference=reference)])
         assert abs(hours_by_group(lengths, draws(mix, range(200)))[0, False] - hours) < 0.02
@@ -207,8 +206,8 @@ def test_stages_that_begin_at_one_step_are_refused():
 
 
 def test_shares_hold_in_every_stretch():
-    share_G = np.array([0.7, 0.2, 0.0999, 0.0001])
-    order = mixing._Interleaving((0,), share_G)
+    shares = np.array([0.7, 0.2, 0.0999, 0.0001])
+    order = mixing._Interleaving((0,), shares)
     found = [order.at(i) for i in range(30000)]
     counts = Counter()
     for i, (group, n) in enumerate(found):
@@ -218,31 +217,31 @@ def test_shares_hold_in_every_stretch():
         counts[group] += 1
     assert [counts[g] for g in range(4)] == pytest.approx([21000, 6000, 2997, 3], abs=60)
     group, n = order.at(10**12)
-    assert abs(n - 10**12 * share_G[group]) < 2000
+    assert abs(n - 10**12 * shares[group]) < 2000
 
 
 def test_modes():
     lengths, groups = corpus()
     pairs = np.full((len(lengths), 2), -1, np.int32)
-    third = np.flatnonzero(lengths[:, packing.GROUP] == 2)
+    third = np.flatnonzero(lengths["group"] == 2)
     pairs[third, 0], pairs[third[::2], 1] = np.roll(third, 1), np.roll(third[::2], 3)
     mix = mix_of(lengths, StageConfig(reference=0.5, described=0.25), batch=LARGE, groups=groups, pairs=pairs)
     drawn = draws(mix, range(600))
     for group, share_reference, share_described in ((0, 0.0, 0.0), (1, 0.5, 0.25), (2, 0.5, 0.0)):
-        members = [d for d in drawn if lengths[d.clip, packing.GROUP] == group and not lengths[d.clip, packing.IS_PROMPT]]
+        members = [d for d in drawn if lengths["group"][d.clip] == group and not lengths["is_prompt"][d.clip]]
         assert abs(np.mean([d.reference != NO_REFERENCE for d in members]) - share_reference) < 0.06
         assert abs(np.mean([d.is_described for d in members]) - share_described) < 0.06
         for d in members:
             assert d.reference in {0: (NO_REFERENCE,), 1: (NO_REFERENCE, OWN_REFERENCE)}.get(group, (-1, *pairs[d.clip]))
     for step in range(600):
         for row in mix.rows(step):
-            assert (sizes_of(lengths, row).sum(axis=0) <= (LARGE.slots, LARGE.patches, LARGE.patches)).all()
+            assert (sizes_of(lengths, row).sum(axis=0) <= packing.budgets_of(LARGE)).all()
 
 
 def test_what_fits_no_row_with_its_reference_goes_without():
-    lengths = np.array([(10, 15, 12, 0, 0, 0), (10, 15, 5, 0, 30, 0)], np.int32)
+    lengths = np.array([(10, 15, 12, 0, 0, 0), (10, 15, 5, 0, 30, 0)], LENGTHS)
     rows = [row for step in range(20) for row in mix_of(lengths).rows(step)]
-    assert {d for row in rows for d in row} == {packing.Draw(0), packing.Draw(1)}
+    assert {d for row in rows for d in row} == {Draw(0), Draw(1)}
 
 
 def test_heard_counts_what_was_drawn(either_size):
@@ -259,11 +258,11 @@ def test_heard_counts_what_was_drawn(either_size):
             assert {k: v[0] for k, v in mix.heard(step).items()} == {k[:3]: n for k, n in counts.items() if k[3] == "clips"}
             assert {k: v[1] for k, v in mix.heard(step).items()} == {k[:3]: n for k, n in counts.items() if k[3] == "patches"}
         for d in draws(mix, [step]):
-            mode = mixing.MODES[d.is_described + 2 * (d.reference != NO_REFERENCE)]
-            mode = "prompt" if lengths[d.clip, packing.IS_PROMPT] else mode
-            name = (*groups[lengths[d.clip, packing.GROUP]], mode)
+            mode = MODES[d.is_described + 2 * (d.reference != NO_REFERENCE)]
+            mode = "prompt" if lengths["is_prompt"][d.clip] else mode
+            name = (*groups[lengths["group"][d.clip]], mode)
             counts[(*name, "clips")] += 1
-            counts[(*name, "patches")] += int(lengths[d.clip, packing.PATCHES])
+            counts[(*name, "patches")] += int(lengths["patches"][d.clip])
 
 
 stage_choices = st.tuples(
@@ -281,8 +280,8 @@ def test_rows_and_heard_of_any_corpus_and_curriculum(data, seed, few_rows):
     """Against a walk: budgets, lengths and groups of every row, any part of a step, exact counts before every step."""
     table = data.draw(st.lists(st.tuples(st.integers(1, 10), st.integers(1, 12), st.integers(0, 5), st.integers(0, 4),
                                          st.booleans(), st.integers(0, 2)), min_size=3, max_size=50))  # fmt: skip
-    lengths = np.array([(t, p, r, q, t + d if d else 0, g) for t, p, r, d, q, g in table], np.int32)
-    lengths[0, [packing.PATCHES, packing.IS_PROMPT]] = 6, False  # something for every stage
+    lengths = np.array([(t, p, r, q, t + d if d else 0, g) for t, p, r, d, q, g in table], LENGTHS)
+    lengths["patches"][0], lengths["is_prompt"][0] = 6, False  # something for every stage
     groups = (("a", "en"), ("a", "de"), ("b", "de"))
     some_pairs = np.random.default_rng(seed).integers(-1, len(table), (len(table), 2))
     pairs = data.draw(st.sampled_from([None, -np.sort(-some_pairs)]))
@@ -301,16 +300,16 @@ def test_rows_and_heard_of_any_corpus_and_curriculum(data, seed, few_rows):
             rows = mix.rows(step)
             assert len(rows) == stage.batch.rows and rows[1:] == mix.rows(step, range(1, len(rows)))
             for row in rows:
-                budgets = stage.batch.slots, stage.batch.patches, stage.batch.target_patches or stage.batch.patches
+                budgets = packing.budgets_of(stage.batch)
                 assert row and (sizes_of(lengths, row).sum(axis=0) <= budgets).all()
-                assert len({(lengths[d.clip, packing.GROUP], lengths[d.clip, packing.IS_PROMPT]) for d in row}) == 1
+                assert len({(lengths["group"][d.clip], lengths["is_prompt"][d.clip]) for d in row}) == 1
                 for d in row:
                     _, patches, own, is_prompt, described, group = lengths[d.clip].tolist()
                     assert patches * PATCH_SEC >= stage.min_sec and (described or not d.is_described)
                     partners = set() if pairs is None or own else set(pairs[d.clip].tolist()) - {-1}
                     allowed = {NO_REFERENCE, *partners, *([OWN_REFERENCE] if own else [])}
                     assert d.reference in ({NO_REFERENCE} if is_prompt or not stage.reference else allowed)
-                    mode = "prompt" if is_prompt else mixing.MODES[d.is_described + 2 * (d.reference != NO_REFERENCE)]
+                    mode = "prompt" if is_prompt else MODES[d.is_described + 2 * (d.reference != NO_REFERENCE)]
                     name = (*groups[group], mode)
                     counts[name] = counts.get(name, 0) + np.array([1, patches])
 
@@ -323,7 +322,7 @@ def test_stages_have_lengths_and_budgets_of_their_own():
     longer = BatchConfig(rows=3, slots=2048, patches=1400)
     mix = mix_of(lengths, StageConfig(first_step=10, batch=longer), StageConfig(max_sec=5.0), batch=LARGE)
     early, late = ([row for step in steps for row in mix.rows(step)] for steps in (range(10), range(10, 40)))
-    assert max(lengths[d.clip, packing.PATCHES] for row in early for d in row) * PATCH_SEC <= 5.0
+    assert max(lengths["patches"][d.clip] for row in early for d in row) * PATCH_SEC <= 5.0
     assert len(early) == 20 and len(late) == 90 and mix.batch_of(9) == LARGE and mix.batch_of(10) == longer
     assert 1024 < max(sizes_of(lengths, row)[:, 0].sum() for row in late) <= 2048
 
@@ -341,10 +340,8 @@ def test_a_stage_that_wants_the_same_of_a_group_goes_on_with_its_epoch():
     lengths, groups = corpus(400)
     stages = StageConfig(), StageConfig(first_step=7, weights=(("b", 3.0),))
     mix = mix_of(lengths, *stages, batch=LARGE, groups=groups)
-    heard = [
-        d.clip for d in draws(mix, range(60)) if lengths[d.clip, packing.GROUP] == 0 and not lengths[d.clip, packing.IS_PROMPT]
-    ]
-    members = set(np.flatnonzero((lengths[:, packing.GROUP] == 0) & (lengths[:, packing.IS_PROMPT] == 0)).tolist())
+    heard = [d.clip for d in draws(mix, range(60)) if lengths["group"][d.clip] == 0 and not lengths["is_prompt"][d.clip]]
+    members = set(np.flatnonzero((lengths["group"] == 0) & (lengths["is_prompt"] == 0)).tolist())
     assert len(heard) > len(members) and set(heard[: len(members)]) == members
 
 
@@ -354,7 +351,7 @@ def test_a_stage_that_wants_the_same_of_a_group_goes_on_with_its_epoch():
         ([StageConfig(first_step=3)], "expected one from step 0 on; the first begins at step 3"),
         ([StageConfig(max_sec=0.1)], "from step 0 has no clips of 0.0 to 0.1 s"),
         ([StageConfig(weights=(("english", 1.0),))], "weights: no english in this corpus; it has a, a/en, en"),
-        ([StageConfig(prompt=0.5)], "a share of 0.5 for what the corpus has not"),
+        ([StageConfig(prompt=0.5)], "from step 0: a share of 0.5 for prompt clips, but there are none"),
         ([StageConfig(weights=(("a", 0.0),))], "all weights are 0"),
     ],
 )  # fmt: skip

@@ -8,9 +8,9 @@ import pytest
 
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BatchConfig
-from voxcpm2_jax.data import packing, pipeline, synthetic
+from voxcpm2_jax.data import pipeline, synthetic
+from voxcpm2_jax.data.clips import LENGTHS, Clip, lay_out_draw
 from voxcpm2_jax.data.mixing import Mix
-from voxcpm2_jax.data.packing import Clip
 from voxcpm2_jax.data.shards import (
     LENGTHS_FILE,
     PAIRS_FILE,
@@ -72,7 +72,7 @@ def write(directory, clips, **changes):
         )
         for c in clips
     ]
-    np.save(directory / LENGTHS_FILE, np.array(lengths, np.int32))
+    np.save(directory / LENGTHS_FILE, np.array(lengths, LENGTHS))
     write_header(directory, dataclasses.replace(HEADER, num_clips=len(clips), shards=names, **changes))
     return directory
 
@@ -124,12 +124,23 @@ def test_several_directories_are_one_corpus(tmp_path, clips):
     for i in (0, 12, 13, 29):
         same(both[i], clips[i])
     assert both.index.groups == (("d", "unknown"), ("other", "fr"))
-    assert both.index.lengths[:, packing.GROUP].tolist() == [0] * 13 + [1] * 17
+    assert both.index.lengths["group"].tolist() == [0] * 13 + [1] * 17
     assert both.index.pairs.shape == (30, 2) and both.index.pairs[13].tolist() == [14, 15] and both.index.pairs[0].max() == -1
     for field, value in (("codec_sha256", "x"), ("tokenizer_sha256", "y"), ("patch_sec", 0.08), ("encoder_hz", 8000)):
         write(tmp_path / "c", clips[:5], **{field: value})
-        with pytest.raises(UserError, match=rf"a and .*c do not go together: {field} .* and {value!r}$"):
+        with pytest.raises(UserError, match=rf"a and .*c cannot be used together: {field} .* and {value!r}$"):
             Shards(f"{tmp_path}/a,{tmp_path}/c")
+
+
+def test_shards_of_earlier_versions_are_read(tmp_path, clips, shards):
+    """They have the lengths as the columns of an int32 matrix."""
+    directory = write(tmp_path / "a", clips)
+    matrix = np.array(np.load(directory / LENGTHS_FILE).tolist(), np.int32)
+    np.save(directory / LENGTHS_FILE, matrix)
+    assert matrix.shape == (30, 6)
+    earlier = Shards(directory)
+    np.testing.assert_array_equal(earlier.index.lengths, shards.index.lengths)
+    same(earlier[29], clips[29])
 
 
 def test_no_directory_counts_twice(shards, tmp_path):
@@ -149,7 +160,7 @@ def test_torn_files_are_named(tmp_path, clips):
     whole = shard.read_bytes()
     for torn in (whole[:50], whole[: 2**16], whole[: len(whole) // 2]):
         shard.write_bytes(torn)
-        with pytest.raises(UserError, match=r"shard-00001-of-00005\.array_record: not whole \("):
+        with pytest.raises(UserError, match=r"shard-00001-of-00005\.array_record: incomplete or damaged \("):
             Shards(directory)
 
 
@@ -177,7 +188,7 @@ def test_shards_that_were_mixed_up_are_found(tmp_path, clips):
     aside = second.read_bytes()
     second.write_bytes(first.read_bytes())
     first.write_bytes(aside)
-    with pytest.raises(UserError, match=r"shard-00000-of-00005\.array_record: clip 0 .* is another one than lengths\.npy"):
+    with pytest.raises(UserError, match=r"shard-00000-of-00005\.array_record: clip 0 .* does not match lengths\.npy"):
         Shards(directory)[0]
 
 
@@ -275,7 +286,7 @@ def test_every_clip_of_an_epoch_reaches_a_batch_whole(shards, clips):
         (row,) = plan.rows(step)
         for segment, draw in enumerate(row, 1):
             tokens_T = batch.tokens_BT[0][batch.segment_BT[0] == segment]
-            sequence = packing.lay_out_draw(clips, draw)
+            sequence = lay_out_draw(clips, draw)
             np.testing.assert_array_equal(tokens_T, sequence.tokens_T)
             slots = np.flatnonzero(batch.segment_BT[0] == segment)
             here = np.flatnonzero(np.isin(batch.slot_BM[0], slots))
@@ -291,7 +302,7 @@ def test_every_clip_of_an_epoch_reaches_a_batch_whole(shards, clips):
 
 
 def test_the_synthetic_corpus_goes_the_same_way():
-    source = synthetic.synthetic_corpus(0, num_clips=20, vocab_size=200, patch_shape=(2, 3))
+    source = synthetic.Synthetic(0, num_clips=20, vocab_size=200, patch_shape=(2, 3))
     plan = Mix(0, source.index, source.patch_sec, BatchConfig(rows=2, slots=128, patches=96))
     batch = next(pipeline.batches(source, plan, 3))
     assert batch.patches_BMPC.shape == (2, 96, 2, 3) and batch.stop_BM.sum() == sum(map(len, plan.rows(3)))

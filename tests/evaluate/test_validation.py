@@ -15,8 +15,7 @@ from voxcpm2_jax.config.evaluate import EvaluateConfig
 from voxcpm2_jax.config.model import MODELS
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BatchConfig, ValidationConfig
-from voxcpm2_jax.data import packing
-from voxcpm2_jax.data.packing import Clip, Index
+from voxcpm2_jax.data.clips import LENGTHS, MODES, Clip, Index, label_names
 from voxcpm2_jax.data.shards import LENGTHS_FILE, write_header, write_shard
 from voxcpm2_jax.data.tokenizer import load_tokenizer
 from voxcpm2_jax.evaluate import validation
@@ -36,7 +35,7 @@ class InMemory(list):
              0 if c.described_ids is None else len(c.described_ids), GROUPS.index((c.dataset, c.language)))
             for c in clips
         ]  # fmt: skip
-        self.index = Index(np.array(lengths, np.int32), GROUPS)
+        self.index = Index(np.array(lengths, LENGTHS), GROUPS)
 
 
 def clip(i):
@@ -91,8 +90,8 @@ def test_a_clip_keeps_its_draws_whatever_the_other_clips(clips):
     for text, item in fewer.items():
         jax.tree.map(np.testing.assert_array_equal, item, alike[text])
     assert all((item.noise_MPC[:1] != other[text].noise_MPC[:1]).all() for text, item in alike.items())
-    modes = {packing.label_names(InMemory(clips).index)[item.label][2] for item in alike.values()}
-    assert modes == set(packing.MODES), "every layout occurs"
+    modes = {label_names(InMemory(clips).index)[item.label][2] for item in alike.values()}
+    assert modes == set(MODES), "every layout occurs"
 
 
 def test_flow_times_are_stratified(clips):

@@ -19,7 +19,7 @@ from voxcpm2_jax.checkpoint import steps
 from voxcpm2_jax.config.model import MODELS, AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BackboneRun, BatchConfig, CheckpointConfig, LogConfig, OptimConfig, ValidationConfig
-from voxcpm2_jax.data import packing, pipeline, shards, synthetic
+from voxcpm2_jax.data import pipeline, shards, synthetic
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.data.shards import Header, Shards
 from voxcpm2_jax.data.tokenizer import train_tokenizer
@@ -37,7 +37,7 @@ RUN = BackboneRun(
     log=LogConfig(every_steps=1),
     validation=ValidationConfig(every_steps=3),
 )
-HELDOUT = synthetic.synthetic_corpus(0, num_clips=8, vocab_size=384, patch_shape=(4, 16), max_patches=32)
+HELDOUT = synthetic.Synthetic(0, num_clips=8, vocab_size=384, patch_shape=(4, 16), max_patches=32)
 
 
 def test_trap_13_draws_are_float32_from_global_keys():
@@ -124,7 +124,7 @@ def test_a_branch_goes_on_from_another_runs_step(straight, tmp_path, capsys):
 
 def test_update_does_not_depend_on_the_mesh(straight):
     """One update on eight devices (the run above) and on one: the loss, and every figure beside it."""
-    source = synthetic.synthetic_corpus(0, vocab_size=384, patch_shape=(4, 16), patch_sec=RUN.patch_sec, max_patches=32)
+    source = synthetic.Synthetic(0, vocab_size=384, patch_shape=(4, 16), patch_sec=RUN.patch_sec, max_patches=32)
     b = RUN.batch
     mix = Mix(0, source.index, source.patch_sec, b)
     batch = pipeline.host_rows(source, mix, 0)
@@ -175,7 +175,7 @@ def test_muon_learns_on_a_mesh_with_tensor_parallelism(straight, tmp_path):
 @pytest.fixture(scope="module")
 def uneven(tiny_params):
     """Sixteen rows, in some of which nearly nothing bears loss: a mean of the micro-batches' means would be wrong."""
-    source = synthetic.synthetic_corpus(0, vocab_size=384, patch_shape=(4, 16), patch_sec=RUN.patch_sec, max_patches=32)
+    source = synthetic.Synthetic(0, vocab_size=384, patch_shape=(4, 16), patch_sec=RUN.patch_sec, max_patches=32)
     run = dataclasses.replace(RUN, batch=dataclasses.replace(RUN.batch, rows=16))
     batch = pipeline.host_rows(source, Mix(0, source.index, source.patch_sec, run.batch), 0)
     batch.target_BM[::2, 3:] = False
@@ -231,7 +231,7 @@ def test_what_no_update_came_of_was_not_heard():
     task = pretrain.BackboneTask(run, HELDOUT, mix, sharding.make_mesh())
     (name,) = task.counters(20, frozenset())
     drawn = [draw.clip for step in range(20) if step not in (0, 7, 19) for row in mix.rows(step) for draw in row]
-    patches = HELDOUT.index.lengths[drawn, packing.PATCHES].sum()
+    patches = HELDOUT.index.lengths["patches"][drawn].sum()
     hours = round(int(patches) * HELDOUT.patch_sec / 3600, 6)
     assert task.counters(20, frozenset((0, 7, 19))) == {name: {"clips": len(drawn), "hours": hours}}
     assert task.counters(3, frozenset(range(3))) == {}
@@ -271,7 +271,7 @@ def test_held_out_shards_are_found_beside_the_others_and_must_be_made_like_them(
     without = dataclasses.replace(RUN, validation=ValidationConfig(every_steps=0))
     assert pretrain._open_heldout(without, source, train, None) is None
     test_validation.write(other, clips, codec_sha256="another")
-    with pytest.raises(UserError, match="do not go together: codec_sha256 'c' and 'another'"):
+    with pytest.raises(UserError, match="cannot be used together: codec_sha256 'c' and 'another'"):
         pretrain._open_heldout(RUN, source, train, other)
     with pytest.raises(UserError, match="--heldout needs --data"):
         pretrain._open_heldout(RUN, source, None, other)

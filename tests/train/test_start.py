@@ -19,7 +19,7 @@ from voxcpm2_jax.checkpoint.arrays import flatten, nest, save_arrays
 from voxcpm2_jax.config.model import MODELS
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BackboneRun, BatchConfig, CheckpointConfig
-from voxcpm2_jax.data.packing import Clip
+from voxcpm2_jax.data.clips import Clip
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.torch_io import released

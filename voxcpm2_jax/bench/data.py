@@ -14,7 +14,8 @@ import numpy as np
 
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BackboneRun
-from voxcpm2_jax.data import packing, pipeline
+from voxcpm2_jax.data import pipeline
+from voxcpm2_jax.data.clips import LENGTHS, Clip
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.data.shards import LENGTHS_FILE, Header, Shards, write_header, write_shard
 from voxcpm2_jax.processes import say
@@ -106,17 +107,17 @@ def write_synthetic(directory: str | os.PathLike, config: BackboneRun, hours: fl
     num_clips = max(_SHARDS, round(hours * 3600 / 8.4))
     sec = (7 * np.exp(0.6 * rng.standard_normal(num_clips))).clip(1, 30)
     patches = np.minimum(np.ceil(sec / config.patch_sec), longest).astype(np.int32)
-    lengths = np.zeros((num_clips, 6), np.int32)
-    lengths[:, packing.PATCHES] = patches
-    lengths[:, packing.TEXT] = np.maximum(1, 3.2 * config.patch_sec * patches)
+    lengths = np.zeros(num_clips, LENGTHS)
+    lengths["patches"] = patches
+    lengths["text"] = np.maximum(1, 3.2 * config.patch_sec * patches)
     shape = (model.patch_size, model.feat_dim)
 
     def clips(numbers):
         for i in numbers:
-            ids = rng.integers(105, model.lm_config.vocab_size, lengths[i, packing.TEXT], dtype=np.int32)
-            patches_MPC = rng.standard_normal((lengths[i, packing.PATCHES], *shape), np.float32)
+            ids = rng.integers(105, model.lm_config.vocab_size, lengths["text"][i], dtype=np.int32)
+            patches_MPC = rng.standard_normal((lengths["patches"][i], *shape), np.float32)
             text = "noise " * (len(ids) // 2)
-            yield packing.Clip(ids, patches_MPC, text=text, dataset="noise", language="none", speaker=str(i % 50))
+            yield Clip(ids, patches_MPC, text=text, dataset="noise", language="none", speaker=str(i % 50))
 
     names = [f"shard-{i:05d}-of-{_SHARDS:05d}.array_record" for i in range(_SHARDS)]
     for name, numbers in zip(names, np.array_split(np.arange(num_clips), _SHARDS)):

@@ -40,7 +40,8 @@ from voxcpm2_jax.bench.harness import (
 )
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.run import BackboneRun
-from voxcpm2_jax.data import packing, synthetic
+from voxcpm2_jax.data import synthetic
+from voxcpm2_jax.data.clips import Clip, Source
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.data.shards import LENGTHS_FILE, Header, crc32, write_header, write_shard
 from voxcpm2_jax.data.tokenizer import train_tokenizer
@@ -231,9 +232,7 @@ def full_disk(harness: Harness) -> Outcome:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def _write_shards(
-    harness: Harness, directory: pathlib.Path, clips: packing.Source, poisoned: Sequence[int] = ()
-) -> pathlib.Path:
+def _write_shards(harness: Harness, directory: pathlib.Path, clips: Source, poisoned: Sequence[int] = ()) -> pathlib.Path:
     """Shards of these clips; the latents of those in `poisoned` are NaN."""
     model = harness.run.model
     vae = AudioVAEConfig(
@@ -244,7 +243,7 @@ def _write_shards(
     save_codec(directory, vae, params)
     train_tokenizer(["one two three"] * 9, 288).save(directory / "tokenizer")
 
-    def poison(i: int) -> packing.Clip:
+    def poison(i: int) -> Clip:
         return clips[i]._replace(patches_MPC=np.full_like(clips[i].patches_MPC, np.nan)) if i in poisoned else clips[i]
 
     write_shard(directory / "all.array_record", map(poison, range(len(clips))), "float16")
@@ -263,9 +262,9 @@ def _write_shards(
     return directory
 
 
-def _corpus(run: BackboneRun, num_clips: int) -> packing.Source:
+def _corpus(run: BackboneRun, num_clips: int) -> Source:
     """Synthetic clips of the model's shape."""
-    return synthetic.synthetic_corpus(
+    return synthetic.Synthetic(
         run.seed, num_clips=num_clips, vocab_size=run.model.lm_config.vocab_size, patch_sec=run.patch_sec,
         patch_shape=(run.model.patch_size, run.model.feat_dim), max_patches=run.batch.slots // 2,
     )  # fmt: skip

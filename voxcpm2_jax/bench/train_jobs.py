@@ -21,7 +21,8 @@ import numpy as np
 from voxcpm2_jax.config.model import ModelConfig
 from voxcpm2_jax.config.plain import UserError, from_dict
 from voxcpm2_jax.config.run import BackboneRun
-from voxcpm2_jax.data import packing, pipeline, synthetic
+from voxcpm2_jax.data import pipeline, synthetic
+from voxcpm2_jax.data.clips import lay_out_draw
 from voxcpm2_jax.data.mixing import Mix
 
 _WARM_UPS = 2  # updates that are not timed
@@ -71,13 +72,13 @@ def _make_data(config: BackboneRun):
     longest = min(budget, round(30 / config.patch_sec))
     if longest < 2:
         raise UserError(f"batch: {batch.slots} slots and {batch.patches} patches hold no clip")
-    source = synthetic.synthetic_corpus(
+    source = synthetic.Synthetic(
         config.seed, num_clips=max(64, batch.rows * batch.slots // 40), vocab_size=model.lm_config.vocab_size,
         patch_shape=(model.patch_size, model.feat_dim), patch_sec=config.patch_sec,
         median_patches=7 / config.patch_sec, sigma=0.6, max_patches=longest,
     )  # fmt: skip
     mix = Mix(config.seed, source.index, source.patch_sec, batch)
-    clips = [packing.lay_out_draw(source, draw) for row in mix.rows(0) for draw in row]
+    clips = [lay_out_draw(source, draw) for row in mix.rows(0) for draw in row]
     return pipeline.host_rows(source, mix, 0), clips
 
 

@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -108,6 +109,13 @@ def _specs(item: pathlib.Path):
 
 
 # ---- weights, on one machine -----------------------------------------------------------------------------------------
+
+
+class Weights(NamedTuple):
+    """Parameters on disk that were checked; `read` reads one of them."""
+
+    shapes: dict[str, tuple[int, ...]]  # by path
+    read: Callable[[str], np.ndarray]  # path -> array, in the dtype of the file
 
 
 def read_weights(path: str | os.PathLike) -> dict:

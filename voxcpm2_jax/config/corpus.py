@@ -1,22 +1,20 @@
-"""TODO config.corpus."""
+"""What `prepare` makes shards from: the embedded corpora, the choice of reference clips, and all other options."""
 
 import re
 from dataclasses import dataclass
 
 from voxcpm2_jax.config.plain import UserError, check_at_least
 
-# ---- data ------------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The corpus that is spoken on the spot: digit strings in English, some words of five other languages."""
+    """The corpus that is synthesised on the spot: digit strings in English, words of five other languages."""
 
     seed: int = 0
     num_digit_clips: int = 8000  # English training clips
     num_foreign_clips: int = 300  # at most 15 % of the training clips
     max_digits: int = 4  # of a string
-    num_heldout: int = 50  # strings of 2 digits and more that are never in training
+    num_heldout: int = 50  # strings of 2 digits and more that are never trained on
 
     def __post_init__(self):
         def check(ok, message):
@@ -35,7 +33,7 @@ class DemoConfig:
         )
 
 
-# The demo corpus by name, in rising size.
+# The demo corpora by name, in order of size.
 DEMOS = {
     "tiny": DemoConfig(num_digit_clips=60, num_foreign_clips=10, max_digits=2, num_heldout=8),
     "demo": DemoConfig(),
@@ -45,11 +43,11 @@ DEMOS = {
 
 @dataclass(frozen=True)
 class DebianConfig:
-    """Real recordings out of Debian's packages: the voice prompts of the Asterisk telephone exchange."""
+    """Real recordings from Debian's packages: the voice prompts of the Asterisk telephone exchange."""
 
-    seed: int = 0  # of what is held out
+    seed: int = 0  # of the choice of held-out texts
     languages: str = "en,es,fr,it,ru"  # some of these
-    num_heldout: int = 20  # texts of each language that are never in training
+    num_heldout: int = 20  # texts of each language that are never trained on
     packages: str = ""  # directory with the .deb files; empty: apt-get downloads them
 
     def __post_init__(self):
@@ -62,17 +60,17 @@ class DebianConfig:
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Which clips may be a clip's reference: others of its speaker and session that sound alike; data/speaker.py.
+    """Which clips may be a clip's reference: clips of its speaker and session with a similar voice (corpus/speaker.py).
 
-    All but the encoder may change from one run of `prepare` to the next: the pairs are then chosen anew, and nothing else.
+    All fields but the encoder may change from one run of `prepare` to the next, which then only chooses the pairs again.
     """
 
-    encoder: str = ""  # of voices: "resemblyzer", or "module:name" of one's own; empty: no pairs
-    min_cosine: float = 0.7  # of two voices' embeddings: what is not above it is no pair
-    references: int = 4  # k, clips that are kept to draw a clip's reference from
-    min_sec: float = 1.0  # shorter clips are nobody's reference
-    max_sec: float = 30.0  # longer clips are nobody's reference
-    need_session: bool = False  # clips without a session: True: have no pairs; False: a speaker's are one session
+    encoder: str = ""  # speaker encoder: "resemblyzer", or "module:name" of another one; empty: no pairs
+    min_cosine: float = 0.7  # two clips are a pair if the cosine of their embeddings is above it
+    references: int = 4  # k, how many clips are kept for each clip, to draw its reference from
+    min_sec: float = 1.0  # shorter clips are never references
+    max_sec: float = 30.0  # longer clips are never references
+    need_session: bool = False  # True: clips without a session have no pairs; False: those of a speaker form one session
     seed: int = 0  # of the choice
 
     def __post_init__(self):
@@ -90,29 +88,29 @@ class PairsConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What `prepare` makes shards from; configs/data.py has the variants."""
+    """The options of `prepare`; configs/data.py has the variants."""
 
-    source: str = "demo"  # "demo": spoken on the spot; "debian": out of Debian's packages; "manifest": what one has
+    source: str = "demo"  # "demo": synthesised on the spot; "debian": from Debian's packages; "manifest": your own
     demo: DemoConfig = DemoConfig()
     debian: DebianConfig = DebianConfig()
-    manifest: str = ""  # JSON lines or tfds:NAME (data/corpus.py); several with commas between
-    heldout: str = ""  # the same, for clips that are not trained on; they become shards of their own, OUTPUT/heldout
+    manifest: str = ""  # JSON lines or tfds:NAME (corpus/sources.py), or several separated by commas
+    heldout: str = ""  # the same, for clips that are not trained on; their shards are OUTPUT/heldout
     tokenizer: str = ""  # directory or file; empty: a new vocabulary from the transcripts
     vocab_size: int = 512  # V of a new vocabulary
-    vocab_temperature: float = 1.0  # a language counts its characters ** (1 / temperature) in it: over 1 is more even
-    vocab_chars: int = 100_000_000  # most characters of text that it is learned from: bounds memory
+    vocab_temperature: float = 1.0  # a language's share in it is characters ** (1 / temperature): over 1 is more even
+    vocab_chars: int = 100_000_000  # it is learned from at most this many characters: bounds memory
     patch_size: int = 4  # P, latent frames in a patch
-    trim: str = "none"  # cut at both ends: "silence", "vad" (what is no speech, silence or not), "none"
+    trim: str = "none"  # cut at both ends: "silence", "vad" (everything that is not speech), "none"
     trim_db: float = -50.0  # silence is this far below the loudest 10 ms
-    trim_keep_ms: float = 200.0  # stays at each end, as far as it is there; "vad" hears soft consonants up to 120 ms late
-    min_sec: float = 0.16  # shorter clips are left out
-    max_sec: float = 60.0  # longer clips are left out
+    trim_keep_ms: float = 200.0  # kept at each end, if it is there; "vad" detects soft consonants up to 120 ms late
+    min_sec: float = 0.16  # shorter clips are skipped
+    max_sec: float = 60.0  # longer clips are skipped
     latent_dtype: str = "float16"  # in the shards: "float16", "bfloat16", "float32"
-    sentence_case: bool = False  # transcripts in capitals alone become small letters with capitals at sentence starts
+    sentence_case: bool = False  # transcripts in capitals become lower case, with capitals where sentences start
     shard_clips: int = 4096  # recordings of one shard
     host: int = 0  # this machine makes shards host, host + num_hosts, ..
     num_hosts: int = 1
-    encode_sec: float = 60.0  # seconds of audio the codec hears at once
+    encode_sec: float = 60.0  # seconds of audio in one batch of the codec
     pairs: PairsConfig = PairsConfig()
 
     def __post_init__(self):
@@ -132,7 +130,7 @@ class DataConfig:
         check(self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
         check(0 < self.min_sec < self.max_sec, f"expected 0 < min_sec < max_sec, got {self.min_sec} and {self.max_sec}")
         check(self.trim in ("none", "silence", "vad"), f"trim must be none, silence or vad, got {self.trim!r}")
-        check(self.trim_db < 0, f"trim_db must be negative, got {self.trim_db}; to leave silence, set trim to none")
+        check(self.trim_db < 0, f"trim_db must be negative, got {self.trim_db}; to keep silence, set trim to none")
         check(self.trim_keep_ms >= 0, f"trim_keep_ms must be 0 or more, got {self.trim_keep_ms}")
         check(self.shard_clips >= 1, f"shard_clips must be at least 1, got {self.shard_clips}")
         check(0 <= self.host < self.num_hosts, f"host must lie in 0..num_hosts - 1, got {self.host} of {self.num_hosts}")

@@ -3,13 +3,13 @@
     tfds:librispeech@train_clean100+train_clean360    tfds:common_voice/de@train    tfds:xtreme_s/fleurs.en_us@validation
     tfds:ljspeech:1.1.1@train[:95%]                   tfds:voxcpm2_demo/tiny@heldout
 
-Without SPLIT it is train, without VERSION the newest there is. A set is looked for in TFDS_DATA_DIR
-(~/tensorflow_datasets), and has to be prepared there, once and with TensorFlow, in a format that is read by random access:
+The default SPLIT is train, the default VERSION the newest one present. Data sets are read from TFDS_DATA_DIR
+(~/tensorflow_datasets). They have to be prepared there once, with TensorFlow, in a format with random access:
 
     tfds.builder("librispeech", file_format="array_record").download_and_prepare()
 
-Only voxcpm2_demo, the demo corpus of embedded.py, is made on the spot. Two things are read of each example: its words when
-the recording is asked for, its samples when the audio is loaded, so that a set of any size takes no memory.
+Only voxcpm2_demo, the demo corpus, is made here if it is missing. An example is read twice: its words when the recording is
+asked for, its samples when the audio is loaded. So a data set of any size takes no memory.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ _FORMAT = "array_record"
 
 
 class Audio(tfds.features.Tensor):
-    """Takes the place of tfds.features.Audio wherever a prepared set names it: that class cannot be made without TensorFlow.
+    """Replaces tfds.features.Audio, which cannot be constructed without TensorFlow, when a prepared set is opened.
 
-    Samples are read as they were stored; with lazy_decode these are the bytes of an audio file.
+    It returns samples as they are stored; with lazy_decode these are the bytes of an audio file.
     """
 
     ALIASES: ClassVar = ["tensorflow_datasets.core.features.audio_feature.Audio"]
@@ -51,17 +51,17 @@ class Audio(tfds.features.Tensor):
     def from_json_content(cls, value) -> "Audio":
         """From the AudioFeature of a features.json (feature.proto)."""
         if value.lazy_decode:
-            return cls(sample_rate=None, shape=(), dtype=np.object_)  # the file knows its rate
+            return cls(sample_rate=None, shape=(), dtype=np.object_)  # the file says its rate
         shape = tuple(None if size < 0 else size for size in value.shape.dimensions)
         encoding = value.encoding or "none"
         return cls(sample_rate=value.sample_rate or None, shape=shape, dtype=np.dtype(value.dtype), encoding=encoding)
 
 
-# ---- the field names of known sets -----------------------------------------------------------------------------------
+# ---- the fields of known sets ----------------------------------------------------------------------------------------
 
 
 class Fields(NamedTuple):
-    """What a set calls that which a Recording has."""
+    """The names that a data set has for the fields of a Recording."""
 
     audio: str
     text: str
@@ -69,9 +69,9 @@ class Fields(NamedTuple):
     session: str | None = None
     description: str | None = None
     language: str | None = None
-    code: Callable[[str], str] | None = None  # language code of what `language` holds, or without it of the config's name
-    rate: int | None = None  # Hz, of sets that do not say theirs
-    one_speaker: str | None = None  # of sets that do not say theirs
+    code: Callable[[str], str] | None = None  # language code from the field `language`, or without one from the config's name
+    rate: int | None = None  # Hz, for sets that do not state it
+    one_speaker: str | None = None  # for sets of one speaker, who is not named in them
 
 
 def _english(_: str) -> str:
@@ -90,7 +90,7 @@ FIELDS = {
     "vctk": Fields("speech", "text", "speaker", code=_english),
     "tedlium": Fields("speech", "text", "speaker_id", code=_english),
     "user_libri_audio": Fields("audio", "transcript", "speaker_id", "book_id", code=_english),
-    "common_voice": Fields("voice", "sentence", "client_id", code=_base, rate=48000),  # as its mp3 files have
+    "common_voice": Fields("voice", "sentence", "client_id", code=_base, rate=48000),  # the rate of its mp3 files
     "xtreme_s": Fields("audio", "raw_transcription", language="lang_id", code=_base),  # FLEURS
     "voxcpm2_demo": Fields("audio", "text", "speaker", None, "description", "language"),
 }
@@ -114,9 +114,9 @@ class Dataset(Sequence):
     """The recordings of a split, in its order.
 
     Attributes:
-        name: as it was asked for.   sha256: of what TFDS says of the set (sizes, shards, versions) and of the split.
+        name: as given.   sha256: of the set's description (sizes, shards, versions) and of the split.
     Raises:
-        UserError: a set, version or split that is not there, or one in another format or with other fields.
+        UserError: a missing set, version or split, or one in another format or with other fields.
     """
 
     def __init__(self, name: str):
@@ -151,7 +151,7 @@ class Dataset(Sequence):
             return None
         rate = getattr(feature, "sample_rate", None) or (info.metadata or {}).get("sample_rate") or self._fields.rate
         if not rate:
-            raise UserError(f"{self.name}: neither its field {self._fields.audio} nor its metadata tells a sample rate")
+            raise UserError(f"{self.name}: neither its field {self._fields.audio} nor its metadata states a sample rate")
         return int(rate)
 
     def __len__(self) -> int:
@@ -196,7 +196,7 @@ class Dataset(Sequence):
 
 
 def _builder(name: str) -> tfds.core.DatasetBuilder:
-    """The prepared set of NAME[/CONFIG][:VERSION]; the demo's is prepared if need be."""
+    """The prepared set of NAME[/CONFIG][:VERSION]; prepares the demo set if it is missing."""
     match = re.fullmatch(r"(\w+)(?:/([\w.+-]+))?(?::([\d.]+))?", name)
     if not match:
         raise UserError(f"{TFDS}{name}: expected {TFDS}NAME[/CONFIG][:VERSION][@SPLIT]")
@@ -211,7 +211,7 @@ def _builder(name: str) -> tfds.core.DatasetBuilder:
         found = f", which has {match[1]} in {', '.join(there)}" if there else ""
         raise UserError(f"{TFDS}{name}: not in {' or '.join(map(str, places))} (TFDS_DATA_DIR){found}; {advice}") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{TFDS}{name}: what describes the set is not JSON ({error}); {advice}") from None
+        raise UserError(f"{TFDS}{name}: its description is not valid JSON ({error}); {advice}") from None
     formats = [builder.info.file_format, *builder.info.alternative_file_formats]
     if tfds.core.FileFormat.ARRAY_RECORD not in formats:
         there = " and ".join(form.value for form in formats)
@@ -227,7 +227,7 @@ def _demo_builder(name: str, config: str | None, version: str | None) -> tfds.co
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
-        builder.data_path.parent.mkdir(parents=True, exist_ok=True)  # TFDS tells of its work before it finds that it cannot
+        builder.data_path.parent.mkdir(parents=True, exist_ok=True)  # before TFDS prints that it begins
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare()
     except OSError as error:
@@ -239,9 +239,9 @@ def _demo_builder(name: str, config: str | None, version: str | None) -> tfds.co
 
 
 class Voxcpm2Demo(tfds.core.GeneratorBasedBuilder):
-    """The demo corpus (embedded.py): digit strings in English, words of five more languages."""
+    """The demo corpus: digit strings in English, words of five more languages."""
 
-    VERSION = tfds.core.Version("1.0.0")  # to be raised when DEMOS or the voices change
+    VERSION = tfds.core.Version("1.0.0")  # raise it when DEMOS or the voices change
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=name, description=str(config)) for name, config in DEMOS.items()]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -257,7 +257,7 @@ class Voxcpm2Demo(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        self._scratch = tempfile.TemporaryDirectory()  # goes when the builder goes
+        self._scratch = tempfile.TemporaryDirectory()  # deleted with the builder
         train, heldout = demo.make_demo(self._scratch.name, DEMOS[self.builder_config.name])
         return {"train": self._generate_examples(train), "heldout": self._generate_examples(heldout)}
 

@@ -1,14 +1,9 @@
-"""Corpora that are made on the spot, as recordings beside manifests: train.jsonl and, if anything is held out, heldout.jsonl.
+"""The debian corpus: voice prompts of the Asterisk telephone exchange, from Debian's packages.
 
-There are two:
-
-    demo      digit strings by a neural English voice (hibari-tts, Apache-2.0), and some words of five more languages by
-              espeak-ng voices, each with a description. Synthetic: figures made on it say so.
-    debian    voice prompts of the Asterisk telephone exchange, out of Debian's packages: real recordings at 16 kHz with
-              transcripts, one speaker a language: Allison Smith (en, es), June Wallack (fr), Carlo Flora (it), Maxim Topal's
-              ivrvoice.ru (ru). CC-BY-SA-3.0, the Russian ones CC-BY-3.0: each package's copyright file, which has the
-              credits, is put beside the recordings, with a line on what was changed. Of the Spanish transcripts most are
-              written without accents.
+Real recordings at 16 kHz with transcripts, one speaker per language: Allison Smith (en, es), June Wallack (fr), Carlo Flora
+(it), Maxim Topal's ivrvoice.ru (ru). The licence is CC-BY-SA-3.0, that of the Russian ones CC-BY-3.0. The copyright file of
+each package, which holds the credits, is put beside the recordings with a line on what was changed. Most of the Spanish
+transcripts are written without accents.
 """
 
 import gzip
@@ -28,28 +23,27 @@ import numpy as np
 from voxcpm2_jax.config.corpus import DebianConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.corpus.manifest import Recording, write_split
+from voxcpm2_jax.corpus.trim import trim_silence
 from voxcpm2_jax.data import audio
 
-# ---- Debian's recordings ---------------------------------------------------------------------------------------------
-
 _DEBIAN_HZ = 16000
-_KEEP_MS = 100.0  # of silence at the ends: the recordings breathe out
+_KEEP_MS = 100.0  # of silence at the ends, where the recordings fade out
 _NO_SPEECH = re.compile(r"silence/.*|beep(err)?|(as|des)cending-2tone|confbridge-(join|leave)|tt-monkeys")
 _SIGN = re.compile(r"\[[^\w\]]*\]|[“”]")  # the sign that a prompt names, such as "at [@]", and quotes
-_REMARK = re.compile(r"[][<>(){}*#/|\"]|\w-\w+:")  # remarks, signs, and the name of the next prompt in the same line
-_MOST_LETTERS_A_SEC = 18.5  # of the quickest speech in it; more are the transcript of something else
-_MOST_SEC = 60.0
+_REMARK = re.compile(r"[][<>(){}*#/|\"]|\w-\w+:")  # remarks, signs, and the name of another prompt in the same line
+_MAX_LETTERS_PER_SEC = 18.5  # the fastest speech among them; a transcript with more belongs to another recording
+_MAX_SEC = 60.0
 
 
 def make_debian(directory: str | os.PathLike, config: DebianConfig) -> tuple[pathlib.Path, pathlib.Path]:
     """Fetches and unpacks voice prompts into `directory`: flac/LANGUAGE/NAME.flac, copyright files, then the manifests.
 
-    Left out: prompts without speech, those whose transcript is missing or is not what is said, and those of over a minute.
+    Skips prompts without speech, with a missing or wrong transcript, or of more than a minute.
 
     Returns:
-        The manifests of training and of held-out recordings; no text is in both.
+        The manifests of the training recordings and of the held-out ones; no text is in both.
     Raises:
-        UserError: a tool or a package that is not there, or fewer texts than are to be held out.
+        UserError: a missing tool or package, or fewer texts than are to be held out.
     """
     if importlib.util.find_spec("av") is None:
         raise UserError("the debian corpus needs av: pip install 'voxcpm2-jax[demo]'")
@@ -71,14 +65,14 @@ def make_debian(directory: str | os.PathLike, config: DebianConfig) -> tuple[pat
 
 
 def _decode_prompts(root: pathlib.Path, language: str, target: pathlib.Path) -> list[Recording]:
-    """Writes what can be learnt from of an unpacked language as target/NAME.flac."""
+    """Writes the usable recordings of an unpacked language as target/NAME.flac."""
     from rich.console import Console
     from rich.progress import track
 
     voices = sorted((root / _SOUNDS).glob("*/"))
     if len(voices) != 1:
         raise UserError(f"the packages of {language}: expected one voice in {_SOUNDS}, got {len(voices)}; not a known version")
-    speaker = voices[0].name.split("_")[-1].lower()  # of such as en_US_f_Allison
+    speaker = voices[0].name.split("_")[-1].lower()  # directories are named like en_US_f_Allison
     prompts = list(_prompts(root, voices[0], language))
     for parent in {(target / name).parent for name, _ in prompts}:
         parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +82,7 @@ def _decode_prompts(root: pathlib.Path, language: str, target: pathlib.Path) -> 
         bar = track(jobs, f"decoding {language}", console=Console(stderr=True), disable=not sys.stderr.isatty())
         for (name, text), job in zip(prompts, bar):
             file, sec = target / f"{name}.flac", job.result()
-            if sec > _MOST_SEC or sum(map(str.isalnum, text)) > _MOST_LETTERS_A_SEC * sec:
+            if sec > _MAX_SEC or sum(map(str.isalnum, text)) > _MAX_LETTERS_PER_SEC * sec:
                 file.unlink()
             else:
                 recordings.append(Recording(file, text, duration=sec, dataset="debian", language=language, speaker=speaker))
@@ -100,7 +94,7 @@ _DOCS = pathlib.PurePath("usr/share/doc")
 
 
 def _packages(language: str, given: str, scratch: pathlib.Path) -> list[pathlib.Path]:
-    """The package of transcripts and that of recordings, downloaded unless their directory is given."""
+    """The package of transcripts and that of recordings; downloads them unless their directory is given."""
     names = [f"asterisk-core-sounds-{language}", f"asterisk-core-sounds-{language}-g722"]
     directory = pathlib.Path(given) if given else scratch
     if not given:
@@ -125,7 +119,7 @@ def _run(*command: str | os.PathLike, cwd: pathlib.Path | None = None) -> None:
 
 
 def _prompts(root: pathlib.Path, voice: pathlib.Path, language: str) -> Iterator[tuple[str, str]]:
-    """(name, transcript) of the recordings whose transcript is clear, by name."""
+    """(name, transcript) of the recordings with one clear transcript, in the order of names."""
     listing = root / _DOCS / f"asterisk-core-sounds-{language}" / f"core-sounds-{language}.txt.gz"
     if not listing.is_file():
         raise UserError(f"the packages of {language}: no {listing.relative_to(root)}; not a known version")
@@ -142,18 +136,18 @@ def _prompts(root: pathlib.Path, voice: pathlib.Path, language: str) -> Iterator
 
 
 def _is_clear(text: str) -> bool:
-    """Whether a transcript is what is said: no remarks, nothing that is written otherwise than it is spoken."""
-    in_a_word = (match[1].islower() for match in re.finditer(r"\?\s*(\w)", text))  # a ? stands for a letter that was lost
+    """Whether a transcript is exactly what is said: no remarks, no signs, no lost letters."""
+    in_a_word = (match[1].islower() for match in re.finditer(r"\?\s*(\w)", text))  # a ? in a word replaces a lost letter
     return any(map(str.isalpha, text)) and not _REMARK.search(text) and not any(in_a_word)
 
 
 def _decode(source: pathlib.Path, target: pathlib.Path) -> float:
-    """G.722 to FLAC, without the silence at its ends; the result is its seconds."""
+    """Converts G.722 to FLAC without the silence at its ends -> its seconds."""
     import av
 
     with av.open(str(source), format="g722") as container:
         audio_A = np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])
-    audio_A = audio.trim_silence(audio_A / np.float32(2**15), _DEBIAN_HZ, keep_ms=_KEEP_MS)
+    audio_A = trim_silence(audio_A / np.float32(2**15), _DEBIAN_HZ, keep_ms=_KEEP_MS)
     audio.save(target, audio_A, _DEBIAN_HZ)
     return round(len(audio_A) / _DEBIAN_HZ, 4)
 
@@ -163,7 +157,7 @@ def _words(text: str) -> str:
 
 
 def _held_out(texts: list[str], config: DebianConfig, language: str) -> set[str]:
-    """The words of the texts that are not trained on, a seeded draw from those of four words and more."""
+    """The held-out texts, as words: a seeded draw from those of four words and more."""
     several = sorted({words for words in map(_words, texts) if len(words.split()) >= 4})
     if len(several) <= config.num_heldout:
         raise UserError(f"debian: num_heldout {config.num_heldout} is too many: {language} has {len(several)} texts of 4 words")
@@ -171,7 +165,7 @@ def _held_out(texts: list[str], config: DebianConfig, language: str) -> set[str]
 
 
 def _credit(directory: pathlib.Path, root: pathlib.Path, language: str, packages: list[pathlib.Path]) -> None:
-    """Whose recordings they are, under which licence, and what was done to them."""
+    """Writes the package's copyright file beside the recordings, with a line on what was changed."""
     copyright_file = root / _DOCS / f"asterisk-core-sounds-{language}-g722" / "copyright"
     head = (
         f"Recordings in flac/{language} come from the Debian packages {' and '.join(p.name for p in packages)}.\n"

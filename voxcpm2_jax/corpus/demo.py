@@ -1,4 +1,8 @@
-"""TODO corpus.demo."""
+"""The demo corpus, synthesised on the spot: digit strings in English, and words of five other languages.
+
+The digit strings are spoken by a neural English voice (hibari-tts, Apache-2.0), the words by espeak-ng voices, each with a
+description. All of it is synthetic, and figures measured on it have to say so.
+"""
 
 import ctypes
 import functools
@@ -17,12 +21,11 @@ import numpy as np
 from voxcpm2_jax.config.corpus import DemoConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.corpus.manifest import Recording, write_split
+from voxcpm2_jax.corpus.trim import trim_silence
 from voxcpm2_jax.data import audio
 
 DEMO_HZ = 24000
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-# ---- demo corpus -----------------------------------------------------------------------------------------------------
 
 # espeak-ng voice: (description, words)
 FOREIGN = {
@@ -55,12 +58,12 @@ FOREIGN = {
 
 
 def demo_texts(config: DemoConfig) -> tuple[list[str], list[str], list[tuple[str, str]]]:
-    """What the demo corpus says, a function of the config alone.
+    """The texts of the demo corpus, a function of the config alone.
 
     Returns:
-        digit strings to train on (all ten digits alone first, then a seeded draw, strings may repeat), held-out digit
-        strings (distinct, of 2 digits and more, never among the former; the ten strings of one digit are too few to
-        hold any out), and pairs (espeak-ng voice, word).
+        Digit strings to train on (first the ten digits alone, then a seeded draw with repetition); held-out digit strings
+        (distinct, never trained on, of 2 digits and more, since there are only ten strings of one digit); and pairs
+        (espeak-ng voice, word).
     """
     lengths = range(2, config.max_digits + 1)
     draw = random.Random(f"{config.seed} held out")
@@ -71,7 +74,8 @@ def demo_texts(config: DemoConfig) -> tuple[list[str], list[str], list[tuple[str
     every_length = range(1, config.max_digits + 1)
     train = list(DIGITS[: config.num_digit_clips])
     while len(train) < config.num_digit_clips:
-        # Strings of n digits n**2 times: there are 10**n of them, and few that come often are learned by heart.
+        # Strings of n digits are drawn n**2 times as often as single digits: there are 10**n of them, and strings that
+        # repeat often are learned by heart.
         (length,) = draw.choices(every_length, weights=[n**2 for n in every_length])
         text = _digits(draw, length)
         if text not in heldout:
@@ -87,7 +91,7 @@ def _digits(draw: random.Random, length: int) -> str:
 
 
 def make_demo(directory: str | os.PathLike, config: DemoConfig, *, num_processes: int = 2) -> tuple[pathlib.Path, pathlib.Path]:
-    """Speaks the demo corpus into `directory`: wav/*.wav (24 kHz, trimmed), then train.jsonl and heldout.jsonl.
+    """Synthesises the demo corpus into `directory`: wav/*.wav (24 kHz, trimmed), then train.jsonl and heldout.jsonl.
 
     Returns:
         The two manifests.
@@ -111,7 +115,7 @@ def make_demo(directory: str | os.PathLike, config: DemoConfig, *, num_processes
     english += [(f"heldout-{i:05d}", text) for i, text in enumerate(heldout)]
     robots = [(f"robot-{i:05d}", *pair) for i, pair in enumerate(foreign)]
     jobs = [(directory, config, english[i : i + 50]) for i in range(0, len(english), 50)]
-    # espeak-ng keeps state between its calls: the same sound each time needs one fresh process and one order.
+    # espeak-ng keeps state between calls: for the same sound every time it needs one fresh process and one order.
     spawn = multiprocessing.get_context("spawn")
     durations: dict[str, float] = {}
     with ProcessPoolExecutor(1, spawn) as robot_pool, ProcessPoolExecutor(num_processes, spawn) as pool:
@@ -137,11 +141,11 @@ def make_demo(directory: str | os.PathLike, config: DemoConfig, *, num_processes
 
 
 def _speak_english(directory: pathlib.Path, config: DemoConfig, names_texts: list[tuple[str, str]]) -> dict[str, float]:
-    """Writes clips of the English voice; the result is the seconds of each."""
+    """Writes clips of the English voice -> the seconds of each."""
     voice = _english_voice()
     durations = {}
     for name, text in names_texts:
-        # Commas make it a list of digits, each clear of the next. The seed moves only the voice's noise.
+        # With commas the voice reads a list and separates the digits. The seed changes only the voice's noise.
         spoken = text.replace(" ", ", ").capitalize() + "."
         durations[name] = _write_clip(directory, name, voice(spoken, seed=zlib.crc32(f"{config.seed} {name}".encode())))
     return durations
@@ -155,7 +159,7 @@ def _english_voice():
 
 
 def _speak_robots(directory: pathlib.Path, config: DemoConfig, robots: list[tuple[str, str, str]]) -> dict[str, float]:
-    """Writes clips of the espeak-ng voices; the result is the seconds of each."""
+    """Writes clips of the espeak-ng voices -> the seconds of each."""
     say = _espeak()
     durations = {}
     for name, voice, word in robots:
@@ -165,7 +169,7 @@ def _speak_robots(directory: pathlib.Path, config: DemoConfig, robots: list[tupl
 
 
 def _espeak() -> Callable[[str, str], np.ndarray]:
-    """espeak-ng as a function (voice, text) -> float32 [A] at DEMO_HZ. Its sound depends on the calls before."""
+    """espeak-ng as a function (voice, text) -> float32 [A] at DEMO_HZ. Its sound depends on earlier calls."""
     import espeakng_loader
 
     synchronous, utf8 = 2, 1
@@ -196,6 +200,6 @@ def _espeak() -> Callable[[str, str], np.ndarray]:
 
 
 def _write_clip(directory: pathlib.Path, name: str, audio_A: np.ndarray) -> float:
-    audio_A = audio.trim_silence(audio_A, DEMO_HZ)
+    audio_A = trim_silence(audio_A, DEMO_HZ)
     audio.save(directory / f"wav/{name}.wav", audio_A, DEMO_HZ)
     return round(len(audio_A) / DEMO_HZ, 4)

@@ -1,21 +1,16 @@
-"""Where clips come from: `open_corpus` of a name -> recordings with a hash.
+"""Manifests: JSON lines, one object per recording.
 
-    FILE                                    a manifest, JSON lines
-    tfds:NAME[/CONFIG][:VERSION][@SPLIT]    a TensorFlow data set on this machine (datasets.py)
-
-A manifest has one object per line. The reference's fine-tuning manifests are read as they are; of our own are the keys
-from `dataset` on:
+The reference's fine-tuning manifests are read as they are; the keys from `dataset` on are additions:
 
     {"audio": "wav/00001.wav", "text": "three seven two", "ref_audio": "wav/00007.wav", "duration": 1.2,
      "ref_duration": 1.0, "dataset_id": 0, "is_prompt": false, "dataset": "demo", "language": "en", "speaker": "heart",
      "session": "a", "description": "a calm woman", "start_sec": 0.5, "end_sec": 1.7}
 
-Only `audio` and `text` must be there. Paths are relative to the manifest. Other keys are left alone, unless they look
-like one of these misspelt.
+Only `audio` and `text` are required. Paths are relative to the manifest. Unknown keys are ignored, unless they look like a
+misspelt known one.
 """
 
 import array
-import collections
 import dataclasses
 import difflib
 import hashlib
@@ -23,16 +18,16 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.data import audio
 
-TFDS = "tfds:"
+TFDS = "tfds:"  # a name that begins with it is a TensorFlow data set, not a manifest
 TRAIN, HELDOUT = "train.jsonl", "heldout.jsonl"  # manifests of an embedded corpus
 
 
@@ -46,18 +41,18 @@ class Recording:
     duration: float | None = None  # s, a hint
     ref_duration: float | None = None  # s, a hint
     dataset_id: int = 0
-    is_prompt: bool = False  # only listened to: bears no loss
+    is_prompt: bool = False  # a prompt clip, which bears no loss
     dataset: str | None = None
     language: str | None = None
     speaker: str | None = None
     session: str | None = None
-    description: str | None = None  # of voice or style; goes in parentheses before the text
-    start_sec: float | None = None  # the part of the file that is meant
+    description: str | None = None  # of voice or style; put in parentheses before the text
+    start_sec: float | None = None  # the clip is this part of the file; None: its beginning, its end
     end_sec: float | None = None
 
     @property
     def full_text(self) -> str:
-        """What the tokenizer sees."""
+        """The text with its description, as it is tokenized."""
         return f"({self.description}){self.text}" if self.description else self.text
 
 
@@ -67,12 +62,12 @@ _TYPES = {"audio": str, "text": str, "ref_audio": str, "dataset_id": int, "is_pr
 
 
 class Manifest(Sequence):
-    """The recordings of a manifest, in its order. In memory is only where each line begins; audio is not opened.
+    """The recordings of a manifest, in its order. Memory holds only the position of each line; no audio is opened.
 
     Attributes:
         name: its path.   sha256: of the file.
     Raises:
-        UserError: no such file, or a line that is wrong, with its number.
+        UserError: no such file, or a faulty line, with its number.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -149,39 +144,24 @@ def _recording(line: bytes, root: pathlib.Path, where: str) -> Recording:
             raise UserError(f"{where}: no {key}")
     start, end = fields.get("start_sec", 0.0), fields.get("end_sec")
     if start < 0 or (end is not None and end <= start):
-        raise UserError(f"{where}: start_sec {start} and end_sec {end} do not bound a part")
+        raise UserError(f"{where}: start_sec {start} and end_sec {end} do not bound a part; expected 0 <= start_sec < end_sec")
     return Recording(**fields)
 
 
-def in_threads(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int = 64) -> Iterator[tuple]:
-    """(item, function(item)) of all items, in order, never more than `ahead` results waiting."""
-    pending = collections.deque()
-    for item in items:
-        pending.append((item, pool.submit(function, item)))
-        if len(pending) > ahead:
-            item, future = pending.popleft()
-            yield item, future.result()
-    for item, future in pending:
-        yield item, future.result()
-
-
 def write_manifest(path: str | os.PathLike, recordings: Iterable[Recording]) -> None:
-    """Writes a manifest, whole or not at all; paths below its directory become relative to it."""
-    path = pathlib.Path(path)
-    root = path.parent.resolve()
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
+    """Writes a manifest; paths below its directory become relative to it."""
+    root = pathlib.Path(path).parent.resolve()
+    with files.aside(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for recording in recordings:
             entry = {k: v for k, v in vars(recording).items() if v != _KEYS[k].default}
             for key in entry.keys() & {"audio", "ref_audio"}:
                 target = pathlib.Path(entry[key]).resolve()
                 entry[key] = str(target.relative_to(root) if target.is_relative_to(root) else target)
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    aside.replace(path)
 
 
 def write_split(directory: pathlib.Path, train: list[Recording], heldout: list[Recording]) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes the two manifests of an embedded corpus -> their paths; without held-out clips there is no second file."""
+    """Writes the two manifests of an embedded corpus -> their paths. Without held-out clips it writes only the first."""
     if heldout:
         write_manifest(directory / HELDOUT, heldout)
     write_manifest(directory / TRAIN, train)

@@ -1,21 +1,21 @@
-"""Recordings to shards: load, trim, pad, codec latents, text ids, provenance.
+"""`voxcpm2-jax prepare`: recordings to shards that can be trained on.
 
-    manifest -> load at the codec's rate -> trim -> pad right to whole patches -> codec -> records -> shards
-             -> text normalised -> tokenizer -> ids of text and of "(description)text"
+    OUTPUT/making.json                       what the shards are made from; a run with other sources or settings is refused
+    OUTPUT/demo, debian                      the recordings of an embedded corpus
+    OUTPUT/codec, tokenizer                  copies of what makes latents and ids
+    OUTPUT/shard-00003-of-00040.*            one shard and its part file (shard.py)
+    OUTPUT/lengths.npy, header.json, ...     written when all shards are complete (header.py)
+    OUTPUT/heldout                           shards of the held-out clips, in the same layout
 
-    OUTPUT/making.json                       what the shards are made from: another run must agree, or is refused
-    OUTPUT/shard-00003-of-00040.array_record records of recordings 3 S .. 4 S - 1, in order
-    OUTPUT/shard-00003-of-00040.npz          written when the shard is whole: what header and index need of it
-    OUTPUT/header.json, lengths.npy          written when all shards are whole (pipeline.py)
-    OUTPUT/pairs.npy                         likewise, if references are to be chosen (data/speaker.py)
+A run that was stopped continues with the missing shards. Several hosts share the work without communicating: host i of n
+makes shards i, i + n, ..., and a host that finds all shards complete writes the header. Recordings that cannot be used are
+skipped, counted by reason in the header and listed in skipped.jsonl.
 
-A shard follows from its recordings alone. So a run that was stopped goes on with the shards that are missing, and many
-hosts share the work without a word between them: host i of n makes shards i, i + n, ..; whoever finds all of them
-whole writes the header. Recordings that are of no use are left out, counted by reason in the header and listed in
-skipped.jsonl. Memory holds half an hour of audio and 24 bytes a recording, whatever the size of the corpus; while pairs
-are chosen, at most 1 GB of embeddings and 150 bytes a recording.
+Memory holds half an hour of audio and 24 bytes per recording, whatever the size of the corpus; while pairs are chosen, at
+most 1 GB of embeddings and 150 bytes per recording.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -26,24 +26,23 @@ from voxcpm2_jax import files, workdir
 from voxcpm2_jax.config.corpus import DataConfig
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
-from voxcpm2_jax.corpus import debian, demo, manifest, sources, speaker, vad
-from voxcpm2_jax.corpus.shard import Maker, sources_sha256
+from voxcpm2_jax.corpus import debian, demo, header, manifest, shard, sources, speaker, trim
+from voxcpm2_jax.corpus.encode import ClipEncoder
 from voxcpm2_jax.data.shards import Header
 from voxcpm2_jax.data.text import normal_text
 from voxcpm2_jax.data.tokenizer import Tokenizer, balanced, load_tokenizer, train_tokenizer
-from voxcpm2_jax.files import once
 
 MAKING_FILE = "making.json"
-HELDOUT = "heldout"  # directory of the shards that are not trained on, inside the others
+HELDOUT = "heldout"  # directory of the held-out shards, inside that of the others
 
 
 def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLike | None) -> dict:
-    """What `voxcpm2-jax prepare` does: `make_shards` with the codec of checkpoint `vae`; the result sums the shards up.
+    """Calls `make_shards` with the codec of checkpoint `vae`; returns a summary of the shards.
 
-    Without a codec an embedded corpus is made and nothing else: recordings and manifests that a codec can be trained on.
+    Without a codec it only makes the recordings and manifests of an embedded corpus, which a codec can be trained on.
 
     Raises:
-        UserError: as make_shards, or recordings of one's own without a codec.
+        UserError: as make_shards, or a manifest without a codec.
     """
     if vae is None:
         if config.source == "manifest":
@@ -53,51 +52,35 @@ def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLik
         return {"output": str(output), "clips": clips, "heldout_clips": heldout_clips}
     vae_config, vae_params = workdir.load_codec(vae)
     start = time.monotonic()
-    header = make_shards(config, output, vae_params, vae_config)
-    if header is None:
-        left = "some shards are other hosts' to make; whoever comes last writes the header"
+    made = make_shards(config, output, vae_params, vae_config)
+    if made is None:
+        left = "other hosts still have shards to make; the last one writes the header"
         return {"output": str(output), "host": config.host, "num_hosts": config.num_hosts, "left": left}
     return {
         "output": str(output),
-        "clips": header.num_clips,
-        "hours": round(header.hours, 4),
-        "skipped": header.skipped,
-        **({"clips_with_pairs": header.pairs["clips"]} if header.pairs else {}),
-        "vocab_size": header.vocab_size,
-        "latent_std": [round(min(header.latent_std), 4), round(max(header.latent_std), 4)],
+        "clips": made.num_clips,
+        "hours": round(made.hours, 4),
+        "skipped": made.skipped,
+        **({"clips_with_pairs": made.pairs["clips"]} if made.pairs else {}),
+        "vocab_size": made.vocab_size,
+        "latent_std": [round(min(made.latent_std), 4), round(max(made.latent_std), 4)],
         "wall_sec": round(time.monotonic() - start, 1),
     }
 
 
-def _make_recordings(config: DataConfig, output: str | os.PathLike) -> None:
-    with files.fresh_directory(output) as aside:
-        if config.source == "demo":
-            demo.make_demo(aside, config.demo)
-        else:
-            debian.make_debian(aside, config.debian)
-
-
-def _recordings_in(directory: str | os.PathLike) -> list[list[sources.Corpus]]:
-    """What _make_recordings left: to train on, and held out."""
-    paths = [pathlib.Path(directory) / name for name in (manifest.TRAIN, manifest.HELDOUT)]
-    return [[sources.open_corpus(path)] if path.exists() else [] for path in paths]
-
-
 def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_config: AudioVAEConfig) -> Header | None:
-    """Makes this host's shards of `output`, and of `heldout` in it if there are held-out clips.
-
-    An embedded corpus stays in output/demo or output/debian; copies of codec and tokenizer lie beside it.
+    """Makes this host's shards in `output`, and in its directory heldout if there are held-out clips.
 
     Returns:
-        The header; None if other hosts have shards to make.
+        The header; None if other hosts still have shards to make.
     Raises:
-        UserError: the output holds something else, a manifest is wrong, or no recording is of use.
+        UserError: the output holds something else, a manifest is wrong, or no recording can be used.
     """
     output = pathlib.Path(output)
     was_there = output.exists()
     if was_there and not output.is_dir():
         raise UserError(f"{output}: not a directory")
-    # Names with a dot in front are what another host makes at the moment, or what a killed one left.
+    # Names that begin with a dot are what another host is writing now, or what a killed one left.
     found = {name for name in os.listdir(output) if not name.startswith(".")} if was_there else set()
     if MAKING_FILE not in found and found - {config.source}:
         raise UserError(f"{output}: already there; choose a directory that is absent or empty")
@@ -105,24 +88,27 @@ def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_c
         if config.source == "manifest":
             train, heldout = sources.open_corpora(config.manifest), sources.open_corpora(config.heldout)
         else:
-            once(output / config.source, lambda aside: _make_recordings(config, aside / config.source))
+            files.once(output / config.source, lambda temporary: _make_recordings(config, temporary / config.source))
             train, heldout = _recordings_in(output / config.source)
         codec_hash = workdir.codec_sha256(vae_params, vae_config)
-        encoder = speaker.load_encoder(config.pairs.encoder) if config.pairs.encoder else None
-        models = {"vad": vad.load_vad()} if config.trim == "vad" else {}
-        models |= {"speaker": {"name": config.pairs.encoder, "sha256": encoder.sha256}} if encoder else {}
-        # Before anything is written: the vocabulary is where mistakes are made.
-        tokenizer = None if (output / "tokenizer").exists() else _tokenizer(config, train)
+        speaker_encoder = speaker.load_encoder(config.pairs.encoder) if config.pairs.encoder else None
+        models = {"vad": trim.load_vad()} if config.trim == "vad" else {}
+        models |= {"speaker": {"name": config.pairs.encoder, "sha256": speaker_encoder.sha256}} if speaker_encoder else {}
+        # Before anything is written, because the settings of the vocabulary are often wrong.
+        new_tokenizer = None if (output / "tokenizer").exists() else _tokenizer(config, train)
         _claim(output, _making(config, train, heldout, codec_hash, models))
-        once(output / "codec", lambda aside: workdir.save_codec(aside, vae_config, vae_params))
-        if tokenizer:
-            once(output / "tokenizer", lambda aside: tokenizer.save(aside / "tokenizer"))
-        maker = Maker(config, output, vae_params, vae_config, codec_hash, encoder, models)
+        files.once(output / "codec", lambda temporary: workdir.save_codec(temporary, vae_config, vae_params))
+        if new_tokenizer:
+            files.once(output / "tokenizer", lambda temporary: new_tokenizer.save(temporary / "tokenizer"))
+        tokenizer = load_tokenizer(output / "tokenizer")
+        tokenizer_hash = hashlib.sha256((output / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
+        made_by = header.Provenance(config, vae_config, codec_hash, tokenizer_hash, tokenizer.vocab_size, models)
+        encoder = ClipEncoder(config, vae_params, vae_config, tokenizer, speaker_encoder)
         sets = [(output / HELDOUT, heldout)] * bool(heldout) + [(output, train)]
-        for directory, manifests in sets:
-            maker.make_parts(directory, manifests)
-        # Only now, when nothing is left to this host, can the last host know that it is the last.
-        headers = [maker.finish(directory, manifests) for directory, manifests in sets]
+        for directory, corpora in sets:
+            shard.make_missing(directory, corpora, encoder, config)
+        # Only after all of its own shards can a host know that it is the last.
+        headers = [header.finish(directory, corpora, made_by) for directory, corpora in sets]
         return None if None in headers else headers[-1]
     except UserError:
         if not found and config.num_hosts == 1 and output.exists() and not list(output.glob("**/*.array_record")):
@@ -133,22 +119,42 @@ def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_c
         raise
 
 
+# ---- what shards are made from ---------------------------------------------------------------------------------------
+
+
+def _make_recordings(config: DataConfig, output: str | os.PathLike) -> None:
+    """The recordings of an embedded corpus."""
+    with files.fresh_directory(output) as temporary:
+        if config.source == "demo":
+            demo.make_demo(temporary, config.demo)
+        else:
+            debian.make_debian(temporary, config.debian)
+
+
+def _recordings_in(directory: str | os.PathLike) -> list[list[sources.Corpus]]:
+    """What _make_recordings wrote: the training corpora and the held-out ones."""
+    paths = [pathlib.Path(directory) / name for name in (manifest.TRAIN, manifest.HELDOUT)]
+    return [[sources.open_corpus(path)] if path.exists() else [] for path in paths]
+
+
 def _making(config: DataConfig, train, heldout, codec_hash: str, models: dict) -> dict:
-    """What the shards are made from. Who makes which of them does not matter, where the manifest lies and how many go
-    through the codec at once, nor what is chosen when all are whole."""
-    indifferent = ("host", "num_hosts", "manifest", "heldout", "encode_sec", "pairs")
+    """The content of making.json: everything that the shards depend on.
+
+    They do not depend on which host makes them, where a manifest lies or the codec's batch size; pairs are chosen later.
+    """
+    without = ("host", "num_hosts", "manifest", "heldout", "encode_sec", "pairs")
     return {
-        "config": {name: value for name, value in to_dict(config).items() if name not in indifferent},
+        "config": {name: value for name, value in to_dict(config).items() if name not in without},
         "models": models,
         "codec_sha256": codec_hash,
-        "sources_sha256": sources_sha256(train),
-        "heldout_sha256": sources_sha256(heldout),
+        "sources_sha256": header.sources_sha256(train),
+        "heldout_sha256": header.sources_sha256(heldout),
         "recordings": sum(map(len, train)),
     }
 
 
 def _claim(output: pathlib.Path, making: dict) -> None:
-    """Makes the output directory, or finds that the shards in it are made from the same."""
+    """Makes the output directory, or checks that the shards in it are made from the same."""
     file = output / MAKING_FILE
     text = json.dumps(making, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
     if not file.exists():
@@ -163,12 +169,13 @@ def _claim(output: pathlib.Path, making: dict) -> None:
         raise UserError(f"{file}: not valid JSON ({error}); choose another directory") from None
     fields = [(name, old["config"].get(name), making["config"].get(name)) for name in old["config"] | making["config"]]
     fields += [(name, old.get(name), making[name]) for name in making if name != "config"]
-    changed = [f"{name}: {there!r:.80}, now {now!r:.80}" for name, there, now in fields if there != now]
+    changed = [f"{name}: {before!r:.80}, now {now!r:.80}" for name, before, now in fields if before != now]
     if changed:
         raise UserError(f"{output}: holds shards made from something else ({'; '.join(changed)}); choose another directory")
 
 
 def _tokenizer(config: DataConfig, train) -> Tokenizer:
+    """The tokenizer of the config, or a new one learned from the transcripts."""
     if config.tokenizer:
         return load_tokenizer(config.tokenizer)
     from rich.console import Console

@@ -1,17 +1,25 @@
-"""TODO corpus.sources."""
+"""Where recordings come from: `open_corpus` of a name.
 
+    FILE                                    a manifest, JSON lines (manifest.py)
+    tfds:NAME[/CONFIG][:VERSION][@SPLIT]    a TensorFlow data set on this machine (datasets.py)
+
+The embedded corpora (demo.py, debian.py) are read through the manifests that they write.
+"""
+
+import collections
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from voxcpm2_jax.corpus.manifest import TFDS, Manifest, Recording
 
 
 class Corpus(Protocol):
-    """A sequence of recordings, read as they are asked for, with what it is called and a hash of what it is made of."""
+    """A sequence of recordings, each read when it is asked for."""
 
     name: str
-    sha256: str
+    sha256: str  # of what it consists of
 
     def __len__(self) -> int: ...
 
@@ -21,18 +29,30 @@ class Corpus(Protocol):
 
 
 def open_corpus(name: str | os.PathLike) -> Corpus:
-    """The recordings that a name stands for (see the top of this file).
+    """The recordings that a name stands for.
 
     Raises:
-        UserError: as `Manifest`, or a data set that is not there or of an unknown kind.
+        UserError: as `Manifest`; or a data set that is missing or of an unknown kind.
     """
     if str(name).startswith(TFDS):
-        from voxcpm2_jax.corpus import datasets  # stands below this file: only such names have need of it
+        from voxcpm2_jax.corpus.datasets import Dataset  # takes seconds to import, and only such names need it
 
-        return datasets.Dataset(str(name).removeprefix(TFDS))
+        return Dataset(str(name).removeprefix(TFDS))
     return Manifest(name)
 
 
 def open_corpora(names: str) -> list[Corpus]:
-    """What several names with commas between stand for; raises as `open_corpus`."""
+    """The corpora of several names separated by commas; raises as `open_corpus`."""
     return [open_corpus(name) for name in names.split(",") if name]
+
+
+def in_threads(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int = 64) -> Iterator[tuple]:
+    """(item, function(item)) of all items, in order; at most `ahead` results wait."""
+    pending = collections.deque()
+    for item in items:
+        pending.append((item, pool.submit(function, item)))
+        if len(pending) > ahead:
+            item, future = pending.popleft()
+            yield item, future.result()
+    for item, future in pending:
+        yield item, future.result()

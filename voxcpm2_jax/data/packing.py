@@ -1,234 +1,147 @@
-"""Clips that share rows: what a clip takes of a row, which go together, and rows put together as a batch.
+"""Which clips share a row. mixing.py decides which clips are packed together and when the model sees them.
 
-A row has four budgets: T slots, M audio patches, how many of them may bear loss, and clips. A clip is never cut.
+A row has four budgets (`Budgets`): slots, audio patches, patches that bear loss, and clips. A clip is never cut.
 
-Where rows hold many clips they are dealt out: the longest first, to the rows that are least full. That fills rows
-evenly, over 98 % of their slots (README), a million clips a second. Rows of few clips are filled by best fit, each clip
-in turn going into the open row where it leaves least of the budget that is then fullest. mixing.py says which clips are
-packed together, and when they are heard.
+Two methods fill rows:
 
-numpy only, so that a plan can be made anywhere.
+    deal        where rows hold many clips: the longest clips first, each to the row that is least full; over 98 % of the
+                slots are used, about a million clips are packed per second (tests/measure_mixing.py)
+    best fit    where rows hold few: each clip goes into the open row where it leaves the least room
+
+numpy only, so that a plan can be made on any machine.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from voxcpm2_jax.sequence import Batch, lay_out, lay_out_prompt_clip, pack
+from voxcpm2_jax.config.run import BatchConfig
 
-WINDOW_CLIPS = 16384  # packed together
-_DEALT_CLIPS_A_ROW = 24  # rows of fewer clips are filled by best fit
-_DEALT_AT_ONCE = 4  # one in this many rows gets a clip; as full as one clip at a time, and five times as fast
-_OPEN_ROWS = 64  # best fit offers a clip to this many rows: those opened last, among which nearly all of the room is
-_SLACK = 1e-9  # of summed fractions
+WINDOW_CLIPS = 16384  # clips that are packed together
+_DEAL_FROM_CLIPS_PER_ROW = 24  # rows of fewer clips are filled by best fit
+_DEAL_ROWS_AT_ONCE = 4  # 1 in 4 rows gets a clip at a time: as full as one row at a time, and five times as fast
+_OPEN_ROWS = 64  # best fit looks at the rows opened last, which have nearly all of the room
+_SLACK = 1e-9  # rounding of summed fractions
 
-
-# ---- clips -----------------------------------------------------------------------------------------------------------
-
-
-class Clip(NamedTuple):
-    """One clip as it is stored."""
-
-    text_ids: np.ndarray  # int32 [N]
-    patches_MPC: np.ndarray  # float32 latents of the clip
-    reference_MPC: np.ndarray | None = None  # latents of another recording of the voice, if the corpus gives one
-    described_ids: np.ndarray | None = None  # int32: "(description)text"
-    is_prompt: bool = False  # only listened to: bears no loss
-    text: str = ""
-    description: str | None = None
-    dataset: str | None = None
-    language: str | None = None
-    speaker: str | None = None
-    session: str | None = None
+SLOTS, PATCHES, TARGETS, CLIPS = range(4)  # columns of `sizes`, in the order of Budgets
 
 
-class Index(NamedTuple):
-    """What is known of every clip without reading it."""
+class Budgets(NamedTuple):
+    """What a row can hold."""
 
-    lengths: np.ndarray  # int32 [clips, 6]; columns below
-    groups: tuple[tuple[str, str], ...]  # dataset and language
-    pairs: np.ndarray | None = None  # int32 [clips, k]: other clips of the voice that may be a clip's reference; -1: none
-
-
-TEXT, PATCHES, REFERENCE, IS_PROMPT, DESCRIBED, GROUP = range(6)
-"""Columns of `lengths`: text tokens; patches; patches of the clip's own reference (0: none); whether it is a prompt clip;
-tokens of description and text together (0: no description); which of the groups."""
-
-NO_REFERENCE, OWN_REFERENCE = -1, -2
-
-MODES = ("zero-shot", "described", "reference", "described reference", "prompt")
-"""How a clip is laid out."""
+    slots: int
+    patches: int
+    targets: int  # patches that bear loss
+    clips: float = math.inf
 
 
-class Draw(NamedTuple):
-    """A clip of a row and how it is laid out."""
-
-    clip: int
-    reference: int = NO_REFERENCE  # clip whose audio goes in front, or OWN_REFERENCE
-    is_described: bool = False
+def budgets_of(batch: BatchConfig) -> Budgets:
+    """The budgets of a row of the config."""
+    return Budgets(batch.slots, batch.patches, batch.target_patches or batch.patches, batch.segments or math.inf)
 
 
-class Source(Protocol):
-    """What a plan and a batch need of a corpus: pipeline.Shards and Synthetic have it."""
-
-    index: Index
-    patch_shape: tuple[int, int]  # (P, C)
-    patch_sec: float
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Clip: ...
-
-
-def sizes(lengths: np.ndarray, *, reference_N=None, is_described=None) -> np.ndarray:
-    """What each clip takes of three budgets, int [clips, 3]: slots, patches, target patches (see sequence.py).
+def sizes(lengths: np.ndarray, *, reference_patches=None, is_described=None) -> np.ndarray:
+    """How much each clip takes of the four budgets, int64 [clips, 4]; see sequence.py for the layouts.
 
     Args:
-        lengths: of an Index.   reference_N: patches of the reference in front of it, 0 for none; None: its own.
-        is_described: whether the description is read; None: wherever there is one.
+        lengths: LENGTHS [clips].
+        reference_patches: [clips], patches of the reference in front of each clip, 0 for none; None: its own reference.
+        is_described: [clips], whether the description is used; None: wherever there is one.
     """
-    text, described, patches = lengths[:, TEXT], lengths[:, DESCRIBED], lengths[:, PATCHES]
-    is_prompt = lengths[:, IS_PROMPT] > 0
-    reference = np.where(is_prompt, 0, lengths[:, REFERENCE] if reference_N is None else reference_N)
-    is_described = (described > 0) & (True if is_described is None else is_described)
-    slots = np.where(is_described, described, text) + patches + 2 + np.where(reference > 0, reference + 2, 0)
-    return np.stack([slots, patches + reference, np.where(is_prompt, 0, patches)], axis=1).astype(np.int64)
+    patches, is_prompt = lengths["patches"], lengths["is_prompt"] > 0
+    reference = np.where(is_prompt, 0, lengths["reference"] if reference_patches is None else reference_patches)
+    is_described = (lengths["described"] > 0) & (True if is_described is None else is_described)
+    text = np.where(is_described, lengths["described"], lengths["text"])
+    slots = text + patches + 2 + np.where(reference > 0, reference + 2, 0)
+    targets = np.where(is_prompt, 0, patches)
+    return np.stack([slots, patches + reference, targets, np.ones_like(patches)], axis=1).astype(np.int64)
 
 
-def recommend_patches(sizes_N3: np.ndarray, num_slots: int, column: int = 1) -> int:
-    """The M that suits T = num_slots: what a row of average clips holds and one standard deviation of it, in eights.
+def recommend_patches(clip_sizes: np.ndarray, num_slots: int) -> int:
+    """The M that suits T = num_slots: the patches of a row of average clips plus one standard deviation, in eights.
 
     Args:
-        sizes_N3: see `sizes`.   column: 1 for M, 2 for the target patches of a row.
+        clip_sizes: of `sizes`.
     """
-    slots, patches = sizes_N3[:, 0], sizes_N3[:, column]
+    slots, patches = clip_sizes[:, SLOTS], clip_sizes[:, PATCHES]
     ratio = patches.sum() / slots.sum()
     deviation = np.std(patches - ratio * slots) * math.sqrt(num_slots / slots.mean())
     wanted = max(min(num_slots * ratio + deviation, num_slots), patches.max(initial=1))
     return 8 * math.ceil(wanted / 8)
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
+def share_rows(fractions: np.ndarray) -> tuple[np.ndarray, int]:
+    """Packs items into rows -> the row of each item, and the number of rows.
 
-
-def share_rows(fractions_NK: np.ndarray) -> tuple[np.ndarray, int]:
-    """The row of each item, and the number of rows; an item takes `fractions` of each budget of a row."""
-    total = fractions_NK.sum(axis=0).max()
-    if len(fractions_NK) < _DEALT_CLIPS_A_ROW * total:
-        return _best_fit(fractions_NK)
-    longest_first = np.argsort(-fractions_NK.max(axis=1), kind="stable")
+    Args:
+        fractions: [items, budgets], the fraction of each budget of a row that an item takes.
+    """
+    total = fractions.sum(axis=0).max()
+    if len(fractions) < _DEAL_FROM_CLIPS_PER_ROW * total:
+        return _best_fit(fractions)
+    longest_first = np.argsort(-fractions.max(axis=1), kind="stable")
     fewest = math.ceil(total)
     for num_rows in range(fewest, math.floor(1.05 * fewest + 1) + 1):
-        dealt_N = _deal(fractions_NK[longest_first], num_rows)
-        if dealt_N is not None:
-            row_N = np.zeros_like(dealt_N)
-            row_N[longest_first] = dealt_N
-            return row_N, num_rows
-    return _best_fit(fractions_NK)
+        dealt = _deal(fractions[longest_first], num_rows)
+        if dealt is not None:
+            rows = np.zeros_like(dealt)
+            rows[longest_first] = dealt
+            return rows, num_rows
+    return _best_fit(fractions)
 
 
-def _deal(fractions_NK: np.ndarray, num_rows: int) -> np.ndarray | None:
-    """Deals items, the longest first, to a given number of rows -> the row of each; None if a row overflows."""
-    row_N = np.zeros(len(fractions_NK), np.int64)
-    load_RK = np.zeros((num_rows, fractions_NK.shape[1]))
-    fullest_R = np.zeros(num_rows)  # of a row's budgets
-    at_once = max(1, num_rows // _DEALT_AT_ONCE)
-    for start in range(0, len(fractions_NK), at_once):
-        items_NK = fractions_NK[start : start + at_once]
-        rows = np.argsort(fullest_R, kind="stable")[: len(items_NK)]
-        load_RK[rows] += items_NK
-        fullest_R[rows] = load_RK[rows].max(axis=1)
-        row_N[start : start + at_once] = rows
-        if fullest_R[rows].max() > 1 + _SLACK:
+def _deal(fractions: np.ndarray, num_rows: int) -> np.ndarray | None:
+    """Deals items, sorted by falling size, to a fixed number of rows -> the row of each; None if a row overflows."""
+    row_of_item = np.zeros(len(fractions), np.int64)
+    loads = np.zeros((num_rows, fractions.shape[1]))
+    fullest = np.zeros(num_rows)  # the largest load of each row
+    at_once = max(1, num_rows // _DEAL_ROWS_AT_ONCE)
+    for start in range(0, len(fractions), at_once):
+        items = fractions[start : start + at_once]
+        rows = np.argsort(fullest, kind="stable")[: len(items)]
+        loads[rows] += items
+        fullest[rows] = loads[rows].max(axis=1)
+        row_of_item[start : start + at_once] = rows
+        if fullest[rows].max() > 1 + _SLACK:
             return None
-    return row_N
+    return row_of_item
 
 
-def _best_fit(fractions_NK: np.ndarray) -> tuple[np.ndarray, int]:
-    """Each item into the open row where it leaves least of the budget that is then fullest -> as `share_rows`."""
-    row_N = np.zeros(len(fractions_NK), np.int64)
+def _best_fit(fractions: np.ndarray) -> tuple[np.ndarray, int]:
+    """Puts each item into the open row where it leaves the least of the budget that is then fullest -> as `share_rows`."""
+    row_of_item = np.zeros(len(fractions), np.int64)
     num_rows = 0
-    room_RK = np.zeros((0, fractions_NK.shape[1]))  # of the open rows
+    room = np.zeros((0, fractions.shape[1]))  # [open rows, budgets]
     open_rows = np.zeros(0, np.int64)
-    smallest_K = fractions_NK.min(axis=0)
-    for item, fraction_K in enumerate(fractions_NK):
-        tightest_R = (room_RK - fraction_K).min(axis=1)
-        fits_R = tightest_R >= -_SLACK
-        if fits_R.any():
-            r = int(np.where(fits_R, tightest_R, np.inf).argmin())
+    smallest = fractions.min(axis=0)
+    for item, fraction in enumerate(fractions):
+        room_left = (room - fraction).min(axis=1)
+        fits = room_left >= -_SLACK
+        if fits.any():
+            chosen = int(np.where(fits, room_left, np.inf).argmin())
         else:
-            full_R = (room_RK < smallest_K - _SLACK).any(axis=1)
-            keep = np.flatnonzero(~full_R)[-_OPEN_ROWS + 1 :]
-            room_RK = np.concatenate([room_RK[keep], np.ones((1, room_RK.shape[1]))])
+            is_full = (room < smallest - _SLACK).any(axis=1)
+            keep = np.flatnonzero(~is_full)[-_OPEN_ROWS + 1 :]
+            room = np.concatenate([room[keep], np.ones((1, room.shape[1]))])
             open_rows = np.append(open_rows[keep], num_rows)
             num_rows += 1
-            r = len(open_rows) - 1
-        room_RK[r] -= fraction_K
-        row_N[item] = open_rows[r]
-    return row_N, num_rows
+            chosen = len(open_rows) - 1
+        room[chosen] -= fraction
+        row_of_item[item] = open_rows[chosen]
+    return row_of_item, num_rows
 
 
-def in_turn(sizes_N3: np.ndarray, budgets: np.ndarray) -> np.ndarray:
-    """Rows filled one after the other with the items in their order -> the first item of each row, and their number."""
-    assert (sizes_N3 <= budgets).all()
-    before_3N = np.cumsum(np.pad(sizes_N3, ((1, 0), (0, 0))), axis=0).T
+def fill_in_turn(item_sizes: np.ndarray, budgets: np.ndarray) -> np.ndarray:
+    """Fills rows one after the other, keeping the order of the items -> the first item of each row, then their number.
+
+    Args:
+        item_sizes: [items, budgets].
+    """
+    assert (item_sizes <= budgets).all()
+    before = np.cumsum(np.pad(item_sizes, ((1, 0), (0, 0))), axis=0).T  # [budgets, items + 1]
     starts = [0]
-    while starts[-1] < len(sizes_N3):
-        full_3 = before_3N[:, starts[-1]] + budgets
-        starts.append(min(int(np.searchsorted(*pair, side="right")) - 1 for pair in zip(before_3N, full_3)))
+    while starts[-1] < len(item_sizes):
+        full = before[:, starts[-1]] + budgets
+        starts.append(min(int(np.searchsorted(*pair, side="right")) - 1 for pair in zip(before, full)))
     return np.array(starts)
-
-
-# ---- batch -----------------------------------------------------------------------------------------------------------
-
-
-def assemble(source: Source, rows: Sequence[Sequence[Draw]], *, num_slots: int, num_patches: int) -> Batch:
-    """The batch whose row i holds the draws rows[i]."""
-    laid_out = [[lay_out_draw(source, draw) for draw in row] for row in rows]
-    labels = [[label(source.index, draw) for draw in row] for row in rows]
-    return pack(laid_out, num_slots=num_slots, num_patches=num_patches, patch_shape=source.patch_shape, labels=labels)
-
-
-def label(index: Index, draw: Draw) -> int:
-    """The number of a draw's dataset, language and mode: group x modes + mode."""
-    lengths = index.lengths[draw.clip]
-    if lengths[IS_PROMPT]:
-        mode = MODES.index("prompt")
-    else:
-        mode = draw.is_described + 2 * (draw.reference != NO_REFERENCE)
-    return int(lengths[GROUP]) * len(MODES) + mode
-
-
-def label_names(index: Index) -> list[tuple[str, str, str]]:
-    """(dataset, language, mode) by the numbers that `label` gives."""
-    return [(*group, mode) for group in index.groups for mode in MODES]
-
-
-def label_patches(index: Index) -> np.ndarray:
-    """How many patches that bear loss can come under each label."""
-    lengths = index.lengths
-    is_target_N, is_described_N = lengths[:, IS_PROMPT] == 0, lengths[:, DESCRIBED] > 0
-    has_reference_N = lengths[:, REFERENCE] > 0
-    if index.pairs is not None:
-        has_reference_N |= (index.pairs >= 0).any(axis=1)
-    of_modes = (True, is_described_N, has_reference_N, is_described_N & has_reference_N, False)
-    patches = [
-        np.bincount(lengths[:, GROUP], lengths[:, PATCHES] * (is_target_N & is_of_mode), minlength=len(index.groups))
-        for is_of_mode in of_modes
-    ]
-    return np.stack(patches, axis=1).ravel()
-
-
-def lay_out_draw(source: Source, draw: Draw):
-    """A draw's sequence: prompt clip, reference cloning or zero-shot, with description or without."""
-    clip = source[draw.clip]
-    ids = clip.described_ids if draw.is_described else clip.text_ids
-    if clip.is_prompt:
-        return lay_out_prompt_clip(ids, clip.patches_MPC)
-    reference_MPC = None
-    if draw.reference != NO_REFERENCE:
-        own = draw.reference == OWN_REFERENCE
-        reference_MPC = clip.reference_MPC if own else source[draw.reference].patches_MPC
-    return lay_out(ids, reference_MPC=reference_MPC, target_MPC=clip.patches_MPC)

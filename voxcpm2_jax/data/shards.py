@@ -1,16 +1,16 @@
-"""From shards on disk to batches: random access to clips, and the batch of any step.
+"""Shards on disk: their format, and random access to their clips.
 
     SHARDS/header.json            provenance, statistics of the latents, totals
-    SHARDS/lengths.npy            int32 [clips, 6]: a plan needs nothing else (packing.py names the columns)
-    SHARDS/pairs.npy              int32 [clips, k], if references were chosen: clips that may be a clip's reference
+    SHARDS/lengths.npy            LENGTHS [clips] (clips.py); a plan needs nothing else
+    SHARDS/pairs.npy              int32 [clips, k], if references were chosen: the clips that may be a clip's reference
     SHARDS/shard-00000-of-00002.array_record   ArrayRecord, one clip per record
-    SHARDS/codec, tokenizer       what made latents and ids, as a training workdir keeps them
+    SHARDS/codec, tokenizer       copies of what made latents and ids, in the layout of a training workdir
 
-A record is one line of JSON (names, types and shapes of its arrays, then everything else about the clip) and the bytes of
-the arrays after it. Latents are stored in the type the header names and given back as float32.
+A record is one line of JSON (names, types and shapes of its arrays, then the other fields of the clip) and then the bytes
+of the arrays. Latents are stored in the type that the header names and returned as float32.
 
-Nothing altered is trained on: ArrayRecord keeps a hash of every record, which is compared when it is read, the header has
-those of lengths.npy and pairs.npy, and a clip's sizes are compared with lengths.npy, which tells shards that were mixed up.
+Altered data is never trained on: ArrayRecord checks a hash of each record when it is read, the header holds checksums of
+lengths.npy and pairs.npy, and the lengths of each clip are compared with lengths.npy, which finds mixed-up shards.
 """
 
 import contextlib
@@ -29,13 +29,17 @@ import numpy as np
 
 from voxcpm2_jax.config.model import ModelConfig
 from voxcpm2_jax.config.plain import UserError, from_dict
-from voxcpm2_jax.data.packing import GROUP, PATCHES, TEXT, Clip, Index
+from voxcpm2_jax.data.clips import Clip, Index, as_lengths
 from voxcpm2_jax.files import replace_file
+
+HEADER_FILE, LENGTHS_FILE, PAIRS_FILE = "header.json", "lengths.npy", "pairs.npy"
 
 # Flow matching starts from noise of standard deviation 1; latents far from that scale are not learned.
 STD_RANGE = (0.3, 3.0)  # over all channels
 MAX_CHANNEL_STD = 5.0
-DEAD_CHANNEL_STD = 0.2  # a channel below it is one that the codec has given up; that does no harm
+DEAD_CHANNEL_STD = 0.2  # the codec does not use a channel below it, which does no harm
+
+# ---- header ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class Header:
     patch_size: int  # P, latent frames in a patch
     latent_dim: int  # C
     patch_sec: float
-    encoder_hz: int  # rate the codec heard the recordings at
-    decoder_hz: int  # rate it speaks at
+    encoder_hz: int  # rate of the codec's input
+    decoder_hz: int  # rate of the codec's output
     codec_sha256: str  # of the codec's parameters and config
     tokenizer_sha256: str  # of tokenizer.json
     vocab_size: int
@@ -59,27 +63,23 @@ class Header:
     latent_min: tuple[float, ...]
     latent_max: tuple[float, ...]
     shards: tuple[str, ...]  # file names, in the order of the clips
-    trim_db: float  # what counts as silence, below the loudest 10 ms
+    trim_db: float  # silence lies this far below the loudest 10 ms
     trim_keep_ms: float
-    sources: tuple[str, ...]  # manifests, or "demo"
+    sources: tuple[str, ...]  # manifests, "demo" or "debian"
     sources_sha256: str  # of the manifests' bytes
-    skipped: dict = field(default_factory=dict)  # number of recordings left out, by reason
+    skipped: dict = field(default_factory=dict)  # number of skipped recordings, by reason
     versions: dict = field(default_factory=dict)  # of the packages that made the shards
-    trim: str | None = None  # what was cut at the ends: "none", "silence", "vad"; None: made before it was written down
-    models: dict = field(default_factory=dict)  # "vad", "speaker": names and hashes of what cut and what compared voices
-    pairs: dict = field(default_factory=dict)  # how references were chosen, and how many clips have one; empty: none were
-    crc32: dict = field(default_factory=dict)  # of lengths.npy and pairs.npy; empty: made before they were written down
-
-
-HEADER_FILE, LENGTHS_FILE, PAIRS_FILE = "header.json", "lengths.npy", "pairs.npy"
-_ID_ARRAYS = ("text_ids", "described_ids")
+    trim: str | None = None  # what was cut at the ends: "none", "silence", "vad"; None: shards older than this field
+    models: dict = field(default_factory=dict)  # "vad", "speaker": names and hashes of the models that were used
+    pairs: dict = field(default_factory=dict)  # how references were chosen, and for how many clips; empty: not at all
+    crc32: dict = field(default_factory=dict)  # of lengths.npy and pairs.npy; empty: shards older than this field
 
 
 def read_header(directory: str | os.PathLike) -> Header:
     """The header of a directory of shards.
 
     Raises:
-        UserError: no such directory, or not one that `prepare` finished.
+        UserError: no such directory, or one that `prepare` did not finish.
     """
     path = pathlib.Path(directory) / HEADER_FILE
     try:
@@ -99,47 +99,45 @@ def write_header(directory: str | os.PathLike, header: Header) -> None:
 
 
 def crc32(path: pathlib.Path) -> int:
-    """Checksum of a file, as the header has it."""
+    """The checksum of a file that the header holds."""
     return zlib.crc32(path.read_bytes())
 
 
-class Moments:
-    """Mean, standard deviation, least and largest of every latent channel."""
+_SAME = (
+    "patch_size", "latent_dim", "patch_sec", "encoder_hz", "decoder_hz", "codec_sha256", "tokenizer_sha256", "vocab_size",
+)  # fmt: skip
 
-    def __init__(self, channels: int):
-        self.count = 0
-        none_C = np.full(channels, np.inf)
-        self.sums_4C = np.stack([np.zeros(channels), np.zeros(channels), none_C, -none_C])
 
-    def add(self, patches_MPC: np.ndarray) -> None:
-        frames_TC = patches_MPC.reshape(-1, patches_MPC.shape[-1]).astype(np.float64)
-        sums = frames_TC.sum(axis=0), (frames_TC**2).sum(axis=0), frames_TC.min(axis=0), frames_TC.max(axis=0)
-        self.merge(np.stack(sums), len(frames_TC))
+def check_alike(paths: list[pathlib.Path], headers: list[Header]) -> None:
+    """Raises UserError if directories of shards differ in codec, tokenizer or patches, so that one run cannot use them."""
+    for path, header in zip(paths[1:], headers[1:]):
+        unlike = [
+            f"{name} {getattr(headers[0], name)!r:.14} and {getattr(header, name)!r:.14}"  # the beginning of a hash
+            for name in _SAME
+            if getattr(headers[0], name) != getattr(header, name)
+        ]
+        if unlike:
+            raise UserError(f"{paths[0]} and {path} cannot be used together: {'; '.join(unlike)}")
 
-    def merge(self, sums_4C: np.ndarray, count: int) -> None:
-        self.count += count
-        self.sums_4C[:2] += sums_4C[:2]
-        self.sums_4C[2] = np.minimum(self.sums_4C[2], sums_4C[2])
-        self.sums_4C[3] = np.maximum(self.sums_4C[3], sums_4C[3])
 
-    @property
-    def mean_C(self) -> np.ndarray:
-        return self.sums_4C[0] / self.count
-
-    @property
-    def std_C(self) -> np.ndarray:
-        return np.sqrt(np.maximum(self.sums_4C[1] / self.count - self.mean_C**2, 0))
-
-    @property
-    def min_C(self) -> np.ndarray:
-        return self.sums_4C[2]
-
-    @property
-    def max_C(self) -> np.ndarray:
-        return self.sums_4C[3]
+def _joined(headers: list[Header], groups) -> Header:
+    """One header for several directories; the statistics of the latents are those of the first."""
+    if len(headers) == 1:
+        return headers[0]
+    return dataclasses.replace(
+        headers[0],
+        num_clips=sum(header.num_clips for header in headers),
+        hours=sum(header.hours for header in headers),
+        groups=groups,
+        shards=tuple(name for header in headers for name in header.shards),
+        sources=tuple(name for header in headers for name in header.sources),
+        sources_sha256=" ".join(header.sources_sha256 for header in headers),
+    )
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
+
+_ID_ARRAYS = ("text_ids", "described_ids")
 
 
 def to_record(clip: Clip, latent_dtype: str) -> bytes:
@@ -167,181 +165,8 @@ def from_record(record: bytes) -> Clip:
     return Clip(**content)
 
 
-# ---- shards ----------------------------------------------------------------------------------------------------------
-
-
-def grain_source(directories: Iterable[str | os.PathLike], headers: Iterable[Header]):
-    """Random access to the raw records of directories of shards."""
-    import grain
-
-    files = [str(pathlib.Path(path) / name) for path, header in zip(directories, headers) for name in header.shards]
-    try:
-        return grain.sources.ArrayRecordDataSource(files)
-    except RuntimeError:  # of array_record, which does not say which file it is
-        for file in files:
-            try:
-                grain.sources.ArrayRecordDataSource([file])
-            except RuntimeError as error:
-                raise UserError(f"{file}: not whole ({error}); prepare the shards again") from None
-        raise
-
-
-class Shards:
-    """Random access to the clips of one or more directories of shards; a packing.Source.
-
-    Args:
-        directories: one, or several with commas between; their clips follow one another.
-    Attributes:
-        header: of the directory, or what the headers of all come to.   paths: the directories.
-    Raises:
-        UserError: not a directory of shards, files of it missing, latents on a scale that no model can learn from, or
-            directories that were made with unlike codecs, tokenizers or patches.
-    """
-
-    def __init__(self, directories: str | os.PathLike):
-        self.paths = paths = [pathlib.Path(name) for name in str(directories).split(",") if name]
-        if len({path.resolve() for path in paths}) < max(len(paths), 1):
-            raise UserError(f"shards {directories}: expected one or more directories, each once")
-        headers = [read_header(path) for path in paths]
-        check_alike(paths, headers)
-        lengths, pairs, groups, clips = [], [], {}, 0
-        for path, header in zip(paths, headers):
-            lengths_N6, pairs_NK = _read_index(path, header)
-            numbers = [groups.setdefault(tuple(group), len(groups)) for group in header.groups]
-            lengths_N6[:, GROUP] = np.array(numbers, np.int32)[lengths_N6[:, GROUP]]
-            lengths.append(lengths_N6)
-            pairs.append(np.where(pairs_NK < 0, pairs_NK, pairs_NK + clips))
-            clips += header.num_clips
-        self.header = header = _together(headers, tuple(groups))
-        widest = max(pairs_NK.shape[1] for pairs_NK in pairs)
-        pairs = [np.pad(pairs_NK, ((0, 0), (0, widest - pairs_NK.shape[1])), constant_values=-1) for pairs_NK in pairs]
-        self.index = Index(np.concatenate(lengths), header.groups, np.concatenate(pairs) if widest else None)
-        self._headers = headers
-        self._records = grain_source(paths, headers)
-        if len(self._records) != clips:
-            raise UserError(
-                f"{directories}: {clips} clips in {HEADER_FILE}, {len(self._records)} in the shards; prepare the shards again"
-            )
-        self.dead_channels = sorted({channel for path, header in zip(paths, headers) for channel in _dead(path, header)})
-        self.patch_shape = (header.patch_size, header.latent_dim)
-        self.patch_sec = header.patch_sec
-        self.vocab_size = header.vocab_size
-
-    def __len__(self) -> int:
-        return len(self.index.lengths)
-
-    def __getitem__(self, index: int) -> Clip:
-        index = int(index)
-        try:
-            record = self._records[index]
-        except RuntimeError as error:  # of array_record
-            raise UserError(f"{self._place(index)} cannot be read ({error}); prepare the shards again") from None
-        clip = from_record(record)
-        if (len(clip.text_ids), len(clip.patches_MPC)) != tuple(self.index.lengths[index, [TEXT, PATCHES]]):
-            raise UserError(f"{self._place(index)} is another one than {LENGTHS_FILE} tells of; prepare the shards again")
-        return clip
-
-    def _place(self, index: int) -> str:
-        """Which clip of which file this is, for messages."""
-        first = 0
-        for path, header in zip(self.paths, self._headers):
-            for name in header.shards:
-                count = len(grain_source([path], [dataclasses.replace(header, shards=(name,))]))
-                if index < first + count:
-                    return f"{path / name}: clip {index - first} (number {index} of the corpus)"
-                first += count
-        raise AssertionError(index)
-
-
-_ALIKE = (
-    "patch_size", "latent_dim", "patch_sec", "encoder_hz", "decoder_hz", "codec_sha256", "tokenizer_sha256", "vocab_size",
-)  # fmt: skip
-
-
-def check_fit(shards: Shards, model: ModelConfig, patch_sec: float | None = None, *, where: str) -> None:
-    """Raises UserError, naming every difference, if the model cannot read the shards."""
-    header = shards.header
-    pairs = {
-        "patch size (model.patch_size)": (header.patch_size, model.patch_size),
-        "latent channels (model.feat_dim)": (header.latent_dim, model.feat_dim),
-        "vocabulary (model.lm_config.vocab_size)": (header.vocab_size, model.lm_config.vocab_size),
-        "seconds of a patch (patch_sec)": (header.patch_sec, header.patch_sec if patch_sec is None else patch_sec),
-    }
-    wrong = [f"{name}: shards {theirs}, config {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
-    if wrong:
-        raise UserError(f"{where} does not fit this config: {'; '.join(wrong)}")
-
-
-def check_alike(paths: list[pathlib.Path], headers: list[Header]) -> None:
-    """Shards that share a training must have been made alike."""
-    for path, header in zip(paths[1:], headers[1:]):
-        unlike = [
-            f"{name} {getattr(headers[0], name)!r:.14} and {getattr(header, name)!r:.14}"  # of a hash, its beginning
-            for name in _ALIKE
-            if getattr(headers[0], name) != getattr(header, name)
-        ]
-        if unlike:
-            raise UserError(f"{paths[0]} and {path} do not go together: {'; '.join(unlike)}")
-
-
-def _together(headers: list[Header], groups) -> Header:
-    """One header for shards of several directories; statistics of the latents stay each directory's own."""
-    if len(headers) == 1:
-        return headers[0]
-    return dataclasses.replace(
-        headers[0],
-        num_clips=sum(header.num_clips for header in headers),
-        hours=sum(header.hours for header in headers),
-        groups=groups,
-        shards=tuple(name for header in headers for name in header.shards),
-        sources=tuple(name for header in headers for name in header.sources),
-        sources_sha256=" ".join(header.sources_sha256 for header in headers),
-    )
-
-
-def _read_index(path: pathlib.Path, header: Header) -> tuple[np.ndarray, np.ndarray]:
-    """lengths.npy, and pairs.npy or a table of no columns, once all files of a directory are found to be there."""
-    files = (*header.shards, LENGTHS_FILE, *[PAIRS_FILE] * bool(header.pairs))
-    missing = [name for name in files if not (path / name).is_file()]
-    if missing:
-        raise UserError(f"{path}: {', '.join(missing)} missing; prepare the shards again")
-    for name, crc in header.crc32.items():
-        if crc32(path / name) != crc:
-            raise UserError(f"{path / name}: altered since it was made (CRC-32); prepare the shards again")
-    lengths_N6 = load_array(path / LENGTHS_FILE)
-    if len(lengths_N6) != header.num_clips:
-        raise UserError(
-            f"{path}: {header.num_clips} clips in {HEADER_FILE}, {len(lengths_N6)} in {LENGTHS_FILE}; prepare the shards again"
-        )
-    pairs_NK = load_array(path / PAIRS_FILE) if header.pairs else np.zeros((len(lengths_N6), 0), np.int32)
-    if pairs_NK.ndim != 2 or len(pairs_NK) != len(lengths_N6) or pairs_NK.max(initial=-1) >= len(lengths_N6):
-        raise UserError(f"{path}: {PAIRS_FILE} is of other clips; prepare the shards again")
-    return lengths_N6, pairs_NK
-
-
-def load_array(path: pathlib.Path):
-    """np.load; of a file that is torn it says so in a line."""
-    try:
-        return np.load(path)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it and prepare the shards again") from None
-
-
-def _dead(path: pathlib.Path, header: Header) -> list[int]:
-    """Checks the scale of the latents -> channels that hardly vary."""
-    (low, high), std_C = STD_RANGE, np.array(header.latent_std)
-    overall = float(np.sqrt(np.mean(std_C**2)))
-    if not low <= overall <= high or std_C.max() > MAX_CHANNEL_STD:
-        raise UserError(
-            f"{path}: the latents' standard deviation is {overall:.3g}, {std_C.max():.3g} in the widest channel; "
-            f"expected {low} to {high} and at most {MAX_CHANNEL_STD}. Flow matching needs latents of about unit scale: "
-            "train the codec further, or rescale its latents"
-        )
-    return np.flatnonzero(std_C < DEAD_CHANNEL_STD).tolist()
-
-
 def write_shard(path: pathlib.Path, clips: Iterable[Clip], latent_dtype: str) -> int:
-    """Writes clips into one ArrayRecord file -> their number; without a clip there is no file."""
+    """Writes clips into one ArrayRecord file -> their number. Without clips it writes no file."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer, count = None, 0
@@ -359,8 +184,151 @@ def write_shard(path: pathlib.Path, clips: Iterable[Clip], latent_dtype: str) ->
 
 @contextlib.contextmanager
 def _disk_errors(path: pathlib.Path):
-    """What array_record says of a full disk, as an OSError."""
+    """array_record reports a full disk as a RuntimeError; this makes it an OSError."""
     try:
         yield
     except RuntimeError as error:
         raise OSError(f"{path}: {error}") from None
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """Random access to the clips of one or more directories of shards; a clips.Source.
+
+    Args:
+        directories: one, or several separated by commas; their clips follow one another.
+    Attributes:
+        header: of the directory, or the joined header of all.   paths: the directories.
+        dead_channels: latent channels that hardly vary.
+    Raises:
+        UserError: not a directory of shards, missing files, latents on a scale that a model cannot learn, or directories
+            made with different codecs, tokenizers or patches.
+    """
+
+    def __init__(self, directories: str | os.PathLike):
+        self.paths = paths = [pathlib.Path(name) for name in str(directories).split(",") if name]
+        if len({path.resolve() for path in paths}) < max(len(paths), 1):
+            raise UserError(f"shards {directories}: expected one or more directories, each once")
+        headers = [read_header(path) for path in paths]
+        check_alike(paths, headers)
+        lengths, pairs, groups, num_clips = [], [], {}, 0
+        for path, header in zip(paths, headers):
+            own_lengths, own_pairs = _read_index(path, header)
+            numbers = [groups.setdefault(tuple(group), len(groups)) for group in header.groups]
+            own_lengths["group"] = np.array(numbers, np.int32)[own_lengths["group"]]
+            lengths.append(own_lengths)
+            pairs.append(np.where(own_pairs < 0, own_pairs, own_pairs + num_clips))
+            num_clips += header.num_clips
+        self.header = header = _joined(headers, tuple(groups))
+        widest = max(table.shape[1] for table in pairs)
+        pairs = [np.pad(table, ((0, 0), (0, widest - table.shape[1])), constant_values=-1) for table in pairs]
+        self.index = Index(np.concatenate(lengths), header.groups, np.concatenate(pairs) if widest else None)
+        self._headers = headers
+        self._records = grain_source(paths, headers)
+        if len(self._records) != num_clips:
+            raise UserError(
+                f"{directories}: {num_clips} clips in {HEADER_FILE}, {len(self._records)} in the shards; "
+                "prepare the shards again"
+            )
+        self.dead_channels = sorted({channel for path, header in zip(paths, headers) for channel in _dead(path, header)})
+        self.patch_shape = (header.patch_size, header.latent_dim)
+        self.patch_sec = header.patch_sec
+        self.vocab_size = header.vocab_size
+
+    def __len__(self) -> int:
+        return len(self.index.lengths)
+
+    def __getitem__(self, index: int) -> Clip:
+        index = int(index)
+        try:
+            record = self._records[index]
+        except RuntimeError as error:  # of array_record
+            raise UserError(f"{self._place(index)} cannot be read ({error}); prepare the shards again") from None
+        clip, lengths = from_record(record), self.index.lengths[index]
+        if (len(clip.text_ids), len(clip.patches_MPC)) != (lengths["text"], lengths["patches"]):
+            raise UserError(f"{self._place(index)} does not match {LENGTHS_FILE}; prepare the shards again")
+        return clip
+
+    def _place(self, index: int) -> str:
+        """The file of a clip and its number in it, for messages."""
+        first = 0
+        for path, header in zip(self.paths, self._headers):
+            for name in header.shards:
+                count = len(grain_source([path], [dataclasses.replace(header, shards=(name,))]))
+                if index < first + count:
+                    return f"{path / name}: clip {index - first} (number {index} of the corpus)"
+                first += count
+        raise AssertionError(index)
+
+
+def check_fit(shards: Shards, model: ModelConfig, patch_sec: float | None = None, *, where: str) -> None:
+    """Raises UserError with every difference if the model cannot be trained on the shards."""
+    header = shards.header
+    both = {
+        "patch size (model.patch_size)": (header.patch_size, model.patch_size),
+        "latent channels (model.feat_dim)": (header.latent_dim, model.feat_dim),
+        "vocabulary (model.lm_config.vocab_size)": (header.vocab_size, model.lm_config.vocab_size),
+        "seconds of a patch (patch_sec)": (header.patch_sec, header.patch_sec if patch_sec is None else patch_sec),
+    }
+    wrong = [f"{name}: shards {theirs}, config {ours}" for name, (theirs, ours) in both.items() if theirs != ours]
+    if wrong:
+        raise UserError(f"{where} does not fit this config: {'; '.join(wrong)}")
+
+
+def grain_source(directories: Iterable[str | os.PathLike], headers: Iterable[Header]):
+    """Random access to the raw records of directories of shards."""
+    import grain
+
+    files = [str(pathlib.Path(path) / name) for path, header in zip(directories, headers) for name in header.shards]
+    try:
+        return grain.sources.ArrayRecordDataSource(files)
+    except RuntimeError:  # array_record does not say which file is damaged
+        for file in files:
+            try:
+                grain.sources.ArrayRecordDataSource([file])
+            except RuntimeError as error:
+                raise UserError(f"{file}: incomplete or damaged ({error}); prepare the shards again") from None
+        raise
+
+
+def load_array(path: pathlib.Path):
+    """np.load; a damaged file is a UserError."""
+    try:
+        return np.load(path)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: cannot be read ({error}); delete it and prepare the shards again") from None
+
+
+def _read_index(path: pathlib.Path, header: Header) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths, and pairs or a table without columns, of a directory in which no file is missing or altered."""
+    files = (*header.shards, LENGTHS_FILE, *[PAIRS_FILE] * bool(header.pairs))
+    missing = [name for name in files if not (path / name).is_file()]
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} missing; prepare the shards again")
+    for name, crc in header.crc32.items():
+        if crc32(path / name) != crc:
+            raise UserError(f"{path / name}: altered since it was made (CRC-32); prepare the shards again")
+    lengths = as_lengths(load_array(path / LENGTHS_FILE))
+    if len(lengths) != header.num_clips:
+        raise UserError(
+            f"{path}: {header.num_clips} clips in {HEADER_FILE}, {len(lengths)} in {LENGTHS_FILE}; prepare the shards again"
+        )
+    pairs = load_array(path / PAIRS_FILE) if header.pairs else np.zeros((len(lengths), 0), np.int32)
+    if pairs.ndim != 2 or len(pairs) != len(lengths) or pairs.max(initial=-1) >= len(lengths):
+        raise UserError(f"{path}: {PAIRS_FILE} belongs to other clips; prepare the shards again")
+    return lengths, pairs
+
+
+def _dead(path: pathlib.Path, header: Header) -> list[int]:
+    """Channels that hardly vary; refuses latents whose scale a model cannot learn."""
+    (low, high), std_C = STD_RANGE, np.array(header.latent_std)
+    overall = float(np.sqrt(np.mean(std_C**2)))
+    if not low <= overall <= high or std_C.max() > MAX_CHANNEL_STD:
+        raise UserError(
+            f"{path}: the latents' standard deviation is {overall:.3g}, {std_C.max():.3g} in the widest channel; "
+            f"expected {low} to {high} and at most {MAX_CHANNEL_STD}. Flow matching needs latents of about unit scale: "
+            "train the codec further, or rescale its latents"
+        )
+    return np.flatnonzero(std_C < DEAD_CHANNEL_STD).tolist()

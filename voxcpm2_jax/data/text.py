@@ -1,14 +1,14 @@
-"""TODO data.text."""
+"""Normalisation of transcripts, the same for training, doctor and evaluation."""
 
 import re
 import unicodedata
 
 
 def normal_text(text: str, sentence_case: bool = False) -> str:
-    """A transcript as it is tokenized: Unicode NFC, runs of white space as one space, none at the ends.
+    """The text that is tokenized: Unicode NFC, runs of white space replaced by one space, ends stripped.
 
     Args:
-        sentence_case: a transcript in capitals alone becomes small letters, capitals at the start of its sentences.
+        sentence_case: a text in capitals becomes lower case, with a capital at the start of each sentence.
     """
     text = " ".join(unicodedata.normalize("NFC", text).split())
     if sentence_case and text.isupper():

@@ -1,15 +1,15 @@
-"""Text to ids: released `tokenizer.json`, SentencePiece `tokenizer.model` and vocabularies of our own behind one face.
+"""Text to token ids: released `tokenizer.json`, SentencePiece `tokenizer.model` and newly learned vocabularies.
 
-    text -> (added tokens cut out) -> spaces become U+2581, one put in front -> byte-fallback BPE -> Chinese rule -> ids
+    text -> (added tokens are cut out) -> spaces become U+2581, one is put in front -> byte-fallback BPE -> Chinese rule -> ids
 
-The judge is the reference: transformers 5 `LlamaTokenizerFast.from_pretrained(directory)` plus its Chinese rule. That
-class takes only vocabulary, merges, added tokens and a few flags from the directory: it ignores the normalizer and
-pre-tokenizer of tokenizer.json and installs its own (spaces to U+2581; one in front of the text's first section unless
-it has one). So do we, which is why encoding goes through `tokenizers`, whatever file the vocabulary came from:
-SentencePiece itself puts its prefix also in front of a leading space, and has no added tokens.
+The ids equal those of the reference: transformers 5 `LlamaTokenizerFast.from_pretrained(directory)` plus its Chinese rule.
+That class reads only vocabulary, merges, added tokens and a few flags from the directory. It ignores the normalizer and
+pre-tokenizer of tokenizer.json and installs its own: spaces to U+2581, and one in front of the first section of the text
+unless there is one already. This module does the same, so it encodes with `tokenizers` whatever file the vocabulary came
+from. SentencePiece would also put its prefix in front of a leading space, and has no added tokens.
 
-The Chinese rule: a piece of two or more characters, all in U+4E00..U+9FFF once every U+2581 is taken out, is replaced by
-its characters if what is left is itself a piece. A character that is not a piece becomes <unk>, not bytes.
+The Chinese rule: a piece of two or more characters, all in U+4E00..U+9FFF once every U+2581 is removed, is replaced by its
+characters if what is left is itself a piece. A character that is not a piece becomes <unk>, not bytes.
 """
 
 import hashlib
@@ -26,13 +26,14 @@ from collections.abc import Callable, Iterable, Iterator
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.sequence import AUDIO_END_ID, AUDIO_START_ID, BOS_ID, EOS_ID, REFERENCE_END_ID, REFERENCE_START_ID, UNK_ID
 
 SPACE = "\u2581"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FRAME = {UNK_ID: "<unk>", BOS_ID: "<s>", EOS_ID: "</s>"}
-_MARKERS = {  # names in our own vocabularies; no text can spell them
+_MARKERS = {  # their names in learned vocabularies; no text is ever tokenized to them
     AUDIO_START_ID: "<|audio_start|>",
     AUDIO_END_ID: "<|audio_end|>",
     REFERENCE_START_ID: "<|reference_start|>",
@@ -48,7 +49,7 @@ class Tokenizer:
         settings: content of tokenizer_config.json.   special_map: content of special_tokens_map.json.
         model: bytes of tokenizer.model, if there is one; kept for saving.
     Raises:
-        UserError: the vocabulary has no room for the special ids (sequence.py), or other pieces there.
+        UserError: the vocabulary lacks the special ids (sequence.py), or has other pieces there.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: dict, special_map: dict, model: bytes | None = None):
@@ -74,21 +75,21 @@ class Tokenizer:
         }
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, no <s> in front."""
+        """The ids of a text, without <s> in front."""
         try:
             ids = self._backend.encode(text, add_special_tokens=False).ids
-        except TypeError:  # what `tokenizers` says to half a surrogate pair
+        except TypeError:  # `tokenizers` raises it for half a surrogate pair
             raise UserError(f"text is not valid Unicode: {text!r:.80}") from None
         if self._characters.keys().isdisjoint(ids):
             return ids
         return [j for i in ids for j in self._characters.get(i, (i,))]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. With a vocabulary of `train_tokenizer` encoding and decoding give a normalised text back."""
+        """The text of ids. With a vocabulary of `train_tokenizer`, decode(encode(text)) == text for normalised text."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def uncovered(self, text: str) -> tuple[list[str], list[str]]:
-        """The text's characters that become <unk>, and those that are spelt in bytes; each once, sorted."""
+        """The characters of the text that become <unk>, and those that become bytes; each once, sorted."""
         unknown, spelt = set(), set()
         for character in {c for c in text if not c.isspace()}:
             pieces = [self._backend.id_to_token(i) for i in self.encode(character)]
@@ -100,13 +101,13 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """Of the tokenizer.json that `save` writes."""
+        """The hash of the tokenizer.json that `save` writes."""
         return hashlib.sha256(self._backend.to_str(pretty=True).encode()).hexdigest()
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and tokenizer.model if there is one.
 
-        tokenizer.json names the pre-tokenizer that is really used, so plain `tokenizers` reads the same ids from it.
+        tokenizer.json names the pre-tokenizer that is really used, so plain `tokenizers` gives the same ids with it.
         """
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -117,21 +118,20 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         settings.setdefault("added_tokens_decoder", {str(i): added[i].__getstate__() for i in sorted(added)})
         settings.setdefault("tokenizer_class", "LlamaTokenizerFast")
-        files = {
+        contents = {
             "tokenizer.json": self._backend.to_str(pretty=True).encode(),
             "tokenizer_config.json": _dump(settings),
             "special_tokens_map.json": _dump(special_map),
         }
         if self._model is not None:
-            files["tokenizer.model"] = self._model
-        for name, content in files.items():
-            aside = directory / f".{name}.{os.getpid()}"
-            aside.write_bytes(content)
-            aside.replace(directory / name)
+            contents["tokenizer.model"] = self._model
+        for name, content in contents.items():
+            with files.aside(directory / name) as temporary:
+                temporary.write_bytes(content)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Reads a directory with tokenizer.json (preferred) or tokenizer.model, or one such file with its neighbours.
+    """Reads a directory with tokenizer.json (preferred) or tokenizer.model, or one such file and the files beside it.
 
     Raises:
         UserError: no such file, not a byte-fallback BPE vocabulary, special ids missing.
@@ -153,14 +153,15 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def balanced(
     corpus: Callable[[], Iterable[tuple[str, str]]], *, temperature: float = 1.0, max_chars: int = 1 << 62
 ) -> Iterator[str]:
-    """The texts to learn a vocabulary from: a language with c characters has a share in proportion to c ** (1 / temperature).
+    """The texts to learn a vocabulary from. A language with c characters gets a share proportional to c ** (1 / temperature).
 
-    Each text of a language comes floor(w) or ceil(w) times, w being the same for them all, by draws that are always the
-    same. The largest language has w = 1, unless all together would exceed `max_chars`: then every w shrinks alike.
+    Each text of a language is repeated floor(w) or ceil(w) times. w is the same for all its texts, and the draws between
+    the two are always the same. The largest language has w = 1; if the result would exceed `max_chars`, every w shrinks by
+    the same factor.
 
     Args:
-        corpus: gives all (language, text), each time anew; it is gone through twice, and nothing of it is kept.
-        max_chars: characters of the result, within the chance of the draws.
+        corpus: returns an iterable of all (language, text). It is called twice, and no text is kept in memory.
+        max_chars: characters of the result, up to the randomness of the draws.
     """
     sizes: Counter[str] = Counter()
     for language, text in corpus():
@@ -178,13 +179,13 @@ def balanced(
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, character_coverage: float = 0.9995, num_threads: int = 1
 ) -> Tokenizer:
-    """A new byte-fallback BPE vocabulary; characters outside the coverage, and all others, are spelt in bytes.
+    """Learns a byte-fallback BPE vocabulary; characters without a piece of their own are encoded as bytes.
 
-    No piece holds two Chinese characters, since the Chinese rule would take it apart again.
+    No piece holds two Chinese characters, because the Chinese rule would split it again.
 
     Args:
         texts: transcripts.   vocab_size: V, at least 7 special pieces + 256 bytes + the characters covered.
-        character_coverage: share of the corpus's characters that get a piece of their own.
+        character_coverage: share of the corpus's characters that get a piece.
     Raises:
         UserError: the vocabulary is too small for its characters, or larger than the texts can fill.
     """
@@ -210,8 +211,8 @@ def train_tokenizer(
     except RuntimeError as error:
         what = str(error).rsplit("] ", 1)[-1] or "no text to learn it from"
         raise UserError(f"a vocabulary of {vocab_size} pieces (vocab_size): {what}") from None
-    # SentencePiece lays out <unk> <s> </s>, markers, bytes, learned pieces; the markers move up to their ids. As unused
-    # pieces rather than control pieces they are no added tokens either.
+    # SentencePiece orders <unk> <s> </s>, markers, bytes, learned pieces; the markers are moved to their ids. Their type
+    # becomes "unused" instead of "control", so that they do not count as added tokens.
     proto = sentencepiece_model_pb2.ModelProto.FromString(writer.getvalue())
     pieces = list(proto.pieces)
     first = len(_FRAME)
@@ -230,7 +231,7 @@ def train_tokenizer(
 
 
 def _backend(content: dict, settings: dict, special_map: dict, where) -> tokenizers.Tokenizer:
-    """The judge's pipeline from tokenizer.json's content; of it only model, added tokens and post-processor count."""
+    """The reference's pipeline; of tokenizer.json's content only model, added tokens and post-processor are used."""
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise UserError(f"{where}: expected a BPE vocabulary with its merges")
@@ -247,7 +248,7 @@ def _backend(content: dict, settings: dict, special_map: dict, where) -> tokeniz
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=False)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * bool(has_prefix))
-    if content.get("post_processor"):  # adds <s> for those who ask; we never do
+    if content.get("post_processor"):  # adds <s> on request; `encode` never asks for it
         shell = {
             "version": "1.0",
             "model": {"type": "BPE", "vocab": {}, "merges": []},
@@ -260,8 +261,8 @@ def _backend(content: dict, settings: dict, special_map: dict, where) -> tokeniz
 
 
 def _added_tokens(content, settings, special_map) -> list[AddedToken]:
-    """Tokens cut out of the text before BPE, in the judge's order: by id, then named ones, then extra ones."""
-    if "added_tokens_decoder" in settings:  # then the judge reads nothing else
+    """Tokens cut out of the text before BPE, in the reference's order: by id, then named ones, then extra ones."""
+    if "added_tokens_decoder" in settings:  # then the reference reads nothing else
         listed = {int(i): token for i, token in settings["added_tokens_decoder"].items()}
         special_map = {}
     else:
@@ -281,7 +282,7 @@ def _added_tokens(content, settings, special_map) -> list[AddedToken]:
 
 
 def _from_sentencepiece(model: bytes, where) -> dict:
-    """A SentencePiece BPE model as the content of a tokenizer.json; merges follow from the pieces' order."""
+    """A SentencePiece BPE model as the content of a tokenizer.json; the order of the pieces determines the merges."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -294,7 +295,7 @@ def _from_sentencepiece(model: bytes, where) -> dict:
     vocab = {p.piece: i for i, p in enumerate(proto.pieces)}
     merges = [
         (piece[:i], piece[i:])
-        for piece in vocab  # in order of id, which is the order of merging
+        for piece in vocab  # in the order of ids, which is the order of merging
         for i in range(1, len(piece))
         if piece[:i] in vocab and piece[i:] in vocab
     ]

@@ -30,7 +30,17 @@ from voxcpm2_jax.config.model import ModelConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.config.run import BatchConfig, ValidationConfig
 from voxcpm2_jax.data import packing
-from voxcpm2_jax.data.packing import DESCRIBED, IS_PROMPT, NO_REFERENCE, OWN_REFERENCE, REFERENCE, Draw
+from voxcpm2_jax.data.clips import (
+    MODES,
+    NO_REFERENCE,
+    OWN_REFERENCE,
+    Draw,
+    Index,
+    Source,
+    label,
+    label_names,
+    lay_out_draw,
+)
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.sequence import Batch, Sequence, pack
@@ -42,7 +52,7 @@ LOSSES = ("loss_diff", "loss_stop")
 class Item(NamedTuple):
     """A held-out clip with its layout and draws, which never change."""
 
-    label: int  # dataset, language and mode, see `packing.label`
+    label: int  # dataset, language and mode, see `clips.label`
     sequence: Sequence
     time_M: np.ndarray  # float32
     noise_MPC: np.ndarray  # float32
@@ -66,7 +76,7 @@ class Validation:
         UserError: no clip fits.
     """
 
-    def __init__(self, model: ModelConfig, source: packing.Source, budgets: BatchConfig, config: ValidationConfig, mesh):
+    def __init__(self, model: ModelConfig, source: Source, budgets: BatchConfig, config: ValidationConfig, mesh):
         self._mesh = mesh
         scheduler = model.dit_config.cfm_config.t_scheduler
         items = [make_item(source, number, config.seed, scheduler) for number in _chosen(source.index, config.max_clips)]
@@ -83,8 +93,8 @@ class Validation:
             processes.say(f"validation: {(~fits).sum()} of {len(items)} clips fit no row and are skipped")
         self._items = [item for item, does_fit in zip(items, fits) if does_fit]
         self._labels = metrics.name_labels(
-            packing.label_names(source.index),
-            np.bincount([item.label for item in self._items], minlength=len(source.index.groups) * len(packing.MODES)),
+            label_names(source.index),
+            np.bincount([item.label for item in self._items], minlength=len(source.index.groups) * len(MODES)),
         )
         row_of_item, num_rows = packing.share_rows(sizes[fits] / limits)
         shards = mesh.shape["replica"] * mesh.shape["data"]
@@ -197,33 +207,33 @@ def evaluate(
 # ---- clips -----------------------------------------------------------------------------------------------------------
 
 
-def _chosen(index: packing.Index, max_clips: int) -> list[int]:
+def _chosen(index: Index, max_clips: int) -> list[int]:
     """Numbers of at most `max_clips` clips that bear loss, evenly spread."""
-    clips = np.flatnonzero(index.lengths[:, IS_PROMPT] == 0)
+    clips = np.flatnonzero(index.lengths["is_prompt"] == 0)
     return clips[np.linspace(0, len(clips) - 1, min(max_clips, len(clips))).astype(int)].tolist()
 
 
-def make_item(source: packing.Source, number: int, seed: int, scheduler: str) -> Item:
+def make_item(source: Source, number: int, seed: int, scheduler: str) -> Item:
     """A clip with the draws that its content and the seed determine."""
     clip = source[number]
     content = hashlib.sha256(clip.text_ids.astype("<i4").tobytes() + clip.patches_MPC.astype("<f4").tobytes())
     rng = np.random.default_rng((seed, int.from_bytes(content.digest()[:16], "little")))
     ways = _ways(source.index, number)
     draw = ways[rng.integers(len(ways))]
-    sequence = packing.lay_out_draw(source, draw)
+    sequence = lay_out_draw(source, draw)
     noise_MPC = rng.standard_normal(sequence.patches_MPC.shape, np.float32)
     time_M = np.zeros(sequence.num_patches, np.float32)
     n = sequence.num_targets
     time_M[sequence.target_M] = _quantile((rng.permutation(n) + rng.random(n)) / n, scheduler)
-    return Item(packing.label(source.index, draw), sequence, time_M, noise_MPC)
+    return Item(label(source.index, draw), sequence, time_M, noise_MPC)
 
 
-def _ways(index: packing.Index, number: int) -> list[Draw]:
+def _ways(index: Index, number: int) -> list[Draw]:
     """The layouts of a clip: no reference, its own or each of its pairs; without and, if it has one, with its description."""
     lengths = index.lengths[number]
-    descriptions = [False, True] if lengths[DESCRIBED] else [False]
+    descriptions = [False, True] if lengths["described"] else [False]
     references = [NO_REFERENCE]
-    if lengths[REFERENCE]:
+    if lengths["reference"]:
         references.append(OWN_REFERENCE)
     elif index.pairs is not None:
         references += [int(pair) for pair in index.pairs[number] if pair >= 0]

@@ -1,11 +1,7 @@
-"""PyTorch directories both ways: one table of torch name <-> parameter path <-> transform.
+"""Tensors in safetensors and .pth files: opened without reading them, checked against the tables, written one by one.
 
-    config.json   model.safetensors   audiovae.safetensors | audiovae.pth   tokenizer.json ...      what `voxcpm` reads
-
-A `Row` of the table says where one torch tensor lives here: its dims are split (heads), permuted (kernels are stored
-input dims first), and, in a transformer stack, laid at one index of the stacked layer axis. Nothing is computed, so a
-round trip gives every byte back; tensors keep the dtype they came in. Import is strict: every missing, unexpected,
-misshaped and mistyped tensor is named in one message.
+Nothing is computed, so a round trip returns the same bytes; tensors keep the dtype they came in. Reading is strict: one
+message names every missing, unexpected, misshaped and mistyped tensor. Of a .pth file only tensors are unpickled.
 """
 
 import itertools
@@ -27,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from voxcpm2_jax.checkpoint.arrays import flatten
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.torch_io.tables import BOUNDARIES, Row, by_path
+from voxcpm2_jax.torch_io.tables import BOUNDARIES, Row, by_path, vae_table
 
 BACKBONE_FILE, VAE_FILE = "model.safetensors", "audiovae.safetensors"
 
-DTYPES = {  # in the order in which a file lays them out
+DTYPES = {  # in the order in which safetensors writes them into a file
     "F32": np.dtype(np.float32),
     "I32": np.dtype(np.int32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -40,10 +36,13 @@ DTYPES = {  # in the order in which a file lays them out
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
 class Stored(NamedTuple):
     """A tensor on disk."""
 
-    dtype: np.dtype | str  # str: one that we have no use for
+    dtype: np.dtype | str  # str: a dtype that no parameter may have
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
@@ -51,21 +50,8 @@ class Stored(NamedTuple):
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
-_HINTS = {
-    "lora": "hint: merge the LoRA into the weights first, or keep it in a lora_weights.safetensors of its own",
-    "audio_vae.": f"hint: move the audio_vae. tensors to {VAE_FILE}, without that prefix",
-}
-
-
-def refuse(directory: pathlib.Path, differences: list[str]) -> None:
-    if differences:
-        hints = [hint for mark, hint in _HINTS.items() if any(d.startswith("unexpected") and mark in d for d in differences)]
-        what = "; ".join(differences + hints)
-        raise UserError(f"{directory}: {len(differences)} tensors differ from what config.json describes: {what}")
-
-
 def open_tensors(directory: pathlib.Path, *names: str) -> dict[str, Stored]:
-    """The tensors of the first of these files that is there."""
+    """The tensors of the first of these files that exists; one of the names may be an index of several files."""
     for name in names:
         path = directory / name
         if not path.exists():
@@ -81,6 +67,7 @@ def open_tensors(directory: pathlib.Path, *names: str) -> dict[str, Stored]:
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, Stored]:
+    """Opens a file; only its header is read."""
     try:
         file = safe_open(path, framework="np")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
@@ -95,7 +82,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Stored]:
 
 
 def _open_pickle(path: pathlib.Path) -> dict[str, Stored]:
-    """A torch file; only tensors are unpickled, and mapped rather than read where the file allows it."""
+    """Opens a .pth file. Only tensors are unpickled; a zip file (the newer format) is mapped, an older one is read."""
     try:
         import torch
     except ImportError:
@@ -122,8 +109,26 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Stored]:
     }
 
 
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+_HINTS = {
+    "lora": "hint: merge the LoRA into the weights first, or keep it in a lora_weights.safetensors of its own",
+    "audio_vae.": f"hint: move the audio_vae. tensors to {VAE_FILE}, without that prefix",
+}
+
+
+def check_tensors(directory: pathlib.Path, *pairs: tuple[Mapping[str, Stored], list[Row]]) -> None:
+    """Raises one UserError that names every difference between tensors and their table, for all pairs."""
+    differences = [difference for tensors, rows in pairs for difference in find_differences(tensors, rows)]
+    if differences:
+        hints = [hint for mark, hint in _HINTS.items() if any(d.startswith("unexpected") and mark in d for d in differences)]
+        what = "; ".join(differences + hints)
+        raise UserError(f"{directory}: {len(differences)} tensors differ from what config.json describes: {what}")
+
+
 def find_differences(tensors: Mapping[str, Stored], rows: list[Row]) -> list[str]:
-    """Every tensor that is missing, unexpected, misshaped or mistyped, in words."""
+    """One line for every tensor that is missing, unexpected, misshaped or mistyped."""
     wanted = {row.name: row for row in rows}
     problems = [f"missing {row.name} [{','.join(map(str, row.torch_shape))}]" for row in rows if row.name not in tensors]
     problems += [f"unexpected {name} {tensor}" for name, tensor in tensors.items() if name not in wanted]
@@ -142,45 +147,12 @@ def find_differences(tensors: Mapping[str, Stored], rows: list[Row]) -> list[str
     return problems
 
 
-def assemble(tensors: Mapping[str, Stored], rows: list[Row]) -> dict[str, np.ndarray]:
-    return {path: stack_layers(tensors, group) for path, group in by_path(rows).items()}
-
-
-def stack_layers(tensors, group, empty=np.empty) -> np.ndarray:
-    """One parameter from its torch tensors, in memory that `empty` gives."""
-    first = group[0]
-    shape = first.shape if first.layer is None else (len(group), *first.shape)
-    array = empty(shape, tensors[first.name].dtype)
-    for row in group:
-        array[... if row.layer is None else row.layer] = row.from_torch(tensors[row.name].read())
-    return array
-
-
-# ---- weights to start a training from --------------------------------------------------------------------------------
-
-
-class Weights(NamedTuple):
-    """Parameters on disk, found to be whole; one is read at a time."""
-
-    shapes: dict[str, tuple[int, ...]]  # by path
-    read: Callable[[str], np.ndarray]  # path -> array, in the dtype of the file
-
-
-def codec_constants(config: AudioVAEConfig) -> dict[str, np.ndarray]:
-    boundaries = config.sr_bin_boundaries
-    return {} if boundaries is None else {BOUNDARIES: np.array(boundaries, np.int32)}
-
-
-def write_params(
-    path: pathlib.Path, rows: list[Row], params: Mapping, constants: Mapping[str, np.ndarray] | None = None
-) -> None:
-    groups, leaves, constants = by_path(rows), flatten(params), constants or {}
-    check_params(leaves, groups, path.name)
-    header = tensor_header(groups, leaves) | {name: (array.dtype, array.shape) for name, array in constants.items()}
-    write_safetensors(path, header, itertools.chain(constants.items(), torch_tensors(groups, leaves.__getitem__)))
-
-
 def check_params(leaves: Mapping[str, Any], groups: Mapping[str, list[Row]], what: str) -> None:
+    """Raises one UserError that names every parameter that is missing, unexpected, misshaped or mistyped.
+
+    Args:
+        leaves: by path, anything with shape and dtype.   groups: the rows of each parameter.   what: their place, for the message.
+    """
     problems = [f"missing {path}" for path in groups.keys() - leaves.keys()]
     problems += [f"unexpected {path}" for path in leaves.keys() - groups.keys()]
     for path in groups.keys() & leaves.keys():
@@ -194,23 +166,66 @@ def check_params(leaves: Mapping[str, Any], groups: Mapping[str, list[Row]], wha
         raise UserError(f"{what}: {len(problems)} parameters do not fit the config: " + "; ".join(sorted(problems)))
 
 
+# ---- parameters from tensors -----------------------------------------------------------------------------------------
+
+
+def assemble(tensors: Mapping[str, Stored], rows: list[Row]) -> dict[str, np.ndarray]:
+    """Reads all parameters of a table, by path."""
+    return {path: stack_layers(tensors, group) for path, group in by_path(rows).items()}
+
+
+def stack_layers(tensors: Mapping[str, Stored], group: list[Row], empty=np.empty) -> np.ndarray:
+    """Reads one parameter from the tensors of its layers, into the array that `empty(shape, dtype)` makes."""
+    first = group[0]
+    shape = first.shape if first.layer is None else (len(group), *first.shape)
+    array = empty(shape, tensors[first.name].dtype)
+    for row in group:
+        array[... if row.layer is None else row.layer] = row.from_torch(tensors[row.name].read())
+    return array
+
+
+# ---- tensors from parameters -----------------------------------------------------------------------------------------
+
+
+def write_params(
+    path: pathlib.Path, rows: list[Row], params: Mapping, constants: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """Writes the tensors of nested parameters (arrays of numpy or jax), and of `constants`, which are no parameters."""
+    groups, leaves, constants = by_path(rows), flatten(params), constants or {}
+    check_params(leaves, groups, path.name)
+    header = tensor_header(groups, leaves) | {name: (array.dtype, array.shape) for name, array in constants.items()}
+    write_safetensors(path, header, itertools.chain(constants.items(), torch_tensors(groups, leaves.__getitem__)))
+
+
+def write_codec(path: pathlib.Path, config: AudioVAEConfig, vae_params: Mapping) -> None:
+    """Writes audiovae.safetensors. The reference expects the rate boundaries, which are config here, among its tensors."""
+    boundaries = config.sr_bin_boundaries
+    constants = {} if boundaries is None else {BOUNDARIES: np.array(boundaries, np.int32)}
+    write_params(path, vae_table(config), vae_params, constants)
+
+
 def tensor_header(groups, leaves: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """What `write_safetensors` must know beforehand: dtype and shape of every tensor of some parameters."""
     return {row.name: (np.dtype(leaves[path].dtype), row.torch_shape) for path, group in groups.items() for row in group}
 
 
 def torch_tensors(groups, read: Callable[[str], Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and content of every tensor; `read(path)` reads one parameter, and only one is in memory at a time."""
     for path, group in progress(groups.items(), "writing tensors"):
         leaf = read(path)
         for row in group:
             yield row.name, row.to_torch(np.asarray(leaf if row.layer is None else leaf[row.layer]))
-        del leaf  # before the next one is read
+        del leaf  # frees it before the next one is read
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_safetensors(path, header: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, np.ndarray]]):
-    """Writes tensors as they come, in any order; what each will be is known beforehand.
+    """Writes tensors as they come, in any order; `header` gives dtype and shape of each.
 
-    The format: length of the header (8 bytes, little-endian), the header in JSON, then the tensors' bytes. Wider dtypes
-    come first, so that all are aligned; the bytes are those that the safetensors library writes.
+    The format: length of the header (8 bytes, little-endian), the header in JSON, then the bytes of the tensors. Wider dtypes
+    come first, so that all are aligned. The file is byte for byte the one that the safetensors library writes.
     """
     order = sorted(header, key=lambda name: (list(_NAMES).index(header[name][0]), name))
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -230,19 +245,20 @@ def write_safetensors(path, header: Mapping[str, tuple[np.dtype, tuple[int, ...]
             file.seek(8 + len(encoded) + content[name]["data_offsets"][0])
             file.write(np.ascontiguousarray(tensor).view(np.uint8).data if tensor.size else b"")
             missing.remove(name)
-            del tensor  # before the next one is read: it may be a view of all layers
+            del tensor  # frees it before the next one is read: it may be a view of all layers
         file.flush()
         os.fsync(file.fileno())
     assert not missing, missing
 
 
 def copy_tensors(tensors: Mapping[str, Stored], path: pathlib.Path) -> None:
+    """Copies tensors into one safetensors file, one at a time."""
     header = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     content = ((name, tensor.read()) for name, tensor in progress(tensors.items(), f"writing {path.name}"))
     write_safetensors(path, header, content)
 
 
 def progress(items: Sized, what: str):
-    """Goes through `items` with a bar on a terminal."""
+    """Iterates over `items`, with a progress bar if stderr is a terminal."""
     console = Console(stderr=True)
     return track(items, what, console=console, disable=not console.is_terminal, transient=True)

@@ -1,4 +1,4 @@
-"""TODO torch_io.minicpm."""
+"""The text-semantic LM from a MiniCPM-4 checkpoint in Hugging Face's layout, to start a training from."""
 
 import dataclasses
 import json
@@ -10,28 +10,29 @@ import sys
 
 import numpy as np
 
+from voxcpm2_jax.checkpoint.arrays import Weights
 from voxcpm2_jax.config.model import LMConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError, from_dict, short
-from voxcpm2_jax.torch_io.files import BACKBONE_FILE, Weights, find_differences, open_safetensors, open_tensors, stack_layers
+from voxcpm2_jax.torch_io.files import BACKBONE_FILE, find_differences, open_safetensors, open_tensors, stack_layers
 from voxcpm2_jax.torch_io.tables import backbone_table, by_path, param_shapes
 
-# What a MiniCPM-4 config.json must say, and what of it must equal the TSLM's; other fields do not concern the weights.
+# Fields that a MiniCPM-4 config.json must have and that must equal the TSLM's. Other fields do not concern the weights.
 _TSLM_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                 "vocab_size", "rms_norm_eps", "max_position_embeddings")  # fmt: skip
 _TSLM_OPTIONAL = {"rope_theta": "rope_theta", "head_dim": "kv_channels"}
-_TSLM_UNUSED = r"lm_head\.weight|.*\.rotary_emb\.inv_freq"  # the model has no text output; angles are computed
+_TSLM_UNUSED = r"lm_head\.weight|.*\.rotary_emb\.inv_freq"  # text output, which VoxCPM2 lacks; RoPE angles, which are computed
 
 
 def load_tslm(path: str | os.PathLike, config: ModelConfig) -> Weights:
-    """The text-semantic LM out of a MiniCPM-4 checkpoint as Hugging Face keeps it: every parameter under `base_lm/`.
+    """Opens the LM of a MiniCPM-4 checkpoint as every parameter under `base_lm/`.
 
-    MiniCPM-4 multiplies its embeddings by `scale_emb` and its residual branches by `scale_depth / sqrt(layers)`. What of
-    that the config's own scales do not do (without `use_mup` they are 1) is folded into the embedding and into the
-    kernels o and down, so that the LM computes what it computed there.
+    MiniCPM-4 multiplies its embeddings by `scale_emb` and its residual branches by `scale_depth / sqrt(layers)`. The model of
+    `config` has scales of its own (1 without `use_mup`). The quotient of the two is multiplied into the embedding and into
+    the kernels o and down, so that the LM computes what MiniCPM-4 computes.
 
     Args:
-        path: directory with config.json and model.safetensors (or shards and their index), or such a file beside its
-            config.json.
+        path: directory with config.json and model.safetensors (or several files and their index), or one safetensors file
+            with a config.json beside it.
     Raises:
         UserError: a file is missing or unreadable, the LM has another shape or RoPE than the config's, or tensors differ
             from the table; each difference is named.
@@ -77,11 +78,11 @@ def load_tslm(path: str | os.PathLike, config: ModelConfig) -> Weights:
 
 
 def _read_minicpm(path: pathlib.Path) -> LMConfig:
-    """What a MiniCPM-4 config.json says of the LM, in our words."""
+    """A MiniCPM-4 config.json as LMConfig."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it says how a MiniCPM-4 scales its weights") from None
+        raise UserError(f"{path}: no such file; it is needed for the scales of the weights") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     needed = (*_TSLM_FIELDS, "scale_emb", "scale_depth")

@@ -1,4 +1,9 @@
-"""TODO torch_io.released."""
+"""Released directories, as the `voxcpm` package reads and writes them, whole in memory.
+
+    config.json   model.safetensors   audiovae.safetensors | audiovae.pth   tokenizer.json ...
+
+convert.py does the same tensor by tensor, for models that do not fit memory.
+"""
 
 import dataclasses
 import os
@@ -18,67 +23,58 @@ from voxcpm2_jax.torch_io.files import (
     VAE_FILE,
     Stored,
     assemble,
-    codec_constants,
-    find_differences,
+    check_tensors,
     open_tensors,
-    refuse,
+    write_codec,
     write_params,
 )
 from voxcpm2_jax.torch_io.tables import BOUNDARIES, backbone_table, vae_table
 
-# ---- reading -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Loaded:
-    """A released directory. Parameters are nested dicts of numpy arrays in the dtype of the file."""
+    """A model and its codec in memory. Parameters are nested dicts of numpy arrays in the dtype of the file."""
 
     config: ModelConfig
     params: dict
     vae_config: AudioVAEConfig
     vae_params: dict
-    raw: dict[str, Any] = field(repr=False)  # config.json as it is, unknown keys included
+    raw: dict[str, Any] | None = field(repr=False)  # the released config.json with its unknown keys; None: the model was not imported
     tokenizer_dir: pathlib.Path = pathlib.Path()
 
 
 def load(directory: str | os.PathLike) -> Loaded:
-    """Reads a released directory whole; its config decides which tensors must be there.
+    """Reads a released directory. Its config decides which tensors must be there.
 
     Raises:
         UserError: a file is missing or unreadable, or tensors differ from the table (each is named).
     """
     source = OpenDirectory(directory)
-    params, vae_params = (
-        nest(assemble(source.backbone, source.backbone_rows)),
-        nest(assemble(source.vae, source.vae_rows)),
-    )
+    params = nest(assemble(source.backbone, source.backbone_rows))
+    vae_params = nest(assemble(source.vae, source.vae_rows))
     return Loaded(source.released.model, params, source.vae_config, vae_params, source.released.raw, source.directory)
 
 
 class OpenDirectory:
-    """A released directory, opened and checked, nothing read yet."""
+    """A released directory, opened and checked; of the tensors, only the headers are read."""
 
     def __init__(self, directory):
         self.directory = pathlib.Path(directory)
         self.released = read_released(self.directory)
         if self.released.unknown:
             keys = ", ".join(self.released.unknown)
-            warnings.warn(f"{self.directory / 'config.json'}: no part reads {keys}; kept for export", stacklevel=3)
+            warnings.warn(f"{self.directory / 'config.json'}: {keys}: unknown keys, ignored here and kept for export", stacklevel=3)
         self.backbone_rows, self.vae_rows = backbone_table(self.released.model), vae_table(self.released.vae)
         self.backbone = open_tensors(self.directory, BACKBONE_FILE, f"{BACKBONE_FILE}.index.json", "pytorch_model.bin")
         self.vae = open_tensors(self.directory, VAE_FILE, "audiovae.pth")
-        refuse(self.directory, find_differences(self.backbone, self.backbone_rows) + find_differences(self.vae, self.vae_rows))
+        check_tensors(self.directory, (self.backbone, self.backbone_rows), (self.vae, self.vae_rows))
         self.vae_config = with_boundaries(self.released.vae, self.vae)
 
 
 def with_boundaries(config: AudioVAEConfig, vae: Mapping[str, Stored]) -> AudioVAEConfig:
-    """As in the reference, the file's boundaries count where config.json has others."""
+    """The config with the rate boundaries of the file of tensors, which override config.json as in the reference."""
     if config.sr_bin_boundaries is None:
         return config
     return dataclasses.replace(config, sr_bin_boundaries=tuple(int(hz) for hz in vae[BOUNDARIES].read()))
-
-
-# ---- writing -------------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -90,17 +86,17 @@ def save(
     tokenizer: Tokenizer | str | os.PathLike,
     raw: Mapping | None = None,
 ) -> None:
-    """Writes a directory that the reference loads; it appears whole or not at all.
+    """Writes a directory that the reference loads.
 
     Args:
-        directory: absent or empty.   params, vae_params: arrays of numpy or jax, kept in their dtype.
-        tokenizer: one of ours, or the directory or file of one.   raw: imported config.json whose own keys are kept.
+        directory: absent or empty.   params, vae_params: arrays of numpy or jax, written in their dtype.
+        tokenizer: a Tokenizer, or the directory or file of one.   raw: an imported config.json, whose own keys are kept.
     Raises:
-        UserError: the directory holds something, or parameters differ from the table (each is named).
+        UserError: the directory is not empty, or parameters differ from the table (each is named).
     """
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     with fresh_directory(directory) as aside:
         write_json(aside / "config.json", to_released(config, vae_config, raw))
         write_params(aside / BACKBONE_FILE, backbone_table(config), params)
-        write_params(aside / VAE_FILE, vae_table(vae_config), vae_params, codec_constants(vae_config))
+        write_codec(aside / VAE_FILE, vae_config, vae_params)
         tokenizer.save(aside)

@@ -1,4 +1,9 @@
-"""TODO torch_io.tables."""
+"""The tables of torch tensor <-> parameter: names, shapes and transforms for backbone and codec.
+
+A `Row` says where one torch tensor is stored here: its dims are split (heads), permuted (kernels have their input dims
+first), and, in a transformer stack, placed at one index of the stacked layer axis. A parameter that several layers share
+has one row per layer. The config decides which rows there are; files.py reads and writes by them.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -7,17 +12,14 @@ import numpy as np
 
 from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
 
-BOUNDARIES = "decoder.sr_bin_boundaries"  # int32, the one tensor that is no parameter
-
-
-# ---- the table -----------------------------------------------------------------------------------------------------
+BOUNDARIES = "decoder.sr_bin_boundaries"  # int32; the only tensor that is no parameter
 
 
 class Row(NamedTuple):
-    """Where one torch tensor lives: ours = torch.reshape(split).transpose(order), at `layer` of a stacked parameter."""
+    """One torch tensor: parameter[layer] = tensor.reshape(split).transpose(order); without [layer] if layer is None."""
 
-    name: str  # torch
-    path: str | None  # ours; None: no parameter, the config holds it
+    name: str  # of the torch tensor
+    path: str | None  # of the parameter; None: not a parameter, its values are in the config
     torch_shape: tuple[int, ...]
     split: tuple[int, ...]
     order: tuple[int, ...]
@@ -25,7 +27,7 @@ class Row(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Ours, without the layer axis."""
+        """Of the parameter, without the layer axis."""
         return tuple(self.split[i] for i in self.order)
 
     def from_torch(self, tensor: np.ndarray) -> np.ndarray:
@@ -36,7 +38,7 @@ class Row(NamedTuple):
 
 
 def backbone_table(config: ModelConfig) -> list[Row]:
-    """Every tensor of `model.safetensors`: 577 in the released shape."""
+    """The rows of `model.safetensors`: 577 tensors for the released model."""
     rows = []
 
     def add(name, path, split, order=None, *, torch_shape=None, layer=None):
@@ -94,7 +96,7 @@ def backbone_table(config: ModelConfig) -> list[Row]:
 
 
 def vae_table(config: AudioVAEConfig) -> list[Row]:
-    """Every tensor of `audiovae.safetensors`: 312 in the released shape."""
+    """The rows of `audiovae.safetensors`: 312 tensors for the released codec."""
     rows = []
 
     def vector(name, path, size, torch_shape):
@@ -104,7 +106,8 @@ def vae_table(config: AudioVAEConfig) -> list[Row]:
         vector(f"{name}.alpha", f"{path}/alpha", channels, (1, channels, 1))
 
     def conv(name, path, num_in, num_out, width, groups=1, *, is_transposed=False):
-        # torch has [out, in / groups, width], transposed [in, out, width]; ours are width, in, out. Gains follow dim 0.
+        # torch: [out, in / groups, width], transposed convolutions [in, out, width]; here [width, in, out]. A gain has the
+        # size of torch's dim 0.
         shape = (num_in, num_out, width) if is_transposed else (num_out, num_in // groups, width)
         rows.append(Row(f"{name}.weight_v", f"{path}/kernel", shape, shape, (2, 0, 1) if is_transposed else (2, 1, 0)))
         vector(f"{name}.weight_g", f"{path}/gain", shape[0], (shape[0], 1, 1))
@@ -155,7 +158,7 @@ def vae_table(config: AudioVAEConfig) -> list[Row]:
 
 
 def by_path(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each parameter, layers in order."""
+    """The rows of each parameter, by its path, layers in order."""
     grouped: dict[str, list[Row]] = {}
     for row in rows:
         if row.path is not None:
@@ -164,4 +167,5 @@ def by_path(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def param_shapes(groups: Mapping[str, list[Row]]) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter, with the layer axis if it is stacked."""
     return {path: group[0].shape if group[0].layer is None else (len(group), *group[0].shape) for path, group in groups.items()}

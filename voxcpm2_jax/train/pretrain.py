@@ -18,7 +18,8 @@ from voxcpm2_jax import flops, metrics, processes, sharding
 from voxcpm2_jax.checkpoint import arrays, steps
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.config.run import CHANGES, BackboneRun, BatchConfig
-from voxcpm2_jax.data import packing, synthetic
+from voxcpm2_jax.data import synthetic
+from voxcpm2_jax.data.clips import Source, label, label_names, label_patches
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.evaluate.validation import Validation
 from voxcpm2_jax.models import voxcpm2
@@ -126,7 +127,7 @@ class BackboneTask(loop.Task):
     The train step is compiled once per batch shape, when a stage first brings a batch of that shape.
     """
 
-    def __init__(self, config: BackboneRun, source: packing.Source, mix: Mix, mesh, evaluators: Sequence[loop.Evaluator] = ()):
+    def __init__(self, config: BackboneRun, source: Source, mix: Mix, mesh, evaluators: Sequence[loop.Evaluator] = ()):
         self.run, self.evaluators = config, evaluators
         self.record = to_dict(config) | {"data": _provenance_of(source)}
         self._source, self._mix, self._mesh = source, mix, mesh
@@ -163,9 +164,9 @@ class BackboneTask(loop.Task):
         """Clips and hours that the model has heard before a step, by "dataset/language/mode"."""
         index = self._source.index
         heard = {name: np.array(counts) for name, counts in self._mix.heard(step).items()}
-        names = packing.label_names(index)
+        names = label_names(index)
         for draw in (draw for batch in without for row in self._mix.rows(batch) for draw in row):
-            heard[names[packing.label(index, draw)]] -= 1, index.lengths[draw.clip, packing.PATCHES]
+            heard[names[label(index, draw)]] -= 1, index.lengths["patches"][draw.clip]
         return {
             "/".join(name): {"clips": int(clips), "hours": round(int(patches) * self.run.patch_sec / 3600, 6)}
             for name, (clips, patches) in heard.items()
@@ -176,19 +177,19 @@ class BackboneTask(loop.Task):
         """The clips of a batch as "dataset/language:number"; numbers count through all directories of shards."""
         index = self._source.index
         clips = sorted({draw.clip for row in self._mix.rows(batch) for draw in row})
-        return ["/".join(index.groups[index.lengths[clip, packing.GROUP]]) + f":{clip}" for clip in clips]
+        return ["/".join(index.groups[index.lengths["group"][clip]]) + f":{clip}" for clip in clips]
 
 
-def labels_of(source: packing.Source) -> metrics.Labels:
+def labels_of(source: Source) -> metrics.Labels:
     """The datasets, languages and modes that losses are reported by."""
-    return metrics.name_labels(packing.label_names(source.index), packing.label_patches(source.index).tolist())
+    return metrics.name_labels(label_names(source.index), label_patches(source.index).tolist())
 
 
-def _open(config: BackboneRun, data) -> packing.Source:
+def _open(config: BackboneRun, data) -> Source:
     """The corpus, after checking that it fits the model."""
     model = config.model
     if data is None:
-        return synthetic.synthetic_corpus(
+        return synthetic.Synthetic(
             config.seed,
             vocab_size=model.lm_config.vocab_size,
             patch_shape=(model.patch_size, model.feat_dim),
@@ -204,7 +205,7 @@ def _open(config: BackboneRun, data) -> packing.Source:
     return shards
 
 
-def _open_heldout(config: BackboneRun, source: packing.Source, data, heldout) -> packing.Source | None:
+def _open_heldout(config: BackboneRun, source: Source, data, heldout) -> Source | None:
     """The clips of the held-out loss, after checking that they have the provenance of the training clips."""
     if data is None and heldout is not None:
         raise UserError("--heldout needs --data: held-out clips must have the provenance of the training clips")
@@ -219,7 +220,7 @@ def _open_heldout(config: BackboneRun, source: packing.Source, data, heldout) ->
     return shards
 
 
-def _provenance_of(source: packing.Source) -> dict:
+def _provenance_of(source: Source) -> dict:
     """What the run trains on, for config.json and checkpoints, so that resuming with other data is noticed."""
     header = getattr(source, "header", None)
     if header is None:
@@ -266,7 +267,7 @@ def _evaluators(config: BackboneRun, workdir: pathlib.Path, data, heldout, mesh)
     return evaluators
 
 
-def _validator(config: BackboneRun, heldout: packing.Source, mesh) -> loop.Evaluator:
+def _validator(config: BackboneRun, heldout: Source, mesh) -> loop.Evaluator:
     """The held-out loss, of the averaged weights if there are any."""
     budgets = dataclasses.replace(config.batch, rows=config.batch.rows // config.accumulate)
     validation = Validation(config.model, heldout, budgets, config.validation, mesh)

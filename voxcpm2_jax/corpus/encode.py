@@ -1,0 +1,207 @@
+"""Recordings to clips: load, trim, pad, encode with the codec, tokenize, and embed the voice if pairs are wanted.
+
+    recording -> load at the codec's rate -> trim -> pad right to whole patches -> codec -> latents
+              -> text normalised -> tokenizer -> ids of the text and of "(description)text"
+
+Files are opened in threads; the codec runs on batches of half an hour of audio. A recording that cannot be used is skipped
+with a reason.
+"""
+
+import pathlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from voxcpm2_jax.config.corpus import DataConfig
+from voxcpm2_jax.config.model import AudioVAEConfig
+from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.corpus import speaker, trim
+from voxcpm2_jax.corpus.manifest import Recording
+from voxcpm2_jax.corpus.sources import in_threads
+from voxcpm2_jax.data import audio
+from voxcpm2_jax.data.clips import Clip
+from voxcpm2_jax.data.text import normal_text
+from voxcpm2_jax.data.tokenizer import Tokenizer
+from voxcpm2_jax.vae import autoencoder
+
+_ROUND_SEC = 1800.0  # of audio in memory at once
+
+
+class Encoded(NamedTuple):
+    """A clip, the recording that it was made from, and the embedding of its voice if it takes part in pairs."""
+
+    recording: Recording
+    clip: Clip
+    embedding: np.ndarray | None  # float32
+
+
+class Skipped(NamedTuple):
+    """A recording that cannot be used; the fields of a line of skipped.jsonl."""
+
+    audio: str
+    start_sec: str  # empty: the beginning
+    reason: str
+    message: str
+
+
+class _Loaded(NamedTuple):
+    recording: Recording
+    audio_A: np.ndarray  # at the codec's rate, whole patches
+    reference_A: np.ndarray | None
+
+
+class ClipEncoder:
+    """Turns recordings into clips with one codec, one tokenizer and, if pairs are wanted, one speaker encoder."""
+
+    def __init__(
+        self, config: DataConfig, vae_params, vae_config: AudioVAEConfig, tokenizer: Tokenizer,
+        speaker_encoder: speaker.Encoder | None,
+    ):  # fmt: skip
+        self._config, self._tokenizer, self._speaker_encoder = config, tokenizer, speaker_encoder
+        self.latent_dim = vae_config.latent_dim
+        self._rate = vae_config.sample_rate
+        self._patch_samples = config.patch_size * vae_config.encoder_hop
+        encode = jax.jit(autoencoder.encode, static_argnums=1)
+        self._encode = lambda audio_BA: encode(vae_params, vae_config, audio_BA)
+
+    def clips(
+        self, recordings: Iterable[Recording], skipped: list[Skipped], pool: ThreadPoolExecutor, bar
+    ) -> Iterator[Encoded]:
+        """The clips of all usable recordings, in order; appends the others to `skipped`.
+
+        Args:
+            pool: threads that open recordings.   bar: a progress bar with a field "hours".
+        """
+        limit = round(_ROUND_SEC * self._rate)
+        waiting: list[_Loaded] = []
+        samples = seen = 0
+
+        def encoded():
+            nonlocal waiting, samples, seen
+            yield from self._encoded(waiting)
+            bar.advance(0, seen)
+            bar.update(0, hours=bar.tasks[0].fields["hours"] + samples / self._rate / 3600)
+            waiting, samples, seen = [], 0, 0
+
+        for recording, loaded in in_threads(pool, self.load, recordings):
+            seen += 1
+            if isinstance(loaded, audio.BadRecording):
+                start = "" if recording.start_sec is None else str(recording.start_sec)
+                skipped.append(Skipped(str(recording.audio), start, loaded.reason, str(loaded)))
+            else:
+                waiting.append(loaded)
+                samples += len(loaded.audio_A)
+            if samples >= limit:
+                yield from encoded()
+        yield from encoded()
+
+    # ---- loading -----------------------------------------------------------------------------------------------------
+
+    def load(self, recording: Recording) -> _Loaded | audio.BadRecording:
+        """A recording and its reference, trimmed and padded; or why it cannot be used."""
+        try:
+            if not recording.text.strip():
+                raise audio.BadRecording("no words", f"{recording.audio}: no transcript")
+            audio_A = self._audio(recording.audio, recording.start_sec, recording.end_sec)
+            if recording.ref_audio is None or recording.is_prompt:
+                return _Loaded(recording, audio_A, None)
+            try:
+                return _Loaded(recording, audio_A, self._audio(recording.ref_audio))
+            except audio.BadRecording as error:
+                return audio.BadRecording(f"reference {error.reason}", str(error))
+        except audio.BadRecording as error:
+            return error
+
+    def _audio(self, path: pathlib.Path | audio.Stored, start_sec=None, end_sec=None) -> np.ndarray:
+        config, rate = self._config, self._rate
+        shortest = max(round(config.min_sec * rate), self._patch_samples)
+        longest = config.max_sec if config.trim == "none" else 2 * config.max_sec  # trimming may leave few enough
+        audio_A = audio.load(path, rate, start_sec, end_sec, min_samples=shortest, max_sec=longest)
+        if config.trim == "silence":
+            audio_A = trim.trim_silence(audio_A, rate, threshold_db=config.trim_db, keep_ms=config.trim_keep_ms)
+        elif config.trim == "vad":
+            audio_A = trim.trim_to_speech(audio_A, rate, keep_ms=config.trim_keep_ms)
+            if not len(audio_A):
+                raise audio.BadRecording("no speech", f"{path}: no speech is detected in it")
+        sec = len(audio_A) / rate
+        if len(audio_A) < shortest:
+            expected = shortest / rate
+            raise audio.BadRecording("too short", f"{path}: {sec:.3f} s of sound is too short; expected {expected:.3f} s")
+        if sec > config.max_sec:
+            raise audio.BadRecording("too long", f"{path}: {sec:.1f} s is too long; expected at most {config.max_sec} s")
+        return audio.pad_to_patches(audio_A, self._patch_samples, "right")
+
+    # ---- encoding ----------------------------------------------------------------------------------------------------
+
+    def _encoded(self, loaded: list[_Loaded]) -> Iterator[Encoded]:
+        embeddings = self._embeddings(loaded)
+        latents = self._latents([a for item in loaded for a in (item.audio_A, item.reference_A) if a is not None])
+        for i, (recording, _, reference_A) in enumerate(loaded):
+            patches_MPC = next(latents)
+            clip = Clip(
+                text_ids=self._ids(recording.text),
+                described_ids=self._ids(recording.full_text) if recording.description else None,
+                patches_MPC=patches_MPC,
+                reference_MPC=None if reference_A is None else next(latents),
+                is_prompt=recording.is_prompt,
+                text=recording.text,
+                description=recording.description,
+                dataset=recording.dataset or str(recording.dataset_id),
+                language=recording.language,
+                speaker=recording.speaker,
+                session=recording.session,
+            )
+            yield Encoded(recording, clip, embeddings.get(i))
+
+    def _embeddings(self, loaded: list[_Loaded]) -> dict[int, np.ndarray]:
+        """Of the clips that take part in pairs: those with a named speaker, except prompt clips."""
+        if self._speaker_encoder is None:
+            return {}
+        chosen = [i for i, (recording, *_) in enumerate(loaded) if recording.speaker and not recording.is_prompt]
+        if not chosen:
+            return {}
+        clips = [loaded[i].audio_A for i in chosen]
+        return dict(zip(chosen, speaker.embed(self._speaker_encoder, clips, self._rate)))
+
+    def _ids(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(normal_text(text, self._config.sentence_case)), np.int32)
+
+    def _latents(self, audios: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """Latents [M, P, C] of each recording, in order.
+
+        Recordings of about the same length go through the codec together, with zeros after the shorter ones. The codec is
+        causal, so these zeros change nothing before them. There are few lengths (`_bucket`), so the codec is compiled few
+        times.
+        """
+        buckets: dict[int, list[int]] = {}
+        for i, audio_A in enumerate(audios):
+            buckets.setdefault(_bucket(len(audio_A) // self._patch_samples), []).append(i)
+        patch_sec = self._patch_samples / self._rate
+        results: dict[int, np.ndarray] = {}
+        for patches, members in sorted(buckets.items()):
+            batch = max(1, int(self._config.encode_sec / (patches * patch_sec)))
+            for start in range(0, len(members), batch):
+                chosen = members[start : start + batch]
+                audio_BA = np.zeros((batch, patches * self._patch_samples), np.float32)
+                for b, i in enumerate(chosen):
+                    audio_BA[b, : len(audios[i])] = audios[i]
+                latents_BTC = np.asarray(self._encode(audio_BA), np.float32)
+                for b, i in enumerate(chosen):
+                    latents_MPC = latents_BTC[b].reshape(patches, self._config.patch_size, -1)
+                    results[i] = latents_MPC[: len(audios[i]) // self._patch_samples]
+                    if not np.isfinite(results[i]).all():
+                        raise UserError("the codec returns latents that are not finite numbers; it is not a trained codec")
+        return (results[i] for i in range(len(audios)))
+
+
+def _bucket(patches: int) -> int:
+    """The next of 4, 6, 8, 12, 16, 24, 32, ..."""
+    power = 4
+    while power < patches:
+        if patches <= power * 3 // 2:
+            return power * 3 // 2
+        power *= 2
+    return power
