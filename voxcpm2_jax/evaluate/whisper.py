@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
+from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.data import audio
 
@@ -97,17 +98,15 @@ def whisper_directory() -> pathlib.Path:
         raise UserError(
             f"whisper-base: the installed weights have SHA-256 {found}, expected {WHISPER_SHA256}; reinstall {_PARTS}"
         )
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
-    (aside / "model.bin").write_bytes(model)
-    for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
-        (aside / name).write_bytes((first / name).read_bytes())
-    try:
-        aside.rename(directory)
-    except OSError:  # another process was first
-        for file in aside.iterdir():
-            file.unlink()
-        aside.rmdir()
+
+    def write(temporary: pathlib.Path) -> None:
+        made = temporary / directory.name
+        made.mkdir()
+        (made / "model.bin").write_bytes(model)
+        for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
+            (made / name).write_bytes((first / name).read_bytes())
+
+    files.once(directory, write)
     return directory
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from voxcpm2_jax import flops, metrics, processes, sharding
+from voxcpm2_jax import files, flops, metrics, processes, sharding
 from voxcpm2_jax.checkpoint import arrays, steps
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.config.run import CHANGES, BackboneRun, BatchConfig
@@ -239,11 +239,7 @@ def _keep_provenance(workdir: pathlib.Path, directories: Sequence[pathlib.Path],
             raise UserError(f"{shards}: no {part}/ in it; expected a directory made by prepare, not its heldout/")
     workdir.mkdir(parents=True, exist_ok=True)
     for part in ("codec", "tokenizer"):
-        if not (workdir / part).exists():
-            aside = workdir / f".{part}.incomplete"
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(shards / part, aside)
-            aside.rename(workdir / part)
+        files.once(workdir / part, lambda temporary, part=part: shutil.copytree(shards / part, temporary / part))
     advice = "train in a new workdir, or prepare the shards with the workdir's own"
     check_provenance(workdir, header, name=f"this run ({workdir})", advice=advice)
 
