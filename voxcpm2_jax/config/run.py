@@ -1,13 +1,7 @@
-"""Every part's configuration: frozen dataclasses, their validation, derived sizes, and the released config.json.
+"""Config of training runs: batches, curriculum, optimiser, checkpoints, logging; of the backbone and of the codec.
 
-The field names of the model parts are those of the released `config.json`, so that file and dataclass are one
-declaration; `ModelConfig` derives the shape of each of its four transformer stacks from them:
-
-    tslm     text-semantic LM, causal, LongRoPE            ralm     residual acoustic LM, causal, no positions
-    locenc   patch -> vector, bidirectional                locdit   velocity of a patch, bidirectional
-
-Unknown keys of a released file are kept beside the config and given back on export; keys of our own run configs
-are strict. Defaults are those the reference applies to an absent key (`use_mup` is then true).
+Keys are strict: an unknown one is an error. CHANGES says which fields may differ between a checkpoint and the run that
+resumes from it.
 """
 
 import math
@@ -21,25 +15,25 @@ from voxcpm2_jax.config.plain import UserError, check_at_least
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser and its schedule; see optim.py for the curves and for what each parameter goes by."""
+    """The optimiser and its schedule; optim.py draws the curves and says which parameter uses which method."""
 
-    optimizer: str = "adamw"  # "adamw"; "muon": matrices of the layers by Muon, everything else by AdamW
-    learning_rate: float = 1e-4  # peak; one for both
+    optimizer: str = "adamw"  # "adamw"; "muon": Muon for the matrices of the layers, AdamW for all other parameters
+    learning_rate: float = 1e-4  # peak; the same for AdamW and Muon
     warmup_steps: int = 1000  # updates of linear warm-up
     schedule: str = "cosine"  # after the warm-up: "cosine", "wsd" (stable, then linear decay), "constant"
-    schedule_steps: int | None = None  # updates until the schedule ends; None: as long as the run
-    decay_fraction: float = 0.1  # "wsd": share of the schedule that decays
-    decay_steps: int | None = None  # "wsd": updates that decay; None: decay_fraction of the schedule
-    decay_start: int | None = None  # "wsd": first update that decays, for a branch; None: so that it ends with the schedule
-    end_ratio: float = 0.05  # of the peak, at the schedule's end and after
+    schedule_steps: int | None = None  # updates until the schedule ends; None: num_steps
+    decay_fraction: float = 0.1  # "wsd": share of the schedule that is the decay
+    decay_steps: int | None = None  # "wsd": length of the decay in updates; None: decay_fraction of the schedule
+    decay_start: int | None = None  # "wsd": first update of the decay, for a branch; None: the decay ends with the schedule
+    end_ratio: float = 0.05  # final rate as a share of the peak
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     muon_beta: float = 0.95  # momentum of Muon
-    mu_dtype: str = "float32"  # what first moments are kept in: "float32", "bfloat16" (2 bytes less a parameter)
-    weight_decay: float = 0.01  # x learning rate, matrices only
+    mu_dtype: str = "float32"  # dtype of first moments: "float32", "bfloat16" (2 bytes less per parameter)
+    weight_decay: float = 0.01  # times the learning rate; matrices only
     clip_norm: float | None = 1.0  # global gradient norm; None: no clip
-    ema_decay: float | None = None  # averaged weights, per update; None: none are kept
+    ema_decay: float | None = None  # decay per update of averaged weights; None: no averages
 
     def __post_init__(self):
         def check(name, ok, expected):
@@ -71,11 +65,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 1000  # updates between two checkpoints; the last update is always saved
-    keep: int = 3  # newest checkpoints that stay
-    keep_every_steps: int | None = None  # checkpoints of the steps that it divides stay for ever; None: none do
-    best_metric: str | None = None  # figure of an evaluation at the saved step, such as "val_loss_diff": the best stays too
-    best_mode: str = "min"  # which figure is best: "min" or "max"
+    every_steps: int = 1000  # updates between two checkpoints; the last update is saved too
+    keep: int = 3  # number of newest checkpoints to keep
+    keep_every_steps: int | None = None  # checkpoints at multiples of this are kept for ever; None: none are
+    best_metric: str | None = None  # also keep the checkpoint with the best value of this figure, such as "val_loss_diff"
+    best_mode: str = "min"  # which value is best: "min" or "max"
 
     def __post_init__(self):
         if min(self.every_steps, self.keep) < 1:
@@ -100,13 +94,13 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Which updates are skipped, and what happens when they do not end; see train/guard.py."""
+    """Which updates are skipped, and when the run rolls back; see train/guard.py."""
 
-    on: bool = True  # False: a figure that is not finite ends the run
-    window: int = 128  # kept updates that a spike is told by; none is before a run or stage has as many
-    spike: float | None = 12.0  # median absolute deviations of log loss or log gradient norm over their median; None: any
-    max_in_a_row: int = 8  # skipped updates after which the run goes back to its last checkpoint
-    max_rollbacks: int = 3  # to the same checkpoint; then the run ends
+    on: bool = True  # False: a figure that is not finite stops the run
+    window: int = 128  # kept updates that spikes are measured against; a run or stage has no spikes before it has as many
+    window: int = 128  # kept updates that spikes are measured against; no spikes before a run or stage has as many
+    max_in_a_row: int = 8  # skipped updates after which the run rolls back to its last checkpoint
+    max_rollbacks: int = 3  # to the same checkpoint; one more stops the run
 
     def __post_init__(self):
         def check(name, ok, expected):
@@ -123,10 +117,10 @@ class GuardConfig:
 class WatchdogConfig:
     """When a run counts as stuck; see train/watchdog.py."""
 
-    factor: float = 20.0  # x the median step; a step or a wait for data that lasts longer is a stall
-    min_sec: float = 300.0  # shorter ones are none
-    slow_sec: float = 3600.0  # limit of what is no step: compiling, reading and writing checkpoints, evaluating
-    action: str = "report"  # "report": where every thread stands, once a stall; "exit": then also leave with code 1
+    factor: float = 20.0  # a step or wait for data longer than this many median steps is a stall
+    min_sec: float = 300.0  # never a stall below this
+    slow_sec: float = 3600.0  # limit for compiling, evaluating, and reading and writing checkpoints
+    action: str = "report"  # "report": print the stacks of all threads, once per stall; "exit": then also exit with code 1
 
     def __post_init__(self):
         def check(name, ok, expected):
@@ -144,13 +138,13 @@ class WatchdogConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Budgets of one packed batch."""
+    """Budgets of one packed batch: its static shape."""
 
     rows: int = 8  # B, over all hosts
-    slots: int = 4096  # T, text tokens and patches of a row
-    patches: int = 3072  # M, audio patches of a row
-    target_patches: int | None = None  # of a row that may bear loss; None: all M
-    segments: int | None = None  # clips of a row at most; None: as many as fit. NVIDIA: attention's cost grows with it
+    slots: int = 4096  # T, text tokens and patches per row
+    patches: int = 3072  # M, audio patches per row
+    target_patches: int | None = None  # patches per row that may bear loss; None: all M
+    segments: int | None = None  # most clips per row; None: as many as fit. On GPU the cost of attention grows with it
 
     def __post_init__(self):
         if min(self.rows, self.slots, self.patches) < 1 or not 1 <= (self.target_patches or self.patches) <= self.patches:
@@ -166,17 +160,17 @@ SPEECH_BATCH = BatchConfig(rows=8, slots=4096, patches=2816)
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage of the curriculum: what is heard from its first step on; data/mixing.py says how."""
+    """A stage of the curriculum: the data from its first step on; see data/mixing.py."""
 
     first_step: int = 0
-    min_sec: float = 0.0  # shorter clips are left out
-    max_sec: float | None = None  # longer clips are left out; None: none are
-    temperature: float = 1.0  # a language of a dataset weighs its hours ** (1 / temperature): over 1 is more even
-    weights: tuple[tuple[str, float], ...] = ()  # factors on that, by "dataset", "language" or "dataset/language"
-    reference: float = 1.0  # share of the clips with a reference that are laid out with one
-    described: float = 1.0  # share of the described clips whose description is read
-    prompt: float | None = None  # share of audio that is prompt clips; None: what the corpus has
-    batch: BatchConfig | None = None  # budgets; None: those of the run
+    min_sec: float = 0.0  # shorter clips are not used
+    max_sec: float | None = None  # longer clips are not used; None: no limit
+    temperature: float = 1.0  # weight of a language in a dataset: hours ** (1 / temperature); over 1 makes languages more even
+    weights: tuple[tuple[str, float], ...] = ()  # factors on these weights, by "dataset", "language" or "dataset/language"
+    reference: float = 1.0  # of the clips that have a reference, the share that uses it
+    described: float = 1.0  # of the clips that have a description, the share that uses it
+    prompt: float | None = None  # share of audio in prompt clips; None: as in the corpus
+    batch: BatchConfig | None = None  # None: the batch of the run
 
     def __post_init__(self):
         def check(name, ok, expected):
@@ -196,32 +190,32 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What a run says while it trains, for the ear and the eye."""
+    """Texts that a run speaks while it trains; logged as audio and spectrograms."""
 
-    every_steps: int = 0  # updates between two times; 0: never
+    every_steps: int = 0  # updates between two evaluations; 0: never
     texts: tuple[str, ...] = ("one two three",)
 
     def __post_init__(self):
         check_at_least(0, self, "samples", "every_steps")
 
 
-# What the backward pass finds ready besides each layer's input, by name; all else in a layer it computes again. "attention"
-# is the kernel's own state and exists on TPU alone. The figures of each policy stand in the README.
+# Arrays of a layer that are saved for the backward pass besides the layer's input, by name; the others are recomputed.
+# "attention" is the state of the kernel, which exists only on TPU. plan/README.md has the figures of each policy.
 REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "full": (),
-    "narrow": ("q", "k", "v", "attention", "o"),  # gate and up again: the widest arrays, most of the products' work
-    "products": ("q", "k", "v", "attention", "o", "gate", "up"),  # only norms, activations and softmax again
-    "none": None,  # all that XLA wants to keep
+    "narrow": ("q", "k", "v", "attention", "o"),  # recomputes gate and up: the widest arrays, most of the work
+    "products": ("q", "k", "v", "attention", "o", "gate", "up"),  # recomputes only norms, activations and softmax
+    "none": None,  # saves whatever XLA chooses
 }
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """The loss of held-out clips; evaluate/validation.py."""
+    """The held-out loss; see evaluate/validation.py."""
 
-    every_steps: int = 1000  # updates between two times; 0: never
-    max_clips: int = 512  # that are heard, spread evenly over all held-out ones
-    seed: int = 0  # of noise, flow times and layouts, which a clip keeps for good; runs to be compared share it
+    every_steps: int = 1000  # updates between two evaluations; 0: never
+    max_clips: int = 512  # clips that are used, spread evenly over all held-out clips
+    seed: int = 0  # of each clip's noise, flow times and layout; runs that are compared need the same seed
 
     def __post_init__(self):
         if self.every_steps < 0 or self.max_clips < 1:
@@ -233,25 +227,25 @@ class BackboneRun:
     """One training run of the backbone; configs/backbone.py has the variants."""
 
     model: ModelConfig
-    seed: int = 0  # of parameters, order and noise
+    seed: int = 0  # of parameters, order of the data and noise
     num_steps: int = 1000  # updates
-    remat: str = "full"  # what the backward pass recomputes: one of REMAT_POLICIES
-    remat_local: str | None = None  # the same for LocEnc and LocDiT, whose products are worth less for their bytes; None: remat
-    diff_weight: float = 1.0  # x flow-matching loss
-    stop_weight: float = 1.0  # x stop loss
+    remat: str = "full"  # what the backward pass recomputes: a name in REMAT_POLICIES
+    remat_local: str | None = None  # the same for LocEnc and LocDiT; None: as remat
+    diff_weight: float = 1.0  # weight of the flow-matching loss
+    stop_weight: float = 1.0  # weight of the stop loss
     batch: BatchConfig = BatchConfig()
-    accumulate: int = 1  # micro-batches that an update adds up: less memory, the same result
+    accumulate: int = 1  # micro-batches per update: less memory, the same result
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    # Devices along (replica, data, tensor). One may be -1: what is left; replica and data both: a replica in each TPU slice.
+    # Devices along (replica, data, tensor). One may be -1: the remaining devices. Replica and data: one replica per TPU slice.
     mesh: tuple[int, int, int] = (-1, -1, 1)
-    patch_sec: float = 0.16  # seconds of a patch; the shards' header is checked against it
-    stages: tuple[StageConfig, ...] = ()  # curriculum; none: all clips, as they are
+    patch_sec: float = 0.16  # seconds of a patch; must equal that of the shards
+    stages: tuple[StageConfig, ...] = ()  # curriculum; empty: all clips in one stage
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     samples: SampleConfig = SampleConfig()
-    validation: ValidationConfig = ValidationConfig()  # of held-out shards, if there are any
+    validation: ValidationConfig = ValidationConfig()  # used if there are held-out shards
 
     def __post_init__(self):
         def check(name, ok, expected):
@@ -278,28 +272,29 @@ class BackboneRun:
             )
 
 
-# Whether a field of a run may differ from what its checkpoint was made with. FREE: yes. SCHEDULE: where a run branches off
-# another (--resume-from). FIXED: the state would mean something else; only when told to. SHAPE: never, the saved arrays would
-# not fit. The first pattern that "FIELD: OLD -> NEW" begins with counts; every field of a run has one.
+# Whether a field may differ between a checkpoint and the run that resumes from it. FREE: yes. SCHEDULE: only if the run
+# branches off another run (--resume-from). FIXED: the meaning of the state would change, so only with
+# --accept-config-changes. SHAPE: never, because the saved arrays would not fit. The first pattern that matches the beginning
+# of "FIELD: OLD -> NEW" decides; every field has one. The third column completes the message of a refusal.
 FREE, SCHEDULE, FIXED, SHAPE = "free", "schedule", "fixed", "shape"
 CHANGES: tuple[tuple[str, str, str], ...] = (
-    (r"guard\.window\b", SHAPE, "size of what the guard remembers"),
-    (r"optim\.(optimizer|mu_dtype)\b", SHAPE, "what the optimiser's moments are and are kept in"),
-    (r"optim\.ema_decay: (None ->|.* -> None$)", SHAPE, "whether there are averages"),
-    # How long, on what machine, and what is told of it. A schedule without schedule_steps is as long as the run: it stretches.
+    (r"guard\.window\b", SHAPE, "size of the guard's memory"),
+    (r"optim\.(optimizer|mu_dtype)\b", SHAPE, "kind and dtype of the optimiser's moments"),
+    (r"optim\.ema_decay: (None ->|.* -> None$)", SHAPE, "whether averaged weights exist"),
+    # Length, machine, logging. A schedule without schedule_steps is as long as the run, so it stretches with num_steps.
     (r"(num_steps|remat|remat_local|accumulate|mesh|model\.dtype|model\.max_length)\b", FREE, ""),
     (r"(checkpoint|log|samples|sample_every_steps|num_samples|validation|guard|watchdog|profile)\b", FREE, ""),
-    # What another learning rate would be a surprise for in a run that goes on, and is the purpose of a branch.
+    # An unexpected change for a run that resumes, but the purpose of a branch.
     (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_(fraction|steps|start)|end_ratio)\b", SCHEDULE,
-     "how far an update goes"),
-    (r"optim\.(weight_decay|clip_norm)\b", SCHEDULE, "how far an update goes"),
-    (r"optim\b", FIXED, "what the optimiser's moments and the averages are of"),
-    (r"(model|vae)\b", FIXED, "what the weights are of"),
+     "size of the updates"),
+    (r"optim\.(weight_decay|clip_norm)\b", SCHEDULE, "size of the updates"),
+    (r"optim\b", FIXED, "meaning of the optimiser's moments and of the averages"),
+    (r"(model|vae)\b", FIXED, "meaning of the weights"),
     (r"seed\b", FIXED, "order of the data, noise of every update"),
-    (r"(batch|stages|rows|crop_frames)\b", FIXED, "which clips an update reads, which have been heard"),
-    (r"(diff_weight|stop_weight|loss)\b", FIXED, "what is minimised"),
+    (r"(batch|stages|rows|crop_frames)\b", FIXED, "clips of every update, and clips heard so far"),
+    (r"(diff_weight|stop_weight|loss)\b", FIXED, "the loss"),
     (r"patch_sec\b", FIXED, "length of speech"),
-    (r"data\b", FIXED, "what is heard, and what its latents and ids mean"),
+    (r"data\b", FIXED, "the data, and the meaning of its latents and ids"),
 )  # fmt: skip
 
 
@@ -322,8 +317,8 @@ class VAERun:
     vae: AudioVAEConfig
     seed: int = 0  # of parameters, crops and noise
     num_steps: int = 1000  # updates
-    rows: int = 8  # crops of a batch, over all hosts
-    crop_frames: int = 25  # latent frames of a crop
+    rows: int = 8  # crops per batch, over all hosts
+    crop_frames: int = 25  # latent frames per crop
     remat: bool = False  # recompute each block in the backward pass
     loss: VAELossConfig = VAELossConfig()
     optim: OptimConfig = OptimConfig()
@@ -331,8 +326,8 @@ class VAERun:
     log: LogConfig = LogConfig()
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
-    sample_every_steps: int = 1000  # updates between two reconstructions of held-out clips
-    num_samples: int = 4  # held-out clips that are reconstructed
+    sample_every_steps: int = 1000  # updates between two logged reconstructions of held-out clips
+    num_samples: int = 4  # number of held-out clips that are reconstructed
 
     def __post_init__(self):
         def check(name, ok, expected):
