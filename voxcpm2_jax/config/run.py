@@ -98,7 +98,7 @@ class GuardConfig:
 
     on: bool = True  # False: a figure that is not finite stops the run
     window: int = 128  # kept updates that spikes are measured against; a run or stage has no spikes before it has as many
-    window: int = 128  # kept updates that spikes are measured against; no spikes before a run or stage has as many
+    spike: float | None = 12.0  # skip an update this many MADs above the median of log loss or log norm; None disables
     max_in_a_row: int = 8  # skipped updates after which the run rolls back to its last checkpoint
     max_rollbacks: int = 3  # to the same checkpoint; one more stops the run
 
