@@ -1,4 +1,8 @@
-"""TODO convert."""
+"""import-torch and export-torch: between released directories and training workdirs, tensor by tensor.
+
+At most one parameter (all layers of a stack) is in memory at a time, so models that do not fit memory can be converted.
+Nothing is computed: an import followed by an export returns the same bytes.
+"""
 
 import functools
 import os
@@ -31,9 +35,12 @@ from voxcpm2_jax.workdir import RELEASED, Workdir, kind, save_codec
 
 
 def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
-    """Turns a released directory into a training workdir with one checkpoint, step 0, tensor by tensor.
+    """Turns a released directory into a training workdir with one checkpoint, step 0.
 
-    The stacked parameters are put together in mapped files, so that no more than a few tensors are ever in memory.
+    The parameters are stacked in memory-mapped files in a scratch directory, from which the checkpoint is written.
+
+    Raises:
+        UserError: not a released directory (see `torch_io.load`), or `workdir` is not empty.
     """
     opened = OpenDirectory(source)
     tokenizer = load_tokenizer(source)
@@ -56,12 +63,12 @@ def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
 
 
 def export_torch(path: str | os.PathLike, directory: str | os.PathLike) -> None:
-    """Turns a training workdir, or one step of it, into a directory that the reference loads, tensor by tensor.
+    """Turns a training workdir, or one step of it, into a directory that the reference loads.
 
-    A released directory may be given too: it comes out with one file of weights each for backbone and codec.
+    A released directory is copied, with its weights in one safetensors file each for backbone and codec.
 
     Raises:
-        UserError: no checkpoint, or its weights do not fit its config.
+        UserError: not a checkpoint, its weights do not fit its config, or `directory` is not empty.
     """
     if kind(path) == RELEASED:
         opened = OpenDirectory(path)

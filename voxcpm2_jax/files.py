@@ -28,17 +28,18 @@ from voxcpm2_jax.config.plain import UserError
 
 
 @contextlib.contextmanager
-def aside(path: str | os.PathLike, *, sync: bool = False) -> Iterator[pathlib.Path]:
+def aside(path: str | os.PathLike, *, name: str | None = None, sync: bool = False) -> Iterator[pathlib.Path]:
     """Yields a temporary path beside `path`, renamed onto `path` when the block ends and removed if the block fails.
 
     The temporary name keeps the suffix, because some libraries choose the format by it. If the block writes nothing,
     `path` stays as it is.
 
     Args:
+        name: the temporary name, if others read the file while it is written; default: hidden and unique.
         sync: flush the file to disk before the rename (fsync).
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    temporary = path.with_name(name or f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
         if temporary.exists():

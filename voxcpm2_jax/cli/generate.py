@@ -1,6 +1,5 @@
 """`voxcpm2-jax generate`: speaks a text, or every line of a file."""
 
-import os
 import pathlib
 import time
 
@@ -121,23 +120,21 @@ def _stream(model, requests: dict[pathlib.Path, Request]) -> int:
     """Speaks one request into PATH.part, a name that a player can follow, renamed to PATH when it is complete."""
     import soundfile
 
+    from voxcpm2_jax import files
+
     ((path, request),) = requests.items()
-    aside = path.with_name(path.name + ".part")
     begin, first_sec, num_samples = time.perf_counter(), None, 0
-    try:
-        file = soundfile.SoundFile(aside, "w", model.sample_rate, channels=1, subtype="PCM_16", format="WAV")
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
-    try:
+    with files.aside(path, name=f"{path.name}.part") as part:
+        try:
+            file = soundfile.SoundFile(part, "w", model.sample_rate, channels=1, subtype="PCM_16", format="WAV")
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise UserError(f"{path}: cannot be written ({error})") from None
         with file:
             for audio_A in model.generate_streaming(**vars(request)):
                 first_sec = time.perf_counter() - begin if first_sec is None else first_sec
                 file.write(audio_A)
                 file.flush()
                 num_samples += len(audio_A)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     sec = num_samples / model.sample_rate
     print_result({"output": str(path), "text": request.text, "sec": sec, "first_audio_sec": first_sec})
     return DONE

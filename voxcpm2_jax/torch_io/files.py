@@ -111,7 +111,6 @@ def _open_pickle(path: pathlib.Path) -> dict[str, Stored]:
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
-
 _HINTS = {
     "lora": "hint: merge the LoRA into the weights first, or keep it in a lora_weights.safetensors of its own",
     "audio_vae.": f"hint: move the audio_vae. tensors to {VAE_FILE}, without that prefix",
@@ -151,7 +150,8 @@ def check_params(leaves: Mapping[str, Any], groups: Mapping[str, list[Row]], wha
     """Raises one UserError that names every parameter that is missing, unexpected, misshaped or mistyped.
 
     Args:
-        leaves: by path, anything with shape and dtype.   groups: the rows of each parameter.   what: their place, for the message.
+        leaves: by path, anything with shape and dtype.   groups: the rows of each parameter.
+        what: names the place of the parameters in the message.
     """
     problems = [f"missing {path}" for path in groups.keys() - leaves.keys()]
     problems += [f"unexpected {path}" for path in leaves.keys() - groups.keys()]

@@ -24,7 +24,7 @@ _TSLM_UNUSED = r"lm_head\.weight|.*\.rotary_emb\.inv_freq"  # text output, which
 
 
 def load_tslm(path: str | os.PathLike, config: ModelConfig) -> Weights:
-    """Opens the LM of a MiniCPM-4 checkpoint as every parameter under `base_lm/`.
+    """Opens the LM of a MiniCPM-4 checkpoint; its parameters are those under `base_lm/`.
 
     MiniCPM-4 multiplies its embeddings by `scale_emb` and its residual branches by `scale_depth / sqrt(layers)`. The model of
     `config` has scales of its own (1 without `use_mup`). The quotient of the two is multiplied into the embedding and into
@@ -82,7 +82,7 @@ def _read_minicpm(path: pathlib.Path) -> LMConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it is needed for the scales of the weights") from None
+        raise UserError(f"{path}: no such file; it says how a MiniCPM-4 scales its weights") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     needed = (*_TSLM_FIELDS, "scale_emb", "scale_depth")

@@ -30,6 +30,7 @@ from voxcpm2_jax.torch_io.files import (
 )
 from voxcpm2_jax.torch_io.tables import BOUNDARIES, backbone_table, vae_table
 
+
 @dataclass(frozen=True)
 class Loaded:
     """A model and its codec in memory. Parameters are nested dicts of numpy arrays in the dtype of the file."""
@@ -38,7 +39,7 @@ class Loaded:
     params: dict
     vae_config: AudioVAEConfig
     vae_params: dict
-    raw: dict[str, Any] | None = field(repr=False)  # the released config.json with its unknown keys; None: the model was not imported
+    raw: dict[str, Any] | None = field(repr=False)  # the imported config.json, unknown keys included; None: not imported
     tokenizer_dir: pathlib.Path = pathlib.Path()
 
 
@@ -62,7 +63,7 @@ class OpenDirectory:
         self.released = read_released(self.directory)
         if self.released.unknown:
             keys = ", ".join(self.released.unknown)
-            warnings.warn(f"{self.directory / 'config.json'}: {keys}: unknown keys, ignored here and kept for export", stacklevel=3)
+            warnings.warn(f"{self.directory / 'config.json'}: unknown keys {keys}; ignored, and kept for export", stacklevel=3)
         self.backbone_rows, self.vae_rows = backbone_table(self.released.model), vae_table(self.released.vae)
         self.backbone = open_tensors(self.directory, BACKBONE_FILE, f"{BACKBONE_FILE}.index.json", "pytorch_model.bin")
         self.vae = open_tensors(self.directory, VAE_FILE, "audiovae.pth")

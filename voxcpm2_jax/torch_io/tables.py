@@ -71,27 +71,27 @@ def backbone_table(config: ModelConfig) -> list[Row]:
         add(f"{name}.norm.weight", f"{path}/norm/scale", (D,))
 
     C, Q = config.feat_dim, config.scalar_quantization_latent_dim
-    D, E, T = config.tslm.width, config.locenc.width, config.locdit.width
-    add("base_lm.embed_tokens.weight", "base_lm/embed/embedding", (config.lm_config.vocab_size, D))
-    add("feat_encoder.special_token", "feat_encoder/special_token", (E,), torch_shape=(1, 1, 1, E))
-    linear("feat_encoder.in_proj", "feat_encoder/in_proj", C, E)
-    linear("feat_decoder.estimator.in_proj", "feat_decoder/in_proj", C, T)
-    linear("feat_decoder.estimator.cond_proj", "feat_decoder/cond_proj", C, T)
-    linear("feat_decoder.estimator.out_proj", "feat_decoder/out_proj", T, C)
+    lm, encoder, dit = config.tslm.width, config.locenc.width, config.locdit.width
+    add("base_lm.embed_tokens.weight", "base_lm/embed/embedding", (config.lm_config.vocab_size, lm))
+    add("feat_encoder.special_token", "feat_encoder/special_token", (encoder,), torch_shape=(1, 1, 1, encoder))
+    linear("feat_encoder.in_proj", "feat_encoder/in_proj", C, encoder)
+    linear("feat_decoder.estimator.in_proj", "feat_decoder/in_proj", C, dit)
+    linear("feat_decoder.estimator.cond_proj", "feat_decoder/cond_proj", C, dit)
+    linear("feat_decoder.estimator.out_proj", "feat_decoder/out_proj", dit, C)
     for mlp in ("time_mlp", "delta_time_mlp"):
         for half in ("linear_1", "linear_2"):
-            linear(f"feat_decoder.estimator.{mlp}.{half}", f"feat_decoder/{mlp}/{half}", T, T)
+            linear(f"feat_decoder.estimator.{mlp}.{half}", f"feat_decoder/{mlp}/{half}", dit, dit)
     for name, num_in, num_out in (
-        ("fsq_layer/in_proj", D, Q),
-        ("fsq_layer/out_proj", Q, D),
-        ("enc_to_lm_proj", E, D),
-        ("lm_to_dit_proj", D, T),
-        ("res_to_dit_proj", D, T),
-        ("fusion_concat_proj", 2 * D, D),
-        ("stop_proj", D, D),
+        ("fsq_layer/in_proj", lm, Q),
+        ("fsq_layer/out_proj", Q, lm),
+        ("enc_to_lm_proj", encoder, lm),
+        ("lm_to_dit_proj", lm, dit),
+        ("res_to_dit_proj", lm, dit),
+        ("fusion_concat_proj", 2 * lm, lm),
+        ("stop_proj", lm, lm),
     ):
         linear(name.replace("/", "."), name, num_in, num_out)
-    linear("stop_head", "stop_head", D, 2, bias=False)
+    linear("stop_head", "stop_head", lm, 2, bias=False)
     return rows
 
 
@@ -122,23 +122,28 @@ def vae_table(config: AudioVAEConfig) -> list[Row]:
             snake(f"{unit}.2", f"{ours}/snake_out", channels)
             conv(f"{unit}.3", f"{ours}/conv_out", channels, channels, 1)
 
-    E, C, D = config.encoder_dim, config.latent_dim, config.decoder_dim
-    conv("encoder.block.0", "encoder/conv_in", 1, E, 7)
+    encoder, C, decoder = config.encoder_dim, config.latent_dim, config.decoder_dim  # channels
+    conv("encoder.block.0", "encoder/conv_in", 1, encoder, 7)
     for i, stride in enumerate(config.encoder_rates):
-        name, path, channels = f"encoder.block.{i + 1}.block", f"encoder/block_{i}", E * 2**i
+        name, path, channels = f"encoder.block.{i + 1}.block", f"encoder/block_{i}", encoder * 2**i
         units(name, path, channels, 0)
         snake(f"{name}.3", f"{path}/snake", channels)
         conv(f"{name}.4", f"{path}/down", channels, 2 * channels, 2 * stride)
     for which in ("mu", "logvar"):
-        conv(f"encoder.fc_{which}", f"encoder/{which}", E * 2 ** len(config.encoder_rates), C, 3)
+        conv(f"encoder.fc_{which}", f"encoder/{which}", encoder * 2 ** len(config.encoder_rates), C, 3)
     if config.depthwise:
         conv("decoder.model.0", "decoder/conv_in", C, C, 7, C)
-        conv("decoder.model.1", "decoder/proj", C, D, 1)
+        conv("decoder.model.1", "decoder/proj", C, decoder, 1)
     else:
-        conv("decoder.model.0", "decoder/conv_in", C, D, 7)
+        conv("decoder.model.0", "decoder/conv_in", C, decoder, 7)
     first = 2 if config.depthwise else 1
     for i, stride in enumerate(config.decoder_rates):
-        name, path, num_in, num_out = f"decoder.model.{first + i}.block", f"decoder/block_{i}", D // 2**i, D // 2 ** (i + 1)
+        name, path, num_in, num_out = (
+            f"decoder.model.{first + i}.block",
+            f"decoder/block_{i}",
+            decoder // 2**i,
+            decoder // 2 ** (i + 1),
+        )
         if config.sr_bin_boundaries is not None:
             shape = (len(config.sr_bin_boundaries) + 1, num_in)
             for which in ("scale", "bias"):
@@ -149,8 +154,8 @@ def vae_table(config: AudioVAEConfig) -> list[Row]:
         conv(f"{name}.1", f"{path}/up", num_in, num_out, 2 * stride, is_transposed=True)
         units(name, path, num_out, 2)
     last = first + len(config.decoder_rates)
-    snake(f"decoder.model.{last}", "decoder/snake", D // 2 ** len(config.decoder_rates))
-    conv(f"decoder.model.{last + 1}", "decoder/conv_out", D // 2 ** len(config.decoder_rates), 1, 7)
+    snake(f"decoder.model.{last}", "decoder/snake", decoder // 2 ** len(config.decoder_rates))
+    conv(f"decoder.model.{last + 1}", "decoder/conv_out", decoder // 2 ** len(config.decoder_rates), 1, 7)
     if config.sr_bin_boundaries is not None:
         size = (len(config.sr_bin_boundaries),)
         rows.append(Row(BOUNDARIES, None, size, size, (0,)))
