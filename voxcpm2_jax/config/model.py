@@ -1,4 +1,13 @@
-"""TODO config.model."""
+"""Configs of the model and the codec, with the field names of the released `config.json`; presets of the model by name.
+
+`ModelConfig` derives the shapes of its four transformer stacks from these fields:
+
+    tslm     text-semantic LM, causal, LongRoPE            ralm     residual acoustic LM, causal, no positions
+    locenc   patch -> vector, bidirectional                locdit   velocity of a patch, bidirectional
+
+Defaults are those that the reference uses for an absent key (`use_mup` is then true). A field marked "kept" has no effect:
+it is here so that an import followed by an export returns the same file.
+"""
 
 import dataclasses
 import math
@@ -6,14 +15,14 @@ from dataclasses import dataclass
 
 from voxcpm2_jax.config.plain import UserError, check_at_least
 
-# ---- model ---------------------------------------------------------------------------------------------------------
+# ---- fields of the released file -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """LongRoPE: one frequency divisor per rotated pair; long or short is chosen once, by max > original."""
+    """LongRoPE: one frequency divisor per rotated pair. The long ones apply if max_position_embeddings > original."""
 
-    type: str = "longrope"
+    type: str = "longrope"  # kept; every type is read as LongRoPE
     long_factor: tuple[float, ...] = ()  # [H / 2]; empty: all ones, which is plain RoPE
     short_factor: tuple[float, ...] = ()  # [H / 2]; likewise
     original_max_position_embeddings: int = 32768  # slots
@@ -21,13 +30,13 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LMConfig:
-    """MiniCPM-4 decoder; the four stacks of the model inherit from it what they do not set themselves."""
+    """The text-semantic LM, a MiniCPM-4 decoder. The other stacks take from it what they do not set themselves."""
 
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int = 1  # kept; the special ids are in sequence.py
+    eos_token_id: int = 2  # kept
     hidden_size: int = 2048  # D
     intermediate_size: int = 6144  # F
-    max_position_embeddings: int = 32768  # slots
+    max_position_embeddings: int = 32768  # slots; only chooses and scales the LongRoPE factors
     num_attention_heads: int = 16  # N
     num_hidden_layers: int = 28  # L
     num_key_value_heads: int = 2  # K, divides N
@@ -36,11 +45,11 @@ class LMConfig:
     kv_channels: int | None = None  # H; None: D / N
     rope_scaling: RopeScaling = RopeScaling()
     vocab_size: int = 73448  # V
-    use_mup: bool = True
+    use_mup: bool = True  # apply scale_emb and scale_depth
     scale_emb: float = 12.0  # text embedding multiplier, if use_mup
-    dim_model_base: int = 256  # kept for the released file; no part reads it
+    dim_model_base: int = 256  # kept; muP's base width
     scale_depth: float = 1.4  # residual branches x scale_depth / sqrt(L), if use_mup
-    no_rope: bool = False
+    no_rope: bool = False  # no positions in the TSLM, LocEnc and LocDiT
 
     def __post_init__(self):
         check_at_least(1, self, "lm_config", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers",
@@ -54,7 +63,7 @@ class LMConfig:
 
 @dataclass(frozen=True)
 class LocalConfig:
-    """Shape of LocEnc."""
+    """Shape of LocEnc; LocDiT has the same fields."""
 
     hidden_dim: int = 1024  # D
     ffn_dim: int = 4096  # F
@@ -65,22 +74,22 @@ class LocalConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Flow matching: training times, guidance."""
+    """Flow matching: the times of training and the guidance."""
 
-    sigma_min: float = 1e-6  # kept for the released file; no part reads it
-    solver: str = "euler"
+    sigma_min: float = 1e-6  # kept
+    solver: str = "euler"  # the only one supported
     t_scheduler: str = "log-norm"  # "log-norm": sigmoid(N(-0.4, 1)); "uniform"
     training_cfg_rate: float = 0.1  # probability that a patch's two conditioning vectors are dropped
-    inference_cfg_rate: float = 1.0
-    reg_loss_type: str = "l1"  # kept for the released file; the loss is squared error all the same
-    ratio_r_neq_t_range: tuple[float, float] = (0.25, 0.75)  # mean mode: share of patches with r != t, first to last
-    noise_cond_prob_range: tuple[float, float] = (0.0, 0.0)
-    noise_cond_scale: float = 0.0
+    inference_cfg_rate: float = 1.0  # kept; guidance is an argument of generation
+    reg_loss_type: str = "l1"  # kept; the loss is squared error for every value, as in the reference
+    ratio_r_neq_t_range: tuple[float, float] = (0.25, 0.75)  # mean mode: share of patches with r != t, from first to last step
+    noise_cond_prob_range: tuple[float, float] = (0.0, 0.0)  # noise on the previous patch: not supported in training
+    noise_cond_scale: float = 0.0  # likewise
 
 
 @dataclass(frozen=True)
 class DiTConfig(LocalConfig):
-    """Shape of LocDiT and its flow."""
+    """Shape of LocDiT, and its flow."""
 
     dit_mean_mode: bool = False  # MeanFlow: the network sees t - r and predicts the mean velocity
     cfm_config: FlowConfig = FlowConfig()
@@ -88,20 +97,20 @@ class DiTConfig(LocalConfig):
 
 @dataclass(frozen=True)
 class AudioVAEConfig:
-    """AudioVAE V2: causal convolutional VAE, encoder and decoder at rates of their own."""
+    """AudioVAE V2: a causal convolutional VAE whose encoder and decoder have different sample rates."""
 
     encoder_dim: int = 128  # channels before the first block; doubled by each block
     encoder_rates: tuple[int, ...] = (2, 5, 8, 8)  # strides; their product is the encoder hop in samples
     latent_dim: int = 64  # C
     decoder_dim: int = 2048  # channels before the first block; block i ends with decoder_dim // 2**(i + 1)
     decoder_rates: tuple[int, ...] = (8, 6, 5, 2, 2, 2)
-    depthwise: bool = True
+    depthwise: bool = True  # depthwise convolutions in the residual units
     sample_rate: int = 16000  # Hz into the encoder
     out_sample_rate: int = 48000  # Hz out of the decoder
     use_noise_block: bool = False  # not supported: the release has none
     sr_bin_boundaries: tuple[int, ...] | None = (20000, 30000, 40000)  # Hz; None: no target-rate conditioning
     cond_type: str = "scale_bias"  # the only one supported
-    cond_dim: int = 128  # kept for the released file; scale_bias has no use for it
+    cond_dim: int = 128  # kept; only other values of cond_type use it
     cond_out_layer: bool = False  # not supported: the release has none
 
     def __post_init__(self):
@@ -126,7 +135,7 @@ class AudioVAEConfig:
             )
         check(
             self.sample_rate * self.decoder_hop == self.out_sample_rate * self.encoder_hop,
-            f"encoder makes {self.sample_rate}/{self.encoder_hop} frames per second and decoder eats "
+            f"encoder makes {self.sample_rate}/{self.encoder_hop} frames per second, decoder takes "
             f"{self.out_sample_rate}/{self.decoder_hop}; sample rates and strides must agree",
         )
 
@@ -140,14 +149,13 @@ class AudioVAEConfig:
         """Output samples per latent frame."""
         return math.prod(self.decoder_rates)
 
-    @property
-    def frames_per_sec(self) -> float:
-        return self.sample_rate / self.encoder_hop
+
+# ---- the model -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """One stack, everything resolved."""
+    """One transformer stack, with all values resolved."""
 
     num_layers: int  # L
     width: int  # D
@@ -164,7 +172,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The backbone: two language models, quantiser, local encoder and local diffusion transformer."""
+    """The backbone: text-semantic LM, quantiser, residual acoustic LM, local encoder and local diffusion transformer."""
 
     lm_config: LMConfig = LMConfig()
     patch_size: int = 4  # P, latent frames in a patch
@@ -176,7 +184,7 @@ class ModelConfig:
     encoder_config: LocalConfig = LocalConfig()
     dit_config: DiTConfig = DiTConfig()
     max_length: int = 8192  # slots of the longest sequence
-    dtype: str = "bfloat16"  # what matrices are multiplied in: "float32", "bfloat16"
+    dtype: str = "bfloat16"  # of matrix products: "float32" or "bfloat16"
 
     def __post_init__(self):
         def check(ok, message):
@@ -267,6 +275,9 @@ class ModelConfig:
         return self.lm_config.scale_emb if self.lm_config.use_mup else 1.0
 
 
+# ---- presets ---------------------------------------------------------------------------------------------------------
+
+
 def _shape(
     *, lm, locenc, locdit, head_dim, ralm_layers, fsq_dim, feat_dim, vocab_size, dtype, max_length, rope=RopeScaling(),
     rope_theta=10000.0, t_scheduler="log-norm",
@@ -295,7 +306,7 @@ def _shape(
     )  # fmt: skip
 
 
-# LongRoPE divisors of the release, short and long alike.
+# LongRoPE divisors of the release; the short and the long ones are equal.
 _RELEASED_FACTORS = (
     0.9977997200264581, 1.014658295992452, 1.0349680404997148, 1.059429246056193, 1.0888815016813513, 1.1243301355211495,
     1.166977103606075, 1.2182568066927284, 1.2798772354275727, 1.3538666751582975, 1.4426259039919596, 1.5489853358570191,
@@ -310,7 +321,7 @@ _RELEASED_FACTORS = (
     30.962293553185553, 30.986754758742034, 31.007064503249293, 31.02392307921529,
 )  # fmt: skip
 
-# Shapes of the backbone by name. "2b" is the release; "small" is its plan at 100 M parameters.
+# Models by name. "2b" is the release; "small" has the same structure with 100 M parameters.
 MODELS = {
     "tiny": _shape(
         lm=(2, 32, 64, 4, 2), locenc=(1, 32, 64, 4), locdit=(2, 32, 64, 4), head_dim=8, ralm_layers=1, fsq_dim=16,

@@ -1,4 +1,7 @@
-"""TODO config.plain."""
+"""Config dataclasses from plain data (JSON, ConfigDict) and back, with strict checks; UserError, the error they raise.
+
+to_dict(config) -> nested dicts and lists            from_dict(cls, data) -> config, or a UserError that names the field
+"""
 
 import dataclasses
 import json
@@ -9,33 +12,30 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """The user's mistake: its message is the one line to show (what we got, what we expected, what to do)."""
+    """A mistake of the user. The message is one line to show: what we got, what was expected, what to do."""
 
 
 def check_at_least(least, config, where: str, *names: str) -> None:
+    """Raises UserError unless each named field is None or at least `least`; `where` is the config's name in the message."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
             raise UserError(f"{where}.{name} must be at least {least}, got {value}")
 
 
-# ---- dataclass <-> plain data --------------------------------------------------------------------------------------
-
-
 def to_dict(config) -> dict[str, Any]:
-    """A dataclass as nested dicts and lists: what JSON holds."""
+    """A dataclass as nested dicts and lists, as JSON would return it."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls, data: Mapping[str, Any], *, where: str = "config", unknown: dict | None = None):
-    """Builds dataclass `cls` from nested plain data, checking every key and type.
+    """Builds dataclass `cls` from nested mappings and checks every key and type.
 
     Args:
-        data: nested mappings; absent keys take the dataclass's defaults.
-        where: how messages name the place.
-        unknown: if given, keys that `cls` does not have are collected here (nested the same way), otherwise they raise.
+        data: absent keys take the default of the dataclass.   where: name of `data` in messages.
+        unknown: if given, unknown keys are collected here, nested as in `data`; otherwise they raise.
     Raises:
-        UserError: an unknown or missing key or a value of the wrong type, named with its path.
+        UserError: an unknown or missing key, or a value of the wrong type; the message has its path.
     """
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: expected fields of {cls.__name__}, got {data!r}")
@@ -86,4 +86,5 @@ def _coerce(hint, value, where, unknown):
 
 
 def short(value) -> str:
+    """The first 40 characters of a value, for messages."""
     return f"{value!r:.40}"

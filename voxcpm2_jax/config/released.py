@@ -1,4 +1,8 @@
-"""TODO config.released."""
+"""The released config.json: read into ModelConfig and AudioVAEConfig, and written from them.
+
+Keys that this package does not know are kept beside the config and written again on export. A file that was read and
+written without a change is the same JSON, down to the order of its keys and the spelling of its values.
+"""
 
 import dataclasses
 import json
@@ -10,21 +14,19 @@ from typing import Any
 from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError, from_dict, to_dict
 
-# ---- the released config.json --------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Released:
-    """A released config.json: what we understand of it, and the file itself for giving it back."""
+    """A released config.json: the configs, and the file itself for export."""
 
     model: ModelConfig
     vae: AudioVAEConfig
     raw: dict[str, Any] = field(default_factory=dict)
-    unknown: tuple[str, ...] = ()  # paths of keys that no part reads
+    unknown: tuple[str, ...] = ()  # paths of unknown keys
 
 
-# Keys of the file that concern the reference's runtime, not the model.
-_RUNTIME_KEYS = ("architecture", "device", "audio_vae_config")
+# Keys of the file that are not fields of ModelConfig.
+_OTHER_KEYS = ("architecture", "device", "audio_vae_config")
 
 
 def read_released(path: str | pathlib.Path) -> Released:
@@ -45,7 +47,7 @@ def read_released(path: str | pathlib.Path) -> Released:
         got = raw.get("architecture", "none") if isinstance(raw, dict) else "no object"
         raise UserError(f'{path}: expected "architecture": "voxcpm2", got {got!r}')
     unknown: dict[str, Any] = {}
-    model_part = {k: v for k, v in raw.items() if k not in _RUNTIME_KEYS}
+    model_part = {k: v for k, v in raw.items() if k not in _OTHER_KEYS}
     model = from_dict(ModelConfig, model_part, where=str(path), unknown=unknown)
     vae_unknown: dict[str, Any] = {}
     vae = from_dict(AudioVAEConfig, raw.get("audio_vae_config") or {}, where=f"{path}.audio_vae_config", unknown=vae_unknown)
@@ -57,9 +59,11 @@ def read_released(path: str | pathlib.Path) -> Released:
 
 
 def to_released(model: ModelConfig, vae: AudioVAEConfig, raw: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The released file's content for this model; `raw`, an imported file, keeps its own keys and their order.
+    """Content of the released file for this model.
 
-    A field that `raw` leaves out and that has its default value stays out, so an unchanged import returns `raw`.
+    Args:
+        raw: an imported file, whose keys and their order are kept. A field that is absent from it and has its default value
+            stays absent, so that an unchanged import returns `raw`.
     """
     ours = to_dict(model) | {"audio_vae_config": to_dict(vae)}
     if raw is None:
@@ -73,6 +77,7 @@ def _default(field_):
 
 
 def _merge(raw, ours, defaults):
+    """`raw` with the values of `ours`; keys that it lacks are added only if their value is not the default."""
     merged = dict(raw)
     for key, value in ours.items():
         old = raw.get(key)
@@ -88,11 +93,13 @@ def _merge(raw, ours, defaults):
 
 
 def _same_value(old, value) -> bool:
+    """Whether the file's value means `value`; a dtype may have a short name in the file."""
     aliases = {"bf16": "bfloat16", "fp32": "float32"}
     return old == value or (isinstance(old, str) and aliases.get(old) == value)
 
 
 def _paths(tree, prefix=""):
+    """Dotted paths of the leaves of nested dicts."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _paths(value, f"{prefix}{key}.")
