@@ -1,11 +1,11 @@
-"""Measures what storing latents in 16 bits costs a voice: its loss on latents as they are and rounded.
+"""Measures what it costs to store latents in 16 bits: the loss of a trained model on exact and on rounded latents.
 
     voxcpm2-jax prepare --config=configs/data.py:manifest --config.manifest=M --config.latent_dtype=float32 \\
         --vae=runs/demo/codec --config.tokenizer=runs/demo/shards/tokenizer --output=SHARDS
     python tests/measure_latent_dtype.py SHARDS runs/demo/voice [BATCHES]      default: 100 batches
 
-Times, noise and dropped conditions are the same for every type, and the model computes in float32, so that a difference in
-loss is due to the latents alone. "spread" is the standard error of the loss over batches, for scale.
+Times, noise and dropped conditions are the same for every type, and the model computes in float32, so a difference in loss
+comes from the latents alone. "spread" is the standard error of the loss over batches, for comparison.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.data import pipeline
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.data.shards import Shards
+from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.train import backbone
 from voxcpm2_jax.workdir import load_params
 
@@ -41,7 +42,7 @@ def main(shards: str, workdir: str, num_batches: int = 100) -> None:
     def losses(kind, params, batch, step):
         patches = batch.patches_BMPC.astype(TYPES[kind]).astype(np.float32)
         draws = backbone.draw(jax.random.fold_in(jax.random.key(7), step), run, patches, 0.0)
-        _, figures = backbone.objective(params, run, dataclasses.replace(batch, patches_BMPC=patches), draws)
+        _, figures = backbone.objective(params, run, dataclasses.replace(batch, patches_BMPC=patches), draws, Compute.of(run))
         return figures["loss_diff"]
 
     sums = {kind: [] for kind in TYPES}

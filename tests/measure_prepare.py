@@ -1,10 +1,10 @@
 """Measures that the memory of `prepare` does not grow with the corpus.
 
-    python tests/measure_prepare.py [HOURS ..]      default: 1 10
+    python tests/measure_prepare.py [HOURS ...]     default: 1 10
 
-Each corpus is prepared by a process of its own, with the codec of configs/vae.py:tiny at random weights: clips of about
-7 s (log-normal), noise of a spoken loudness, one in a hundred of no use. Printed are hours, clips, the process's peak
-memory and how many times faster than real time it went.
+Each corpus is prepared by its own process, with the codec of configs/vae.py:tiny at random weights. The clips last about
+7 s (log-normal) and are noise as loud as speech; one in a hundred is missing. Prints the hours, the clips, the peak memory
+of the process and its speed relative to real time.
 """
 
 import json

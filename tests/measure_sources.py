@@ -1,8 +1,8 @@
-"""Measures what opening recordings costs: parts of long files, and clips of a TensorFlow data set as TensorFlow writes it.
+"""Measures the cost of opening recordings: parts of long files, and clips of a data set in TensorFlow's format.
 
     python -m tests.measure_sources
 
-The file is half an hour at 16 kHz, a part five seconds; the set has 200 clips of 12 s, stored as 64-bit integers.
+The files last half an hour at 16 kHz, a part 5 s; the data set has 200 clips of 12 s, stored as 64-bit integers.
 """
 
 import json

@@ -4,6 +4,8 @@ import pytest
 
 from voxcpm2_jax import chips
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     ("kind", "name"),

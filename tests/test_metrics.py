@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from voxcpm2_jax import files, flops, metrics
+from voxcpm2_jax import flops, metrics
 from voxcpm2_jax.config.model import DiTConfig, LMConfig, LocalConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.models import transformer, voxcpm2
@@ -119,16 +119,6 @@ def test_steps_to_profile_are_two_numbers():
     for text in ("100", "3:3", "a:b", "-1:2", ""):
         with pytest.raises(UserError, match=f"--profile-steps={text}: expected A:B"):
             profile_steps(text)
-
-
-@pytest.mark.parametrize("torn", ["", '{"step": 9, "lo', "\x00\x00"])
-def test_heal_drops_the_torn_line_and_later_steps(tmp_path, torn):
-    path = tmp_path / "metrics.jsonl"
-    assert files.heal(path, 5) is None and not path.exists()
-    path.write_text('{"step": 2, "loss": 1.0}\n{"step": 5, "loss": 0.5}\n{"step": 8, "loss": 9.0}\n' + torn)
-    assert files.heal(path, 5) == {"step": 5, "loss": 0.5}
-    assert path.read_text() == '{"step": 2, "loss": 1.0}\n{"step": 5, "loss": 0.5}\n'
-    assert files.heal(path, 1) is None and path.read_text() == ""
 
 
 def test_writer_writes_rows_and_tensorboard(tmp_path, capsys):

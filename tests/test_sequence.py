@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from voxcpm2_jax.sequence import Batch, lay_out, lay_out_prompt_clip, pack
 
+pytestmark = pytest.mark.fast
+
 P, C = 2, 3
 
 

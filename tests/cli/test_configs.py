@@ -5,6 +5,8 @@ import pytest
 from voxcpm2_jax.cli import configs
 from voxcpm2_jax.cli.configs import load_config
 
+pytestmark = pytest.mark.fast
+
 CONFIG = """
 from ml_collections import ConfigDict
 

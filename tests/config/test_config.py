@@ -36,6 +36,8 @@ from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.torch_io import tables
 from voxcpm2_jax.vae import autoencoder
 
+pytestmark = pytest.mark.fast
+
 FACTORS = [1.0 + 0.25 * i for i in range(64)]
 RELEASED = {  # the release's fields and their order, keys that no part reads among them
     "architecture": "voxcpm2",

@@ -6,6 +6,8 @@ import pytest
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.corpus import manifest, sources
 
+pytestmark = pytest.mark.fast
+
 
 def written(tmp_path, *entries):
     path = tmp_path / "m.jsonl"

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from voxcpm2_jax.data import packing, pipeline, synthetic
 from voxcpm2_jax.data.clips import LENGTHS, OWN_REFERENCE, Clip, Draw, Index, label_names, label_patches, lay_out_draw
 
+pytestmark = pytest.mark.fast
+
 T, M, TARGETS = 40, 25, 20
 BUDGETS = np.array(packing.Budgets(T, M, TARGETS))
 clips = st.lists(st.tuples(st.integers(1, 10), st.integers(1, 12), st.integers(0, 5), st.booleans()), min_size=1, max_size=60)

@@ -8,6 +8,8 @@ import pytest
 from voxcpm2_jax.plan import hlo
 from voxcpm2_jax.plan.machine import Collective
 
+pytestmark = pytest.mark.fast
+
 
 def fake_mesh(*shape, torus, slices=1):
     """A mesh over devices with coordinates in the torus and a slice number."""

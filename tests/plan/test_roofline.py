@@ -13,6 +13,8 @@ from voxcpm2_jax.config.run import SPEECH_BATCH, BackboneRun, BatchConfig
 from voxcpm2_jax.plan import roofline
 from voxcpm2_jax.plan.machine import Collective, Machine
 
+pytestmark = pytest.mark.fast
+
 RUN = BackboneRun(model=MODELS["2b"], batch=dataclasses.replace(SPEECH_BATCH, rows=256))
 POD = Machine("v5e:16x16", CHIPS["v5e"], 1, (16, 16), 256)
 

@@ -7,6 +7,8 @@ import pytest
 
 from voxcpm2_jax.vae import losses
 
+pytestmark = pytest.mark.fast
+
 HZ = 24000
 mel_distance = jax.jit(losses.mel_distance, static_argnums=2)
 spectrum_distance = jax.jit(losses.spectrum_distance, static_argnums=2)

@@ -167,7 +167,7 @@ def _shares(index: Index, stage: StageConfig, patch_sec: float, budgets: Budgets
 
 def _mean_sizes(index: Index, clips: np.ndarray, stage: StageConfig) -> np.ndarray:
     """The mean of what these clips take of the four budgets, given a stage's shares of references and descriptions."""
-    lengths = index.lengths[clips]
+    lengths = index.lengths.take(clips)
     if index.pairs is not None:
         has_pair = (index.pairs[clips] >= 0).any(axis=1) & (lengths["reference"] == 0)
         lengths["reference"][has_pair] = round(float(lengths["patches"].mean()))
@@ -248,7 +248,7 @@ class _Stream:
     def __init__(self, seed, index: Index, clips: np.ndarray, stage: StageConfig, budgets: Budgets):
         self._seed, self._index, self._clips, self._stage = seed, index, clips, stage
         self._budgets = np.array(budgets)
-        smallest = packing.sizes(index.lengths[clips], reference_patches=0, is_described=False)
+        smallest = packing.sizes(index.lengths.take(clips), reference_patches=0, is_described=False)
         too_big = np.flatnonzero((smallest > self._budgets).any(axis=1))
         if len(too_big):
             slots, patches, targets, _ = smallest[too_big].max(axis=0)
@@ -328,7 +328,7 @@ class _Stream:
     def _draw(self, rng) -> tuple[_Draws, np.ndarray]:
         """All clips once, in a new order and with modes drawn for them; and their `sizes`."""
         clip = rng.permutation(self._clips)
-        lengths = self._index.lengths[clip]
+        lengths = self._index.lengths.take(clip)  # on structured arrays several times as fast as indexing
         is_described = (lengths["described"] > 0) & (rng.random(len(clip)) < self._stage.described)
         reference = np.where(lengths["reference"] > 0, OWN_REFERENCE, NO_REFERENCE).astype(np.int32)
         if self._index.pairs is not None:
