@@ -1,10 +1,10 @@
-"""Peak memory of conversion at full size, both directions, and whether every byte comes back.
+"""Peak memory of import-torch and export-torch at full size, and whether the files come back byte for byte.
 
     python tests/measure_torch_io.py DIR          DIR: absent or empty, about 20 GB free
 
 Makes a random checkpoint of the released shape (577 tensors, 4.58 GB of bfloat16; random bytes, so nothing compresses)
-with its codec and a small tokenizer, imports it, exports it and compares the files. The figures are anonymous memory
-of this process (RssAnon: mapped files are not counted), sampled every 10 ms, and include Python and its libraries.
+with its codec and a small tokenizer, imports it, exports it and compares the files. Memory is the anonymous memory of
+this process (RssAnon, without mapped files), sampled every 10 ms; it includes Python and its libraries.
 """
 
 import dataclasses

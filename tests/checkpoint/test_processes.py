@@ -1,4 +1,4 @@
-"""Checkpoints of two real processes over loopback: one sealed step, damage that both agree on, other process counts."""
+"""Two processes over loopback: one step with checksums, agreement on damage, resuming with another number of processes."""
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def work(num, *argv):
     return results
 
 
-def test_two_processes_agree_on_what_is_damaged_and_one_goes_on(tmp_path):
+def test_two_processes_agree_on_damage_and_one_process_resumes(tmp_path):
     work(2, tmp_path, "save")
     newest = tmp_path / "checkpoints" / "2"
     integrity.verify(newest)

@@ -1,4 +1,4 @@
-"""The reference is the judge of what we write: it loads every tensor of it, bit for bit, and misses none."""
+"""The reference loads the directories that this package writes: every tensor bit for bit, none missing, none unexpected."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from voxcpm2_jax.torch_io import released, tables
 
 @pytest.fixture
 def strictly(monkeypatch, load_reference):
-    """Loads a directory as the reference does and returns its state, insisting that every key was met."""
+    """Loads a directory with the reference's code; fails if a key is missing or unexpected."""
     from voxcpm.model.voxcpm2 import VoxCPM2Model
 
     results = []

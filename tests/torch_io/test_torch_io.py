@@ -1,4 +1,4 @@
-"""The table covers every parameter, both directions are exact, and what is wrong with a file is said in one message."""
+"""The tables cover every parameter, both directions are exact, and one message names all that is wrong with a file."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from voxcpm2_jax import convert, workdir
+from voxcpm2_jax import convert, torch_io, workdir
 from voxcpm2_jax.checkpoint import arrays
 from voxcpm2_jax.config.model import AudioVAEConfig, DiTConfig, LMConfig, LocalConfig, ModelConfig, RopeScaling
 from voxcpm2_jax.config.plain import UserError
@@ -135,6 +135,17 @@ def test_save_then_load_gives_every_byte_back(released, model, tokenizer):
     assert_same(loaded.vae_params, model[1])
     assert load_tokenizer(loaded.tokenizer_dir).encode("one deux") == tokenizer.encode("one deux")
     assert load_file(released / "audiovae.safetensors")["decoder.sr_bin_boundaries"].tolist() == [20000, 30000, 40000]
+
+
+def test_load_and_save_are_names_of_the_package(released, model):
+    """Outside code calls torch_io.load(DIR) and reads these attributes."""
+    loaded = torch_io.load(released)
+    assert (loaded.config, loaded.vae_config) == (CONFIG, VAE)
+    assert_same(loaded.params, model[0])
+    assert_same(loaded.vae_params, model[1])
+    assert torch_io.save is save
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        torch_io.lode  # noqa: B018
 
 
 def test_jax_arrays_are_saved_as_numpy_ones(tmp_path, released, model, tokenizer):

@@ -65,7 +65,7 @@ class Checkpoints:
         return ocp.CheckpointManager(self.directory, options=self._options)
 
     def open(self) -> None:
-        """Creates the directory and removes unfinished saves from it; before this (or `save`), it is only read."""
+        """Creates the directory and removes unfinished saves in the background; before this (or `save`), it is only read."""
         _ = self._manager
 
     def is_due(self, step: int) -> bool:
