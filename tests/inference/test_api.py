@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.inference import test_request
+from tests.config import test_request
 from tests.inference.speaking import PATCH_SAMPLES, QUICK, assert_same_audio
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.request import Request
