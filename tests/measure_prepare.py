@@ -1,6 +1,6 @@
 """Measures that the memory of `prepare` does not grow with the corpus.
 
-    python tests/measure_prepare.py [HOURS ...]     default: 1 10
+    python tests/measure_prepare.py [HOURS ...]      default: 1 10
 
 Each corpus is prepared by its own process, with the codec of configs/vae.py:tiny at random weights. The clips last about
 7 s (log-normal) and are noise as loud as speech; one in a hundred is missing. Prints the hours, the clips, the peak memory
