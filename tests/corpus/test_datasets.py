@@ -1,4 +1,4 @@
-"""Sets as TensorFlow would have prepared them, written here by hand: TensorFlow itself is not there."""
+"""Data sets in the format that TensorFlow writes. The tests write them without TensorFlow, which is not installed."""
 
 import io
 import json
@@ -280,7 +280,7 @@ def test_doctor_hears_a_set(data_dir):
 
 
 def test_a_clip_without_words_is_left_out_by_name(data_dir, tmp_path):
-    """VCTK has clips whose text was lost."""
+    """VCTK has clips without a transcript."""
     features = {"audio": sound(8000), "text": TEXT}
     write_set(data_dir / "mine/1.0.0", "mine", features, [{"audio": wave(0, 8000), "text": text} for text in ("a b", " ")])
     encoder = object.__new__(ClipEncoder)

@@ -1,4 +1,4 @@
-"""The doctor finds every fault that is planted, and nothing in a sound corpus."""
+"""The doctor finds every planted fault, and none in a faultless corpus."""
 
 import json
 
@@ -52,7 +52,7 @@ def silence(sec):
 
 
 def clip(**changes):
-    """An entry to plant, and what its audio is."""
+    """A manifest entry with some fields changed."""
     return {"audio": "new.wav", "text": "something new here", "speaker": "a", "language": "en", "dataset": "d"} | changes
 
 

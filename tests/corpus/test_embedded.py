@@ -148,7 +148,7 @@ def packages(tmp_path_factory):
     return write_packages(tmp_path_factory.mktemp("packages"))
 
 
-def test_debian_keeps_what_can_be_learnt_from(tmp_path, packages):
+def test_debian_keeps_usable_recordings(tmp_path, packages):
     config = DebianConfig(languages="en,it", num_heldout=1, packages=str(packages))
     result = prepare.prepare(DataConfig(source="debian", debian=config), tmp_path / "out", None)
     train, heldout = (manifest.read_manifest(tmp_path / "out" / name) for name in ("train.jsonl", "heldout.jsonl"))

@@ -283,7 +283,7 @@ def test_a_mistake_leaves_a_directory_as_it_was(tmp_path, recordings, tokenizer_
     with pytest.raises(UserError, match="none of 5 recordings can be used"):
         make_shards(shared, tmp_path / "out", vae_params, VAE)
     (tmp_path / "away").mkdir()
-    for recording in away:  # the disk comes back
+    for recording in away:  # the recordings are there again
         shutil.copy(tmp_path / recording.audio.name, recording.audio)
     assert make_shards(shared, tmp_path / "out", vae_params, VAE).num_clips == 5
 
@@ -296,7 +296,7 @@ def test_where_a_manifest_lies_does_not_matter(tmp_path, recordings, tokenizer_d
 
 
 def test_a_recording_that_is_too_long_is_not_decoded(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):
-    """An hour by mistake takes no memory, whether its end is named or not."""
+    """A recording that is far too long takes no memory, with or without end_sec."""
     soundfile.write(tmp_path / "hour.wav", np.zeros(16000 * 9), 16000)
     bad = [manifest.Recording(tmp_path / "hour.wav", "one"), manifest.Recording(tmp_path / "hour.wav", "two", end_sec=8.0)]
     manifest.write_manifest(tmp_path / "m.jsonl", [*recordings, *bad])
@@ -379,7 +379,7 @@ def test_shards_of_debians_recordings(tmp_path, tokenizer_dir, vae_params):
 
 def test_tiny_demo_from_start_to_finish(tmp_path, vae_params):
     config = from_dict(DataConfig, configs().get_config("tiny").to_dict())
-    (tmp_path / "out" / ".demo.killed").mkdir(parents=True)  # of a run that was killed while it spoke, or of a host that does
+    (tmp_path / "out" / ".demo.killed").mkdir(parents=True)  # left by a killed run, or in use by another host
     header = make_shards(config, tmp_path / "out", vae_params, VAE)
     assert header.num_clips == 70 and header.sources == ("demo",) and not header.skipped
     assert shards.read_header(tmp_path / "out" / "heldout").num_clips == 8

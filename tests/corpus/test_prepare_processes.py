@@ -1,4 +1,4 @@
-"""`prepare` as real processes: killed at any moment, and several sharing one output without a word between them."""
+"""`prepare` as real processes: one is killed at random moments; two share one output without communicating."""
 
 import os
 import random
@@ -29,7 +29,7 @@ SHARDS = RECORDINGS // SHARD_CLIPS
 
 @pytest.fixture(scope="module")
 def corpus_dir(tmp_path_factory):
-    """A manifest with held-out clips and some of no use, a codec, a tokenizer, and the shards made in one go."""
+    """A manifest with held-out clips and some missing recordings, a codec, a tokenizer, and shards made without a stop."""
     directory = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     recordings = []

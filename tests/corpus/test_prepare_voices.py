@@ -1,4 +1,4 @@
-"""What `prepare` does about voices and about the ends of recordings: pairs, silence, speech."""
+"""`prepare`: pairs of clips of one voice, and trimming of recordings by silence and by speech."""
 
 import hashlib
 import json
@@ -184,7 +184,7 @@ def test_shards_refuse_a_table_that_is_missing_or_of_other_clips(make, manifest,
     make("out", {})
     file, header_file = (tmp_path / "out" / name for name in (PAIRS_FILE, HEADER_FILE))
     pairs, header = np.load(file), header_file.read_text()
-    without_checksums = json.dumps(json.loads(header) | {"crc32": {}})  # as it was written before there were any
+    without_checksums = json.dumps(json.loads(header) | {"crc32": {}})  # of shards made before there were checksums
     for wrong in (pairs[:-1], pairs + 13):
         np.save(file, wrong)
         for text, message in ((header, r"pairs\.npy: altered"), (without_checksums, r"pairs\.npy belongs to other clips")):
@@ -204,7 +204,7 @@ def stored_patches(directory):
 
 
 def test_silence_and_noise_at_the_ends(make, tmp_path):
-    """Silence is cut by either; noise only by the detector, which leaves out what has no speech."""
+    """Both ways of trimming cut silence; only the detector cuts noise and skips recordings without speech."""
     from hibari import Hibari
 
     from voxcpm2_jax.data import audio

@@ -18,7 +18,7 @@ from voxcpm2_jax.data import audio
 
 @pytest.fixture(scope="module")
 def speech():
-    """Seconds of the English voice and of another one, at 16 kHz."""
+    """Some speech of the English voice and of another one, at 16 kHz."""
     from hibari import Hibari
 
     from voxcpm2_jax.corpus import demo
@@ -30,13 +30,13 @@ def speech():
 
 
 def test_embeddings_equal_those_of_resemblyzer_itself(speech, monkeypatch):
-    # What only its `preprocess_wav` needs, and drops pauses with: a C extension, and a module that SciPy has given up.
+    # resemblyzer imports these two for its `preprocess_wav`, which drops pauses: a C extension, and a removed SciPy module.
     monkeypatch.setitem(sys.modules, "webrtcvad", types.ModuleType("webrtcvad"))
     monkeypatch.setitem(sys.modules, "scipy.ndimage.morphology", scipy.ndimage)
     from resemblyzer import VoiceEncoder
     from resemblyzer.audio import normalize_volume
 
-    # Long and short, loud and quiet, lengths at which the last stretch is kept and lost.
+    # Long and short, loud and quiet, lengths at which the last window is kept and dropped.
     clips = [*speech, speech[0][:5000], 1e-3 * speech[2], 2 * speech[0][: 16000 * 2], speech[0][:35000], speech[0][:40000]]
     original = VoiceEncoder("cpu", verbose=False)
     expected = [original.embed_utterance(normalize_volume(audio_A, -30, increase_only=True)) for audio_A in clips]
@@ -61,7 +61,7 @@ class Broken(Constant):
 def test_any_encoder_may_be_named():
     encoder = speaker.load_encoder(f"{__name__}:Constant")
     np.testing.assert_array_equal(encoder([np.zeros(5)]), [[5.0, 0.0]])
-    # It hears its own rate and its rows come out with unit length.
+    # Audio is resampled to the rate of the encoder, and its embeddings are scaled to unit length.
     np.testing.assert_allclose(speaker.embed(encoder, [np.ones(1600, np.float32)] * 2, 16000), [[1, 0]] * 2)
 
 
@@ -217,7 +217,7 @@ def test_memory_bounds_what_is_read_at_once_and_changes_no_pair(monkeypatch):
     expected = choose(origins, embeddings, sizes=[200, 0, 300, 100])
     monkeypatch.setattr(speaker, "_MAX_EMBEDDINGS", 64)
     np.testing.assert_array_equal(choose(origins, embeddings, sizes=[200, 0, 300, 100]), expected)
-    # A voice that is larger than that is taken in stretches, each by itself.
+    # A larger voice is split into stretches, each compared with itself only.
     pairs = choose([(f"{i}.wav", None, None, VOICE) for i in range(150)], [ALIKE] * 150)
     assert (pairs >= 0).all() and all(set(row // 64) == {i // 64} for i, row in enumerate(pairs))
     for i, j in itertools.product(range(150), range(4)):

@@ -101,7 +101,7 @@ def test_the_larger_the_corpus_the_fewer_packings(monkeypatch, clips, packings):
 
 
 def test_a_ramp_of_rows_goes_on_with_the_epoch(either_size):
-    """Batches grow in the midst of an epoch: still no clip comes twice before all came once, and none is left out."""
+    """When batches grow within an epoch, every clip still comes once before any comes twice."""
     lengths = speech_lengths(300)
     lengths["group"][:100] = 1
     rows = {0: 1, 7: 2, 12: 5}
@@ -174,7 +174,7 @@ def test_shares_follow_hours_temperature_and_weights():
 
 
 def test_the_share_of_prompt_clips_is_of_audio():
-    """Not of rows: those of a group with much text hold less audio."""
+    """It is not a share of rows: rows of a group with much text hold less audio."""
     lengths, groups = corpus()
     lengths["text"][lengths["is_prompt"] > 0] *= 4
     mix = mix_of(lengths, StageConfig(prompt=0.3), batch=BatchConfig(rows=2, slots=4096, patches=2800), groups=groups)
@@ -184,7 +184,7 @@ def test_the_share_of_prompt_clips_is_of_audio():
 
 @pytest.mark.parametrize("reference", [0.0, 1.0])
 def test_hours_count_whatever_the_references_take(reference):
-    """Of two groups of equal hours one has references as long as its clips: its own, or those of a table."""
+    """Two groups of equal hours; the clips of one have references of their own length, stored with them or from pairs."""
     lengths = speech_lengths(1200, max_sec=20)
     lengths["group"] = np.arange(1200) % 2
     first = np.flatnonzero(lengths["group"] == 0)
@@ -277,7 +277,7 @@ stage_choices = st.tuples(
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(0, 5), st.sampled_from([0, 64]))
 def test_rows_and_heard_of_any_corpus_and_curriculum(data, seed, few_rows):
-    """Against a walk: budgets, lengths and groups of every row, any part of a step, exact counts before every step."""
+    """Compared with a walk through the steps: budgets, clip lengths, groups, parts of a step, counts before every step."""
     table = data.draw(st.lists(st.tuples(st.integers(1, 10), st.integers(1, 12), st.integers(0, 5), st.integers(0, 4),
                                          st.booleans(), st.integers(0, 2)), min_size=3, max_size=50))  # fmt: skip
     lengths = np.array([(t, p, r, q, t + d if d else 0, g) for t, p, r, d, q, g in table], LENGTHS)

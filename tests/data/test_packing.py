@@ -109,7 +109,7 @@ def test_sizes_are_those_of_the_sequences_and_a_batch_holds_them():
     assert (batch.segment_BT > 0).sum() == slots
     for row, targets in zip(batch.target_BM, (8, 1)):
         assert row[:targets].all() and not row[targets:].any()
-    modes = ["zero-shot"] * 5 + ["described reference"] * 3 + ["described reference"] * 4  # targets, then what is given
+    modes = ["zero-shot"] * 5 + ["described reference"] * 3 + ["described reference"] * 4  # targets first, then the reference
     names = label_names(source.index)
     assert [names[i] for i in batch.label_BM[0, :12]] == [("books", "en", mode) for mode in modes]
     assert [names[i][2] for i in batch.label_BM[1, :11]] == ["described"] + ["prompt"] * 10
@@ -130,7 +130,7 @@ def test_synthetic_corpus():
             and len(clip.patches_MPC) == source.index.lengths["patches"][i]
         )
         assert clip.text_ids.min() > 104 and clip.text_ids.max() < 128 and clip.patches_MPC.dtype == np.float32
-    # What a token sounds like is the same wherever it occurs.
+    # A token has the same mean patch wherever it occurs.
     heard: dict[int, list] = {}
     for i in range(40):
         clip = source[i]

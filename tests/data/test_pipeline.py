@@ -166,7 +166,7 @@ def test_torn_files_are_named(tmp_path, clips):
 
 @pytest.mark.parametrize("where", [7, 9, 13])
 def test_a_flipped_bit_in_a_shard_is_found_and_named(tmp_path, clips, where):
-    """In the first, a middle and the last record of the second shard; its other clips are still read."""
+    """In the first, a middle and the last record of the second shard; the other clips of the shard are still read."""
     directory = write(tmp_path / "a", clips)
     shard = directory / read_header(directory).shards[1]
     data = bytearray(shard.read_bytes())
@@ -208,7 +208,7 @@ def test_a_flipped_bit_in_an_index_is_found_and_named(tmp_path, clips, name):
 
 
 def test_a_full_disk_is_the_disks_fault(tmp_path, clips, monkeypatch):
-    """array_record reports it as a RuntimeError; one of the codec, on the way to the record, stays what it is."""
+    """array_record reports it as a RuntimeError, which becomes an OSError; a RuntimeError of the codec stays one."""
     from array_record.python import array_record_module
 
     def full(*_):

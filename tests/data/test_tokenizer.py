@@ -143,7 +143,7 @@ def test_vocabularies_that_cannot_be_trained(tokenizer):
 
 @pytest.fixture(scope="module")
 def world():
-    """A vocabulary that has seen all languages, most of them rarely."""
+    """A vocabulary learned from all languages, with little text of most of them."""
     lines = [(name, text) for name, text in LANGUAGES.items() for _ in range(40 if name in ("Chinese", "English") else 2)]
     return train_tokenizer(balanced(lambda: lines, temperature=5.0), 1300)
 
@@ -163,7 +163,7 @@ def test_text_in_all_languages_comes_back(world, tmp_path):
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from([*LANGUAGES.values()]) | st.text(max_size=8)).map("".join))
 def test_any_normalised_text_comes_back(world, text):
-    text = normal_text(text.replace(SPACE, "").replace("<", ""))  # it stands for a space; <s> in a text is an added token
+    text = normal_text(text.replace(SPACE, "").replace("<", ""))  # U+2581 stands for a space; <s> in a text is an added token
     assert world.decode(world.encode(text)) == text
 
 

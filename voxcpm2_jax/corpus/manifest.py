@@ -39,7 +39,7 @@ class Recording:
     text: str
     ref_audio: pathlib.Path | None = None  # another recording of the same voice
     duration: float | None = None  # s, a hint
-    ref_duration: float | None = None  # s, a hint
+    ref_duration: float | None = None  # s, a hint that only the reference package reads
     dataset_id: int = 0
     is_prompt: bool = False  # a prompt clip, which bears no loss
     dataset: str | None = None
