@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lints and tests everything: installs what the tests need, the PyTorch reference included, then runs ruff and pytest.
+# Lints and tests everything: installs what the tests need, the PyTorch package included, then runs ruff and pytest.
 # Uses the active environment, or makes .venv with $PYTHON. Arguments go to pytest: launch/test.sh -k loop
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ pip_install "the package and what its tests need (about 130 packages, 3 min the 
   --editable '.[test,demo,eval,torch,tpu]' transformers einops pydantic
 # --no-deps: the tests use only the models of these two. voxcpm would bring a web demo and downloaders along, resemblyzer a C
 # extension that has to be compiled.
-pip_install "the PyTorch reference (voxcpm) and the speaker encoder (resemblyzer)" --no-deps voxcpm==2.0.3 resemblyzer==0.1.4
+pip_install "the PyTorch package (voxcpm) and the speaker encoder (resemblyzer)" --no-deps voxcpm==2.0.3 resemblyzer==0.1.4
 
 ruff check .
 python -m pytest -n 2 --dist loadfile "$@"
