@@ -23,7 +23,7 @@ read (86 %; 3,600 updates). A clip is about fifteen slots long, and base 10,000 
 
 Sources: "2b" takes learning rate and schedule from the first VoxCPM paper (1e-4, WSD), because the VoxCPM2 report gives none.
 Its three stages are the report's; its step counts are ours. "small" has the same schedule and a rate of ours. "finetune" has
-the reference's settings (1e-5, warm-up of 100 updates, weight decay 0.01, clip at 1).
+the PyTorch package's settings (1e-5, warm-up of 100 updates, weight decay 0.01, clip at 1).
 """
 
 import dataclasses
@@ -32,7 +32,16 @@ from ml_collections import ConfigDict
 
 from voxcpm2_jax.config.model import MODELS
 from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.config.run import BackboneRun, BatchConfig, CheckpointConfig, LogConfig, OptimConfig, SampleConfig, StageConfig
+from voxcpm2_jax.config.run import (
+    SPEECH_BATCH,
+    BackboneRun,
+    BatchConfig,
+    CheckpointConfig,
+    LogConfig,
+    OptimConfig,
+    SampleConfig,
+    StageConfig,
+)
 
 VARIANTS = ("tiny", "demo", "demo_long", "small", "2b", "2b_stage1", "2b_stage2", "2b_stage3", "finetune")
 
@@ -49,12 +58,12 @@ def ramp(stage: StageConfig, batch: BatchConfig, rows: dict[int, int]) -> tuple[
 
 # The three stages of the VoxCPM2 report:
 #   1  plain speech in rows of 4,096 slots
-#   2  longer clips and rows; a growing share of clips with a reference or a description (two entries below)
+#   2  longer clips and rows; a growing share of clips with a reference clip or a description (two entries below)
 #   3  languages weighted almost evenly
 # The limits of clip length are the report's. It gives no shares, step counts or batch sizes: those here are ours (a million
-# slots per batch, then two million). Where the corpus has no references or descriptions, their shares have no effect.
-_ROWS = BatchConfig(rows=256, slots=4096, patches=2816, segments=128)
-_LONG_ROWS = BatchConfig(rows=256, slots=8192, patches=5632, segments=128)
+# slots per batch, then two million). Where the corpus has no reference clips or descriptions, their shares have no effect.
+_ROWS = dataclasses.replace(SPEECH_BATCH, rows=256, segments=128)
+_LONG_ROWS = dataclasses.replace(_ROWS, slots=2 * _ROWS.slots, patches=2 * _ROWS.patches)
 CURRICULUM = (
     *ramp(StageConfig(max_sec=60.0, temperature=1.5, reference=0.0, described=0.0), _ROWS, {0: 256, 40_000: 512}),
     StageConfig(first_step=280_000, max_sec=180.0, temperature=1.5, reference=0.1, described=0.3, batch=_LONG_ROWS),
@@ -94,7 +103,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
         run = BackboneRun(
             model=MODELS["small"],
             num_steps=100_000,
-            batch=BatchConfig(rows=16, slots=4096, patches=2816, segments=128),
+            batch=dataclasses.replace(_ROWS, rows=16),
             optim=OptimConfig(learning_rate=6e-4, warmup_steps=2000, schedule="wsd", weight_decay=0.1, ema_decay=0.9995),
         )
     elif variant in _ENDS:
@@ -112,7 +121,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
         run = BackboneRun(
             model=MODELS["2b"],
             num_steps=1000,
-            batch=BatchConfig(rows=8, slots=4096, patches=2816, segments=128),
+            batch=dataclasses.replace(_ROWS, rows=8),
             accumulate=8,
             optim=OptimConfig(learning_rate=1e-5, warmup_steps=100, weight_decay=0.01, clip_norm=1.0),
             checkpoint=CheckpointConfig(every_steps=250),

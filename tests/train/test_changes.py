@@ -12,7 +12,7 @@ from voxcpm2_jax.config.model import MODELS, AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.config.run import CHANGES, FREE, SCHEDULE, BackboneRun, BatchConfig, OptimConfig, VAERun
 from voxcpm2_jax.train import backbone
-from voxcpm2_jax.train.start import Start, _changes, _check_changes
+from voxcpm2_jax.train.start import Start, check_changes, differences
 
 TINY = BackboneRun(model=MODELS["tiny"], batch=BatchConfig(slots=128, patches=80))
 
@@ -27,10 +27,10 @@ def test_changed_config(capsys, is_branch):
     new = run_config(seed=1, num_steps=7, mesh=(2, 2, 2)) | {"data": {"codec_sha256": "b"}, "added": 3}
     new["optim"]["learning_rate"], new["optim"]["beta1"], new["batch"]["rows"] = 1.0, 0.5, 4
     changed = {"seed", "num_steps", "mesh", "data.codec_sha256", "added", "optim.learning_rate", "optim.beta1", "batch.rows"}
-    assert {field for field, _ in _changes(old, new)} == changed
+    assert {field for field, _ in differences(old, new)} == changed
     check = {"old": old, "new": new, "is_branch": is_branch}
     with pytest.raises(UserError) as error:
-        _check_changes("CKPT", start=Start(rules=CHANGES), **check)
+        check_changes("CKPT", start=Start(rules=CHANGES), **check)
     refused = {"seed", "data.codec_sha256", "optim.beta1", "batch.rows"} | (
         {"optim.learning_rate"} - {"optim.learning_rate" * is_branch}
     )
@@ -38,10 +38,10 @@ def test_changed_config(capsys, is_branch):
         assert (f"{field}: " in str(error.value)) == (field in refused)
     assert "seed: 0 -> 1 (order of the data, noise of every update)" in str(error.value)
     assert "add --accept-config-changes" in str(error.value) and capsys.readouterr().err == ""
-    _check_changes("CKPT", start=Start(rules=CHANGES, accept_changes=True), **check)
+    check_changes("CKPT", start=Start(rules=CHANGES, accept_changes=True), **check)
     said = capsys.readouterr().err
     assert all(f"checkpoint's: {field}: " in said for field in changed) and "added: (none) -> 3" in said
-    _check_changes("CKPT", start=Start(), **check)
+    check_changes("CKPT", start=Start(), **check)
 
 
 @pytest.mark.parametrize("accept_changes", [False, True])
@@ -58,14 +58,14 @@ def test_changes_of_the_saved_arrays_are_refused_even_if_accepted(path, value, a
     start = Start(rules=CHANGES, accept_changes=accept_changes)
     for old, new in ((TINY, changed), (changed, TINY)):
         with pytest.raises(UserError, match=f"{path}: .* set it back, or start in a new workdir$"):
-            _check_changes("CKPT", to_dict(old), to_dict(new), start, is_branch=True)
+            check_changes("CKPT", to_dict(old), to_dict(new), start, is_branch=True)
 
 
 def test_a_decay_may_change_if_accepted():
     runs = [to_dict(dataclasses.replace(TINY, optim=OptimConfig(ema_decay=decay))) for decay in (0.9, 0.99)]
     with pytest.raises(UserError, match="or add --accept-config-changes"):
-        _check_changes("CKPT", *runs, Start(rules=CHANGES), is_branch=False)
-    _check_changes("CKPT", *runs, Start(rules=CHANGES, accept_changes=True), is_branch=False)
+        check_changes("CKPT", *runs, Start(rules=CHANGES), is_branch=False)
+    check_changes("CKPT", *runs, Start(rules=CHANGES, accept_changes=True), is_branch=False)
 
 
 def test_every_field_of_a_run_has_a_rule():

@@ -58,7 +58,7 @@ def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
         return state, {}
     old = read_meta(path)
     is_branch = step is None
-    _check_changes(path, old["config"], config, start, is_branch)
+    check_changes(path, old["config"], config, start, is_branch)
     layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, state)
     restored = restore(path, layout)
@@ -79,10 +79,10 @@ def _whole_step(path) -> pathlib.Path:
     return step
 
 
-def _check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) -> None:
+def check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) -> None:
     """Names every field that differs; raises if some must not differ."""
     refused, accepted, is_final = [], [], False
-    for field, change in sorted(_changes(old, json.loads(json.dumps(new)))):
+    for field, change in sorted(differences(old, json.loads(json.dumps(new)))):
         line = f"{field}: {change}"
         rule, why = next(((rule, why) for pattern, rule, why in start.rules if re.match(pattern, line)), (FIXED, "no rule"))
         is_new = change.startswith(_ABSENT) or change.endswith(_ABSENT)  # a field that only one of the two versions has
@@ -105,13 +105,13 @@ def _check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) ->
 _ABSENT = "(none)"
 
 
-def _changes(old, new, where="") -> Iterator[tuple[str, str]]:
+def differences(old, new, where="") -> Iterator[tuple[str, str]]:
     """(path of a field, "old -> new") wherever two nested dicts differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old.keys() | new.keys():
             inner = f"{where}.{key}" if where else key
             if key in old and key in new:
-                yield from _changes(old[key], new[key], inner)
+                yield from differences(old[key], new[key], inner)
             else:
                 one, other = (f"{side[key]!r:.80}" if key in side else _ABSENT for side in (old, new))
                 yield inner, f"{one} -> {other}"
