@@ -63,7 +63,7 @@ def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
 
 
 def export_torch(path: str | os.PathLike, directory: str | os.PathLike) -> None:
-    """Turns a training workdir, or one step of it, into a directory that the reference loads.
+    """Turns a training workdir, or one step of it, into a directory that the PyTorch package loads.
 
     A released directory is copied, with its weights in one safetensors file each for backbone and codec.
 

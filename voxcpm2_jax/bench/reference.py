@@ -1,4 +1,4 @@
-"""Trains the reference, the PyTorch package `voxcpm`, for comparison.
+"""Trains with the PyTorch package `voxcpm`, for comparison.
 
 It uses the package's own model and losses as its fine-tuning script does: clips in padded batches, float32 parameters, autocast
 to the config's dtype, AdamW. The script also encodes audio and writes metrics in every step; here it does neither.
@@ -19,7 +19,7 @@ from voxcpm2_jax.config.plain import UserError, to_dict
 
 
 def load(config: ModelConfig, device: str):
-    """The reference's model in this shape, randomly initialised by itself, float32, in training mode.
+    """The PyTorch package's model in this shape, randomly initialised by itself, float32, in training mode.
 
     Args:
         device: "cpu" or "cuda".
@@ -48,7 +48,7 @@ def load(config: ModelConfig, device: str):
 
 
 def pad(clips: Sequence[sequence.Sequence]) -> dict[str, np.ndarray]:
-    """Clips as one batch of the reference, padded to the longest."""
+    """Clips as one batch of the PyTorch package, padded to the longest."""
     shape = len(clips), max(clip.num_slots for clip in clips)
     batch = {
         "text_tokens": np.zeros(shape, np.int64), "text_mask": np.zeros(shape, np.int32),
@@ -85,7 +85,7 @@ def losses(model, batch: dict[str, np.ndarray]) -> dict:
 
 @contextlib.contextmanager
 def training_draws(time_T, noise_TPC, drop_T, start_T=None) -> Iterator[None]:
-    """Makes the reference's loss use these values in place of its own random draws, inside the `with` block.
+    """Makes the PyTorch package's loss use these values in place of its own random draws, inside the `with` block.
 
     Args:
         time_T: flow time of each slot.   noise_TPC: standard normal.   drop_T: whether conditioning is dropped.
@@ -110,7 +110,7 @@ def training_draws(time_T, noise_TPC, drop_T, start_T=None) -> Iterator[None]:
 
 
 class Training:
-    """Training of the reference on the same clips, epoch after epoch.
+    """Training by the PyTorch package on the same clips, epoch after epoch.
 
     Args:
         rows: clips in a batch.   learning_rate, weight_decay: of AdamW.

@@ -219,7 +219,7 @@ def _errors(found, truth) -> dict[str, float]:
 
 
 def _reference_losses(model: ModelConfig, params, batch, clips, draws) -> dict[str, float]:
-    """The reference's two losses for our parameters and the same random draws, in float32 on the CPU."""
+    """The PyTorch package's two losses for our parameters and the same random draws, in float32 on the CPU."""
     from voxcpm2_jax.bench import reference
 
     theirs = reference.load(model, "cpu")
@@ -308,7 +308,7 @@ def _peak_bytes(device=None) -> int:
 
 
 def _reference(config: BackboneRun, *, rows: int):
-    """Times the reference; a round is one pass over all clips."""
+    """Times the PyTorch package; a round is one pass over all clips."""
     from voxcpm2_jax.bench.reference import Training
 
     batch, clips = _make_data(config)

@@ -11,7 +11,7 @@ from voxcpm2_jax.config.run import SPEECH_BATCH, BackboneRun
 
 _TRAIN_EPILOG = """The data are noise with the lengths of speech, made in memory. With --model, jax, flax and optax are the only
 packages needed. The last line of standard output is a JSON object. Exit codes: 0 done, 3 nothing was timed, because the results
-differ from those of the CPU in float32 or from the reference's."""
+differ from those of the CPU in float32 or of the PyTorch package."""
 
 
 def add(commands) -> None:
@@ -64,9 +64,9 @@ def _add_train(parts) -> None:
     parser.add_argument("--remat", type=words, default=(), metavar="R[,R]", help="what to recompute; several are compared")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="updates to time (default 10)")
     parser.add_argument("--parts", action="store_true", help="also time each part of the model by itself")
-    parser.add_argument("--against-reference", action="store_true", help="also time the package voxcpm, on the same clips")
+    parser.add_argument("--against-reference", action="store_true", help="also time the PyTorch package on the same clips")
     parser.add_argument(
-        "--reference-rows", type=int, default=8, metavar="N", help="clips of a batch of the reference (default 8)"
+        "--reference-rows", type=int, default=8, metavar="N", help="clips in a batch of the PyTorch package (default 8)"
     )
 
 

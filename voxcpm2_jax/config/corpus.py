@@ -60,16 +60,16 @@ class DebianConfig:
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Which clips may be a clip's reference: clips of its speaker and session with a similar voice (corpus/speaker.py).
+    """Which clips may be a clip's reference clip: those of its speaker and session with a similar voice (corpus/speaker.py).
 
     All fields but the encoder may change from one run of `prepare` to the next, which then only chooses the pairs again.
     """
 
     encoder: str = ""  # speaker encoder: "resemblyzer", or "module:name" of another one; empty: no pairs
     min_cosine: float = 0.7  # two clips are a pair if the cosine of their embeddings is above it
-    references: int = 4  # k, how many clips are kept for each clip, to draw its reference from
-    min_sec: float = 1.0  # shorter clips are never references
-    max_sec: float = 30.0  # longer clips are never references
+    references: int = 4  # k, how many are kept for each clip, to draw its reference clip from
+    min_sec: float = 1.0  # shorter clips are never reference clips
+    max_sec: float = 30.0  # longer clips are never reference clips
     need_session: bool = False  # True: clips without a session have no pairs; False: those of a speaker form one session
     seed: int = 0  # of the choice
 

@@ -5,8 +5,9 @@
     tslm     text-semantic LM, causal, LongRoPE            ralm     residual acoustic LM, causal, no positions
     locenc   patch -> vector, bidirectional                locdit   velocity of a patch, bidirectional
 
-Defaults are those that the reference uses for an absent key (`use_mup` is then true). A field marked "kept" has no effect:
-it is here so that an import followed by an export returns the same file.
+Defaults are those that the PyTorch package uses for a key that config.json lacks; the released file and the presets below
+set `use_mup` to false, although its default is true. A field marked "kept" has no effect: it is here so that an import
+followed by an export returns the same file.
 """
 
 import dataclasses
@@ -81,7 +82,7 @@ class FlowConfig:
     t_scheduler: str = "log-norm"  # "log-norm": sigmoid(N(-0.4, 1)); "uniform"
     training_cfg_rate: float = 0.1  # probability that a patch's two conditioning vectors are dropped
     inference_cfg_rate: float = 1.0  # kept; guidance is an argument of generation
-    reg_loss_type: str = "l1"  # kept; the loss is squared error for every value, as in the reference
+    reg_loss_type: str = "l1"  # kept; the loss is squared error for every value, as in the PyTorch package
     ratio_r_neq_t_range: tuple[float, float] = (0.25, 0.75)  # mean mode: share of patches with r != t, from first to last step
     noise_cond_prob_range: tuple[float, float] = (0.0, 0.0)  # noise on the previous patch: not supported in training
     noise_cond_scale: float = 0.0  # likewise

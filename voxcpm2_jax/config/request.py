@@ -1,7 +1,7 @@
 """Request: the arguments of one generation, with their defaults, checked without a model.
 
 The Python API, the command line and `evaluate` build a Request; the defaults of generation stand here alone. Names, order
-and defaults are those of the reference's `VoxCPM.generate`. This module imports neither JAX nor numpy.
+and defaults are those of the PyTorch package's `VoxCPM.generate`. This module imports neither JAX nor numpy.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Request:
         cfg_value: guidance, 0 to 10, useful 1.5 to 3.   inference_timesteps: Euler steps per patch, 1 to 1000.
         min_len, max_len: in patches (160 ms each in the release). The stop head is ignored for the first `min_len + 1`
             patches; the speech has at most `max_len`.
-        normalize, denoise: of the reference; True raises, since this package does neither.
+        normalize, denoise: of the PyTorch package; True raises, since this package does neither.
         retry_badcase: while the speech has `retry_badcase_ratio_threshold` patches per text token or more, draw again
             with the next seed, `retry_badcase_max_times` tries in total.
         seed: of the noise; None picks a random one.

@@ -167,7 +167,7 @@ class StageConfig:
     max_sec: float | None = None  # longer clips are not used; None: no limit
     temperature: float = 1.0  # weight of a language in a dataset: hours ** (1 / temperature); over 1 makes languages more even
     weights: tuple[tuple[str, float], ...] = ()  # factors on these weights, by "dataset", "language" or "dataset/language"
-    reference: float = 1.0  # of the clips that have a reference, the share that uses it
+    reference: float = 1.0  # of the clips that have a reference clip, the share that uses it
     described: float = 1.0  # of the clips that have a description, the share that uses it
     prompt: float | None = None  # share of audio in prompt clips; None: as in the corpus
     batch: BatchConfig | None = None  # None: the batch of the run
@@ -291,7 +291,7 @@ CHANGES: tuple[tuple[str, str, str], ...] = (
     (r"optim\b", FIXED, "meaning of the optimiser's moments and of the averages"),
     (r"(model|vae)\b", FIXED, "meaning of the weights"),
     (r"seed\b", FIXED, "order of the data, noise of every update"),
-    (r"(batch|stages|rows|crop_frames)\b", FIXED, "clips of every update, and clips heard so far"),
+    (r"(batch|stages|rows|crop_frames)\b", FIXED, "clips of every update, and clips trained on so far"),
     (r"(diff_weight|stop_weight|loss)\b", FIXED, "the loss"),
     (r"patch_sec\b", FIXED, "length of speech"),
     (r"data\b", FIXED, "the data, and the meaning of its latents and ids"),

@@ -61,8 +61,8 @@ KINDS = {  # name: (level, meaning)
     "too short": (SPOILS, "shorter than one patch; prepare skips it"),
     "too long": (SPOILS, "longer than max_sec; prepare skips it"),
     "no words": (SPOILS, "a transcript without a letter or digit"),
-    "unusable reference": (SPOILS, "the reference recording is missing, unreadable or silent; prepare skips the clip"),
-    "reference is itself": (SPOILS, "the reference is or contains the clip itself, which teaches copying"),
+    "unusable reference": (SPOILS, "the reference clip is missing, unreadable or silent; prepare skips the clip"),
+    "reference is itself": (SPOILS, "the reference clip is or contains the clip itself, which teaches copying"),
     "trailing silence": (SPOILS, "too many clips end in silence: the model never learns to stop, unless prepare cuts it"),
     "audio in validation": (SPOILS, "the same audio is in training and validation"),
     "speaker in validation": (SPOILS, "the same speaker is in training and validation"),
@@ -78,7 +78,7 @@ KINDS = {  # name: (level, meaning)
     "duplicate audio": (LOOK, "the same audio more than once"),
     "upper case": (LOOK, "a transcript in capitals; prepare has the option sentence_case"),
     "bytes": (LOOK, "characters without a piece of their own in the vocabulary, encoded as bytes"),
-    "no partner": (LOOK, "the only clip of its speaker and session: prepare can choose no reference for it"),
+    "no partner": (LOOK, "the only clip of its speaker and session: prepare can choose no reference clip for it"),
 }
 
 
@@ -93,7 +93,7 @@ class Facts(NamedTuple):
     trailing_sec: float = 0.0
     clipped: float = 0.0  # share of samples at full scale
     digest: bytes = b""
-    reference_reason: str | None = None  # of audio.BadRecording, if its reference cannot be used
+    reference_reason: str | None = None  # of audio.BadRecording, if its reference clip cannot be used
 
 
 class Findings:
@@ -216,7 +216,7 @@ def _check_one(findings, table, is_validation, recording, facts: Facts, limits: 
     if recording.ref_audio is not None:
         if facts.reference_reason:
             findings.add("unusable reference", where, f"{recording.ref_audio}: {facts.reference_reason}")
-        elif recording.ref_audio.resolve() == recording.audio.resolve():  # a reference is a whole file
+        elif recording.ref_audio.resolve() == recording.audio.resolve():  # a reference clip is a whole file
             findings.add("reference is itself", where)
     if facts.sec < limits.min_sec:
         findings.add("too short", where, f"{facts.sec:.3f} s")
@@ -322,7 +322,7 @@ def _check_all(findings: Findings, table: _Table, limits: Limits) -> None:
 
 
 def _voice(recording: Recording) -> tuple:
-    """Dataset, speaker and session: prepare chooses references among the clips with the same three."""
+    """Dataset, speaker and session: prepare chooses reference clips among those with the same three."""
     return recording.dataset or str(recording.dataset_id), recording.speaker, recording.session
 
 

@@ -101,7 +101,7 @@ class ClipEncoder:
     # ---- loading -----------------------------------------------------------------------------------------------------
 
     def load(self, recording: Recording) -> _Loaded | audio.BadRecording:
-        """A recording and its reference, trimmed and padded; or why it cannot be used."""
+        """A recording and its reference clip, trimmed and padded; or why it cannot be used."""
         try:
             if not recording.text.strip():
                 raise audio.BadRecording("no words", f"{recording.audio}: no transcript")

@@ -1,6 +1,6 @@
 """From finished shards to a directory that can be trained on: lengths, pairs, the list of skipped recordings, the header.
 
-    shard-*.npz -> lengths.npy, pairs.npy if references are wanted, skipped.jsonl if any were skipped, header.json
+    shard-*.npz -> lengths.npy, pairs.npy if reference clips are wanted, skipped.jsonl if any were skipped, header.json
 
 The header is written last; a directory without it is not finished.
 """

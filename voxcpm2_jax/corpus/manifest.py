@@ -1,6 +1,6 @@
 """Manifests: JSON lines, one object per recording.
 
-The reference's fine-tuning manifests are read as they are; the keys from `dataset` on are additions:
+Fine-tuning manifests of the PyTorch package are read as they are; the keys from `dataset` on are additions:
 
     {"audio": "wav/00001.wav", "text": "three seven two", "ref_audio": "wav/00007.wav", "duration": 1.2,
      "ref_duration": 1.0, "dataset_id": 0, "is_prompt": false, "dataset": "demo", "language": "en", "speaker": "heart",
@@ -39,7 +39,7 @@ class Recording:
     text: str
     ref_audio: pathlib.Path | None = None  # another recording of the same voice
     duration: float | None = None  # s, a hint
-    ref_duration: float | None = None  # s, a hint that only the reference package reads
+    ref_duration: float | None = None  # s, a hint that only the PyTorch package reads
     dataset_id: int = 0
     is_prompt: bool = False  # a prompt clip, which bears no loss
     dataset: str | None = None

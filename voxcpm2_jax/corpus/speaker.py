@@ -1,10 +1,10 @@
-"""Speaker embeddings, and the choice of clips that may be a clip's reference.
+"""Speaker embeddings, and the choice of reference clips: clips of the same voice, for the model to clone from.
 
     clip -> windows of 1.6 s, one every 0.77 s -> mel powers -> three LSTM layers -> mean over the windows, of unit length
-    all clips of one voice (dataset, speaker and session), in the order of recording -> k references of each, at random
+    all clips of one voice (dataset, speaker and session), in the order of recording -> k reference clips of each, at random
 
-A reference is another clip of the voice whose embedding has a cosine above a threshold. It is never the clip directly
-before, which would teach the model to continue instead of to clone, and never the same or overlapping audio.
+A reference clip is another clip of the voice, with a cosine of the two embeddings above a threshold. It is never the clip
+directly before, which would teach the model to continue instead of to clone, and never the same or overlapping audio.
 
 The encoder is GE2E (arXiv 1710.10467) with the weights in the package resemblyzer (Apache-2.0). The package itself is not
 imported, because it needs a C extension that drops pauses. Here pauses stay; everything else is the same (tested).
@@ -207,7 +207,7 @@ def _number(name: str) -> int:
 def choose(
     origins: np.ndarray, clip_sec: np.ndarray, sizes: Sequence[int], read: Callable[[int], np.ndarray], config: PairsConfig
 ) -> np.ndarray:
-    """References of every clip: clip numbers, int32 [clips, k], -1 behind the last.
+    """Reference clips of every clip: clip numbers, int32 [clips, k], -1 behind the last.
 
     In a voice of few clips each clip is compared with all others, in a larger one with `_POOL` others drawn at random.
 
@@ -269,10 +269,10 @@ def _voices(cuts: list[int], chosen: np.ndarray, sizes: Sequence[int], read) -> 
 
 
 def _choose_in_voice(origins, embeddings, candidates, rng, config: PairsConfig) -> np.ndarray:
-    """References of the clips of one voice, as numbers among these clips: [clips, k], -1 behind the last.
+    """Reference clips of the clips of one voice, as numbers among these clips: [clips, k], -1 behind the last.
 
     Args:
-        origins: in the order of recording.   candidates: numbers of the clips that may be references.
+        origins: in the order of recording.   candidates: numbers of the clips that may be reference clips.
     """
     file, start_sec, end_sec = (origins[name] for name in ("file", "start_sec", "end_sec"))
     # Clips that begin at the same place of a file have the same place in the order of recording.

@@ -2,7 +2,7 @@
 
     file -> mean of its channels -> soxr "HQ" to the wanted rate -> checked -> float32 [A]
 
-`load` returns what the reference's loader returns, `librosa.load(path, sr=rate, mono=True)` (tested), but calls soundfile
+`load` returns what the PyTorch package's loader returns, `librosa.load(path, sr=rate, mono=True)` (tested), but calls soundfile
 and soxr directly, because librosa takes seconds to import.
 """
 
@@ -87,7 +87,7 @@ def load(
         raise BadRecording("not finite", f"{recording}: samples that are not finite numbers")
     audio_A = channels.mean(axis=1)
     if rate != sample_rate:
-        samples = math.ceil(len(audio_A) * (sample_rate / rate))  # in this order: the reference's rounding
+        samples = math.ceil(len(audio_A) * (sample_rate / rate))  # in this order: librosa's rounding
         audio_A = soxr.resample(audio_A, rate, sample_rate, quality="HQ")[:samples]
         audio_A = np.pad(audio_A, (0, samples - len(audio_A)))
     if len(audio_A) < min_samples:
@@ -151,7 +151,7 @@ def pad_to_patches(audio_A: np.ndarray, patch_samples: int, side: str) -> np.nda
     """Adds zeros up to a whole number of patches.
 
     Args:
-        side: "right" for reference audio and training clips, "left" for a prompt that speech continues from.
+        side: "right" for reference clips and training clips, "left" for a prompt that speech continues from.
     """
     assert side in ("left", "right"), side
     missing = -len(audio_A) % patch_samples

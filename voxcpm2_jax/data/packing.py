@@ -46,7 +46,7 @@ def sizes(lengths: np.ndarray, *, reference_patches=None, is_described=None) -> 
 
     Args:
         lengths: LENGTHS [clips].
-        reference_patches: [clips], patches of the reference in front of each clip, 0 for none; None: its own reference.
+        reference_patches: [clips], patches of the reference clip in front of each clip, 0 for none; None: those of its own.
         is_described: [clips], whether the description is used; None: wherever there is one.
     """
     patches, is_prompt = lengths["patches"], lengths["is_prompt"] > 0

@@ -2,7 +2,7 @@
 
     SHARDS/header.json            provenance, statistics of the latents, totals
     SHARDS/lengths.npy            LENGTHS [clips] (clips.py); a plan needs nothing else
-    SHARDS/pairs.npy              int32 [clips, k], if references were chosen: the clips that may be a clip's reference
+    SHARDS/pairs.npy              int32 [clips, k], if prepare chose them: the clips that may be a clip's reference clip
     SHARDS/shard-00000-of-00002.array_record   ArrayRecord, one clip per record
     SHARDS/codec, tokenizer       copies of what made latents and ids, in the layout of a training workdir
 
@@ -47,7 +47,7 @@ class Header:
     """What is in the shards and how it was made."""
 
     num_clips: int
-    hours: float  # of the clips, without references
+    hours: float  # of the clips, without reference clips
     patch_size: int  # P, latent frames in a patch
     latent_dim: int  # C
     patch_sec: float
@@ -71,7 +71,7 @@ class Header:
     versions: dict = field(default_factory=dict)  # of the packages that made the shards
     trim: str | None = None  # what was cut at the ends: "none", "silence", "vad"; None: shards older than this field
     models: dict = field(default_factory=dict)  # "vad", "speaker": names and hashes of the models that were used
-    pairs: dict = field(default_factory=dict)  # how references were chosen, and for how many clips; empty: not at all
+    pairs: dict = field(default_factory=dict)  # how reference clips were chosen, and for how many clips; empty: not at all
     crc32: dict = field(default_factory=dict)  # of lengths.npy and pairs.npy; empty: shards older than this field
 
 

@@ -1,4 +1,4 @@
-"""VoxCPM: a loaded model that speaks. Keyword names and defaults are those of the reference's class of the same name.
+"""VoxCPM: a loaded model that speaks. Keyword names and defaults are those of the same class of the PyTorch package.
 
 model = VoxCPM.from_pretrained("DIR")
 wav = model.generate("Hello there.")                                       # zero-shot
@@ -214,7 +214,7 @@ class VoxCPM:
             max_len=min(int(bad_case_patches + 10), request.max_len),
             cfg_value=request.cfg_value,
         )
-        # A continuation joins the prompt's audio without a gap. Its context may reach back into the reference's audio.
+        # A continuation joins the prompt's audio without a gap. Its context may reach back into the reference clip's audio.
         context_MPC = np.zeros((0, self.config.patch_size, self.config.feat_dim), np.float32)
         if prompt_MPC is not None:
             context_MPC = prefix.patches_MPC[-CONTEXT_PATCHES:]

@@ -88,7 +88,7 @@ def _decode_step(params, config: ModelConfig, state: State, rows: RowArrays, *, 
     else:
         noise_BPC = rows.noise_BMPC[:, state.index]
     patch_BPC, stop_B = voxcpm2.draw_patch(params, config, state.step, noise_BPC, num_steps=num_steps, cfg_value=rows.cfg_B)
-    # The stop rule, as in the reference: `index` counts from 0 and must be greater than min_len.
+    # The stop rule, as in the PyTorch package: `index` counts from 0 and must be greater than min_len.
     stop_B &= state.index > rows.min_len_B
     is_last_B = state.index + 1 >= rows.max_len_B
     state = State(

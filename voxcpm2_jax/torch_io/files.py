@@ -198,7 +198,7 @@ def write_params(
 
 
 def write_codec(path: pathlib.Path, config: AudioVAEConfig, vae_params: Mapping) -> None:
-    """Writes audiovae.safetensors. The reference expects the rate boundaries, which are config here, among its tensors."""
+    """Writes audiovae.safetensors. Its rate boundaries are config here, but the PyTorch package expects a tensor."""
     boundaries = config.sr_bin_boundaries
     constants = {} if boundaries is None else {BOUNDARIES: np.array(boundaries, np.int32)}
     write_params(path, vae_table(config), vae_params, constants)

@@ -72,7 +72,7 @@ class OpenDirectory:
 
 
 def with_boundaries(config: AudioVAEConfig, vae: Mapping[str, Stored]) -> AudioVAEConfig:
-    """The config with the rate boundaries of the file of tensors, which override config.json as in the reference."""
+    """The config with the rate boundaries of the file of tensors, which override config.json as in the PyTorch package."""
     if config.sr_bin_boundaries is None:
         return config
     return dataclasses.replace(config, sr_bin_boundaries=tuple(int(hz) for hz in vae[BOUNDARIES].read()))
@@ -87,7 +87,7 @@ def save(
     tokenizer: Tokenizer | str | os.PathLike,
     raw: Mapping | None = None,
 ) -> None:
-    """Writes a directory that the reference loads.
+    """Writes a directory that the PyTorch package loads.
 
     Args:
         directory: absent or empty.   params, vae_params: arrays of numpy or jax, written in their dtype.
