@@ -6,8 +6,10 @@
     reference + continuation     103 (ref) 104 prompt-text text 101 (prompt) [audio]
     prompt clip (`is_prompt`)    text 103 (audio) 104
 
-[..] bears loss in training and is drawn in generation; (..) is given. A slot holds a token id or one patch of P latent
-frames. Models, data pipeline and generation build all their inputs here.
+A slot holds a token id or one patch of P latent frames. The numbers are special tokens: 101 and 102 are start and end of the
+audio to speak, 103 and 104 start and end of a recording that is only read. [..] bears loss in training and is drawn in
+generation; (..) is given: `ref` is a reference clip, a voice to clone, and `prompt` is audio that generation continues.
+A *prompt clip* is something else, a training clip that bears no loss. All inputs of training and generation are built here.
 
 Source: VoxCPM2 report, "unified sequence organisation".
 """
@@ -50,8 +52,8 @@ def lay_out(text_ids, *, reference_MPC=None, prompt_MPC=None, target_MPC=None) -
     """The sequence of a training clip, or without `target_MPC` the prefix that generation continues.
 
     Args:
-        text_ids: int, one-dimensional; for a continuation the texts of prompt and target, tokenised as one string.
-        reference_MPC: latents of the voice to clone.   prompt_MPC: latents of the audio to continue.
+        text_ids: int, one-dimensional; for a continuation the prompt's text and the text to speak, tokenised as one string.
+        reference_MPC: latents of the reference clip.   prompt_MPC: latents of the audio to continue.
         target_MPC: latents of the clip itself.
     """
     parts = []
@@ -66,7 +68,7 @@ def lay_out(text_ids, *, reference_MPC=None, prompt_MPC=None, target_MPC=None) -
 
 
 def lay_out_prompt_clip(text_ids, audio_MPC) -> Sequence:
-    """The sequence of a clip with `is_prompt`: the model only hears it, nothing in it bears loss."""
+    """The sequence of a clip with `is_prompt`: the model only reads it, nothing in it bears loss."""
     return _join([text_ids, [REFERENCE_START_ID], (audio_MPC, False), [REFERENCE_END_ID]])
 
 

@@ -2,7 +2,8 @@
 
     Clip     text ids and latents of one recording; read when a batch is assembled
     Index    lengths, groups and pairs of all clips; enough to plan every row without reading a clip
-    Draw     one clip in one row: with or without a reference, with or without its description
+    Draw     one clip in one row, in a mode: with or without a reference clip, with or without its description
+    mode     how a clip is laid out (MODES); unrelated to the mean mode of LocDiT
     label    number of a draw's (dataset, language, mode); losses are reported by it
 
 numpy only.
@@ -18,7 +19,7 @@ LENGTHS = np.dtype(
     [
         ("text", "i4"),  # tokens of the text
         ("patches", "i4"),  # audio patches
-        ("reference", "i4"),  # patches of the clip's own reference recording; 0: none
+        ("reference", "i4"),  # patches of the reference clip that the corpus names; 0: none
         ("is_prompt", "i4"),  # 1: a prompt clip, whose patches bear no loss
         ("described", "i4"),  # tokens of "(description)text"; 0: no description
         ("group", "i4"),  # number in Index.groups
@@ -31,7 +32,7 @@ class Clip(NamedTuple):
 
     text_ids: np.ndarray  # int32 [tokens]
     patches_MPC: np.ndarray  # float32 latents of the clip
-    reference_MPC: np.ndarray | None = None  # latents of another recording of the voice, if the corpus names one
+    reference_MPC: np.ndarray | None = None  # latents of the reference clip, if the corpus names one
     described_ids: np.ndarray | None = None  # int32: "(description)text"
     is_prompt: bool = False  # bears no loss
     text: str = ""
@@ -47,7 +48,7 @@ class Index(NamedTuple):
 
     lengths: np.ndarray  # LENGTHS [clips]
     groups: tuple[tuple[str, str], ...]  # dataset and language
-    pairs: np.ndarray | None = None  # int32 [clips, k]: other clips that may be a clip's reference; -1 behind the last
+    pairs: np.ndarray | None = None  # int32 [clips, k]: other clips that may be a clip's reference clip; -1 behind the last
 
 
 class Source(Protocol):
@@ -72,14 +73,14 @@ def as_lengths(array: np.ndarray) -> np.ndarray:
 NO_REFERENCE, OWN_REFERENCE = -1, -2
 
 MODES = ("zero-shot", "described", "reference", "described reference", "prompt")
-"""The ways to lay out a clip; the number of the first four is is_described + 2 * has_reference."""
+"""How a clip is laid out; the number of the first four is is_described + 2 * has_reference."""
 
 
 class Draw(NamedTuple):
     """One clip of a row and how it is laid out."""
 
     clip: int
-    reference: int = NO_REFERENCE  # clip whose audio goes in front, or OWN_REFERENCE
+    reference: int = NO_REFERENCE  # number of the reference clip, or OWN_REFERENCE: the one that the corpus names
     is_described: bool = False
 
 

@@ -1,12 +1,14 @@
 """Which clips the model sees when: the clips of every row of every step, a pure function of (seed, index, stages).
 
     group     the clips of one dataset and language; prompt clips form groups of their own
-    stage     from its first step on: which clip lengths, the shares of groups and modes, the budgets of a row
+    stage     sets, from its first step on, which clip lengths are used, the shares of groups and of modes (how clips are
+              laid out, clips.py), and the budgets of a row
     stream    the endless sequence of rows of a group, epoch after epoch: no clip comes twice before all came once
-    row i     of a stage -> a group, so that every stretch of rows holds each group by its share -> that stream's next row
 
-All clips of a row belong to one group; a batch mixes rows. Any step is found by arithmetic and costs no more than the first,
-once the packings that it needs are made. What the model saw before a step is counted without a walk through the steps.
+All clips of a row belong to one group; a batch mixes rows. Row i of a stage is assigned to a group, in such an order that
+every block of rows holds each group by its share; it is the next row of that group's stream. Any step is found by arithmetic
+and costs no more than the first, once the packings that it needs are made. What the model was trained on before a step is
+counted without a walk through the steps.
 
     large group   packed in 2 to 16 different ways; epoch i uses packing i modulo that number, its rows in an order of its own
     small group   many epochs packed one after the other across their borders, so that no row stays half empty
@@ -98,7 +100,7 @@ class Mix:
         return [stage.streams[group].row(stage.offsets[group] + n) for group, n in found]
 
     def heard(self, step: int) -> dict[tuple[str, str, str], tuple[int, int]]:
-        """What the model saw before a step: (dataset, language, mode) -> (clips, patches); references are not counted."""
+        """What the model was trained on before a step: (dataset, language, mode) -> (clips, patches); no reference clips."""
         totals: dict[tuple[str, str, str], np.ndarray] = {}
         for stage, following in zip(self._stages, [*self._stages[1:], None]):
             end = step if following is None else min(step, following.first_step)
@@ -157,7 +159,7 @@ def _shares(index: Index, stage: StageConfig, patch_sec: float, budgets: Budgets
                 kind = "prompt clips" if is_prompt else "clips that bear loss"
                 raise UserError(f"the stage from step {stage.first_step}: a share of {share} for {kind}, but there are none")
             weight |= {key: weight[key] / total * share for key in keys if total}
-    # Up to here weights are shares of hours; a group with much text or many references needs more rows per hour.
+    # Up to here weights are shares of hours; a group with much text or many reference clips needs more rows per hour.
     weight = {key: of_hours * rows_per_patch[key] for key, of_hours in weight.items()}
     total = sum(weight.values())
     if not total:
@@ -166,7 +168,7 @@ def _shares(index: Index, stage: StageConfig, patch_sec: float, budgets: Budgets
 
 
 def _mean_sizes(index: Index, clips: np.ndarray, stage: StageConfig) -> np.ndarray:
-    """The mean of what these clips take of the four budgets, given a stage's shares of references and descriptions."""
+    """The mean of what these clips take of the four budgets, given a stage's shares of reference clips and descriptions."""
     lengths = index.lengths.take(clips)
     if index.pairs is not None:
         has_pair = (index.pairs[clips] >= 0).any(axis=1) & (lengths["reference"] == 0)
@@ -340,7 +342,7 @@ class _Stream:
         is_wanted = (rng.random(len(clip)) < self._stage.reference) & (lengths["is_prompt"] == 0)
         reference[~is_wanted] = NO_REFERENCE
         sizes = self._sizes(lengths, reference, is_described)
-        # A clip that fits no row with its reference loses it; if it still fits none, it loses its description too.
+        # A clip that fits no row with its reference clip loses it; if it still fits none, it loses its description too.
         for column, off in ((reference, NO_REFERENCE), (is_described, False)):
             column[(sizes > self._budgets).any(axis=1)] = off
             sizes = self._sizes(lengths, reference, is_described)

@@ -2,14 +2,15 @@
 
     text -> (added tokens are cut out) -> spaces become U+2581, one is put in front -> byte-fallback BPE -> Chinese rule -> ids
 
-The ids equal those of the reference: transformers 5 `LlamaTokenizerFast.from_pretrained(directory)` plus its Chinese rule.
-That class reads only vocabulary, merges, added tokens and a few flags from the directory. It ignores the normalizer and
-pre-tokenizer of tokenizer.json and installs its own: spaces to U+2581, and one in front of the first section of the text
-unless there is one already. This module does the same, so it encodes with `tokenizers` whatever file the vocabulary came
-from. SentencePiece would also put its prefix in front of a leading space, and has no added tokens.
+The ids equal those of the PyTorch package, which uses `LlamaTokenizerFast.from_pretrained(directory)` of transformers 5 and
+adds the Chinese rule. That class reads only vocabulary, merges, added tokens and a few flags from the directory. It ignores
+the normalizer and pre-tokenizer of tokenizer.json and installs its own: spaces to U+2581, and one in front of the first
+section of the text unless there is one already. This module does the same, whatever file the vocabulary came from, so it
+encodes with the package `tokenizers`; SentencePiece puts its prefix even in front of a leading space, and has no added tokens.
 
-The Chinese rule: a piece of two or more characters, all in U+4E00..U+9FFF once every U+2581 is removed, is replaced by its
-characters if what is left is itself a piece. A character that is not a piece becomes <unk>, not bytes.
+The Chinese rule splits a piece into its characters if, without its U+2581, it consists of two or more Chinese characters
+(U+4E00 to U+9FFF) and is in the vocabulary in that form too. A character that is not in the vocabulary becomes <unk>, not
+bytes.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ _MARKERS = {  # their names in learned vocabularies; no text is ever tokenized t
 
 
 class Tokenizer:
-    """Text to ids, exactly as the reference's tokenizer of the same directory.
+    """Text to ids, exactly as the PyTorch package encodes it with the tokenizer of the same directory.
 
     Args:
         backend: byte-fallback BPE with added tokens and pre-tokenizer in place.
@@ -231,7 +232,7 @@ def train_tokenizer(
 
 
 def _backend(content: dict, settings: dict, special_map: dict, where) -> tokenizers.Tokenizer:
-    """The reference's pipeline; of tokenizer.json's content only model, added tokens and post-processor are used."""
+    """The PyTorch package's pipeline; of tokenizer.json's content only model, added tokens and post-processor are used."""
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise UserError(f"{where}: expected a BPE vocabulary with its merges")
@@ -261,8 +262,8 @@ def _backend(content: dict, settings: dict, special_map: dict, where) -> tokeniz
 
 
 def _added_tokens(content, settings, special_map) -> list[AddedToken]:
-    """Tokens cut out of the text before BPE, in the reference's order: by id, then named ones, then extra ones."""
-    if "added_tokens_decoder" in settings:  # then the reference reads nothing else
+    """Tokens cut out of the text before BPE, in the PyTorch package's order: by id, then named ones, then extra ones."""
+    if "added_tokens_decoder" in settings:  # then the PyTorch package reads nothing else
         listed = {int(i): token for i, token in settings["added_tokens_decoder"].items()}
         special_map = {}
     else:

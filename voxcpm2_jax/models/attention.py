@@ -6,8 +6,9 @@
     None: everything (LocEnc, LocDiT)       XLA       XLA                      XLA
 
 The memory of the two kernels is linear in T, that of XLA is quadratic. Both kernels multiply only in bfloat16 or float16.
-So float32 uses XLA on every platform, because float32 has to mean float32. Patches of 5 and 11 slots use XLA too: cuDNN
-refuses them, and splash, with blocks of 128, would compute mostly padding.
+So float32 uses XLA on every platform, because float32 has to mean float32. LocEnc and LocDiT use XLA too, since their
+sequences are short: 1 + P = 5 and 3 + 2 P = 11 slots for the release's P = 4 frames in a patch. cuDNN refuses such lengths,
+and splash, with blocks of 128, would compute mostly padding.
 
 The kernels run in `shard_map` over the mesh in use, each on the rows and heads of one device. Heads are split if the tensor
 axis divides the key/value heads; otherwise every device of that axis computes all heads. The platform is an argument,

@@ -1,10 +1,15 @@
 """Flow matching for any velocity function: the training loss and the guided Euler sampler.
 
-    x_t = (1 - t) x_1 + t z,   target z - x_1,   time runs from 1 (noise) to 0
+    x_t = (1 - t) x + t z,   target v = z - x        x: clean latents at t = 0,   z: normal noise at t = 1
 
-Mean mode (MeanFlow, arXiv 2505.13447) learns the mean velocity u over [r, t]. Its target is v - (t - r) du/dt, with the
-total derivative along (dx, dr, dt) = (v, 0, 1). CFG-Zero* (arXiv 2503.18886) scales the unconditional velocity by its
-projection on the conditional one, and skips the first steps, in which the flow is nearly pure noise.
+Sampling integrates from t = 1 to t = 0; many papers count time the other way.
+
+Mean mode (MeanFlow, arXiv 2505.13447) learns u(x_t, r, t), the mean of the velocity over the times from r to t, so that one
+step can go from t to r. Its target is v - (t - r) du/dt, where du/dt is the change of u as t and x_t move along the flow with
+r fixed: a Jacobian-vector product with (dx_t, dr, dt) = (v, 0, 1).
+
+CFG-Zero* (arXiv 2503.18886) scales the unconditional velocity by its projection on the conditional one, and skips the first
+steps, in which the flow is nearly pure noise.
 """
 
 import jax

@@ -1,10 +1,11 @@
 """The two local stacks, bidirectional within one patch: LocEnc (patch -> vector) and LocDiT (noisy patch -> velocity).
 
-    LocEnc   [special, P frames]                                        -> slot 0
-    LocDiT   [lm, residual, time, P frames before, P noisy frames]      -> last P slots
+    LocEnc   [special, P frames]                                                  -> output of the first slot
+    LocDiT   [lm, residual, time, P frames of the patch before, P noisy frames]   -> outputs of the last P slots
 
-A row R is one patch; a batch has tens of thousands of rows.
-Source: VoxCPM2 report, sections on LocEnc and LocDiT. Differs from the reference: time stays in float32.
+Here a row (dim R) is one patch and not a row of the batch: all patches of a batch, tens of thousands, are computed at once.
+
+Source: VoxCPM2 report, sections on LocEnc and LocDiT. Differs from the PyTorch package: time stays in float32.
 """
 
 import math

@@ -1,5 +1,8 @@
 """The whole backbone: from text and patches to hidden states, the next patch and the stop decision.
 
+Parts: TSLM, the text-semantic language model; RALM, the residual acoustic language model; FSQ, finite scalar quantisation;
+LocEnc and LocDiT, the local encoder and diffusion transformer within one patch (local.py).
+
     patch -> LocEnc -> enc_to_lm -> e            text -> embedding
     slots (text | e) -> TSLM -> h -> FSQ at audio slots -> h'
     fusion([h' ; e at audio slots]) -> RALM -> r
@@ -8,7 +11,7 @@
 Batches are packed: LocEnc runs on the M patches of a row, LocDiT and the stop head on the patches that may bear loss; the
 local stacks compute nothing for text or padding. The inputs before a segment's first slot are zeros.
 
-Source: VoxCPM2 report. Differs from the reference: a row holds several clips, and attention stays within each clip.
+Source: VoxCPM2 report. Differs from the PyTorch package: a row holds several clips, and attention stays within each clip.
 """
 
 from typing import NamedTuple

@@ -3,13 +3,15 @@
     audio [A] -> conv_in -> block_0 .. -> mu, logvar [T, C]          A = T x encoder_hop
     latents [T, C] -> conv_in (-> proj) -> block_0 .. -> snake -> conv_out -> tanh -> audio [T x decoder_hop]
 
-Encoder block: three residual units, Snake, strided convolution doubling the channels. Decoder block: target-rate
-scale and bias, Snake, transposed convolution halving the channels, three residual units. Everything is float32
-and causal: latent frame t sees no sample after (t + 1) encoder_hop, and streaming equals offline decoding.
-`target_hz` tells the decoder which rate the listener wants; the output always has the decoder's own rate.
+    encoder block    three residual units, Snake, strided convolution that doubles the channels
+    decoder block    target-rate scale and bias, Snake, transposed convolution that halves the channels, three residual units
 
-Parameter paths and the names of the released state dict (a convolution's kernel, gain, bias are its weight_v,
-weight_g, bias; kernels are transposed to [window, in, out]; d = 1 if depthwise else 0, n = number of decoder blocks):
+Everything is float32 and causal: latent frame t depends on no sample after (t + 1) encoder_hop, and streaming equals offline
+decoding. `target_hz` is the sample rate that the audio is wanted for. Its bucket, the interval between two of the config's
+`sr_bin_boundaries`, selects a learned scale and bias per channel; the output always has the decoder's own rate.
+
+Parameter paths here, and names in the released state dict. There, a convolution's kernel, gain and bias are weight_v, weight_g
+and bias; here, kernels are transposed to [window, in, out]. d is 1 if depthwise else 0, n the number of decoder blocks.
 
     encoder/conv_in                     encoder.block.0
     encoder/block_i/unit_j/snake_in     encoder.block.{i+1}.block.{j}.block.0      alpha [E] <- alpha [1, E, 1]
@@ -29,8 +31,8 @@ weight_g, bias; kernels are transposed to [window, in, out]; d = 1 if depthwise 
     (no parameter: the configuration)   decoder.sr_bin_boundaries
 
 Source: VoxCPM2 report, section on AudioVAE V2; the layers are those of descript-audio-codec, made causal.
-Differs from the reference: initial weights (fan-in scaled, speech brought to the order of one, residual branches small, latents
-nearly free of noise), so that small models train at once.
+Differs from the PyTorch package: the initial weights, chosen so that small models start to learn at once. Kernels are scaled
+by fan-in; the first gain brings speech to a magnitude of about 1; residual branches and the noise of the latents start small.
 """
 
 import flax.linen as nn
@@ -40,7 +42,7 @@ import jax.numpy as jnp
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.vae.conv import Conv, DownConv, Snake, UpConv
 
-_WINDOW = 7  # of every convolution that is neither pointwise nor strided, but for the two heads
+_WINDOW = 7  # of every convolution that is neither pointwise nor strided; those of mu and logvar have 3
 _DILATIONS = (1, 3, 9)  # of a block's three residual units
 
 
@@ -92,7 +94,7 @@ class Encoder(nn.Module):
 
 
 class Rate(nn.Module):
-    """x * scale[bucket] + bias[bucket]: which rate the listener wants."""
+    """x * scale[bucket] + bias[bucket]; the bucket of the target rate."""
 
     num_buckets: int
 
@@ -184,7 +186,7 @@ def decode(vae_params, vae_config: AudioVAEConfig, latents_BTC, target_hz=48000)
 
 
 def reconstruct(vae_params, vae_config: AudioVAEConfig, latents_BTC, target_hz=48000, *, use_remat=False):
-    """`decode` in the ambient matrix precision: for training."""
+    """`decode` in whatever matrix precision is set outside: for training."""
     return _decode(vae_params, vae_config, latents_BTC, target_hz, {}, use_remat)[0]
 
 

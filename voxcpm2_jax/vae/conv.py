@@ -1,19 +1,25 @@
 """Causal convolutions of the codec, each as (x, left context) -> (y, next left context).
 
-Offline the left context is zeros; in streaming it is what the previous call returned, so both are one code path.
-Kernels are WIO and weight-normalised: `kernel` and `gain` are separate parameters, folded at run time to
-kernel * gain / |kernel|. A convolution's gain is per output channel, a transposed convolution's per input channel.
+Offline, the left context is zeros; in streaming, it is what the previous call returned. Both are one code path.
+
+Kernels are laid out WIO (window, in, out) and weight-normalised: parameters are `kernel` and `gain`, and the weight is
+kernel * gain / |kernel|. The gain of a convolution is per output channel, that of a transposed convolution per input channel.
 
     Conv            window W, dilation d          left context (W - 1) d samples
     DownConv        window 2 s, stride s          left context s samples (one output frame)
     UpConv          window 2 s, stride s          left context 1 frame; the s samples beyond the end are trimmed
 
-Windows of two strides make the last two plain matrix products over whole frames: y[t] = x[t-1] K_old + x[t] K_new.
+Because their window is two strides, the last two are matrix products over whole frames: y[t] = x[t-1] K_old + x[t] K_new.
 
-Measured on two cores, [8, 6000, 32] float32, forward / gradient in ms (XLA, jax 0.10.2):
-    Snake with jnp.sin 14.6 / 16.8, with the polynomial below 0.7 / 1.4 (XLA's CPU sine is not vectorised)
-    depthwise window 7 as shifted multiply-adds 1.7 / 70 by autodiff, 1.7 / 15 with the gradient below
-    (conv_general_dilated: seconds); a dense window 7 is best left to conv_general_dilated, 6.7 / 20
+Why Snake and the depthwise convolution have code of their own: milliseconds on two CPU cores, [8, 6000, 32] float32, jax 0.10.2
+
+                                                         forward   gradient
+    Snake with jnp.sin (not vectorised on CPUs)             14.6       16.8
+    Snake with the polynomial below                          0.7        1.4
+    depthwise, window 7: conv_general_dilated            seconds    seconds
+    depthwise: shifted multiply-adds, autodiff               1.7       70
+    depthwise: the same with the gradient below              1.7       15
+    dense, window 7: conv_general_dilated (used)             6.7       20
 """
 
 import functools
@@ -26,12 +32,12 @@ import numpy as np
 # sin(r) / r and cos(r) as polynomials in r^2 on [-pi/2, pi/2], least squares on Chebyshev nodes, largest error 4e-9.
 _SIN = tuple(np.float32(c) for c in (0.999999977, -0.166666476, 0.00833289916, -0.000198008617, 2.59042274e-06))
 _COS = tuple(np.float32(c) for c in (1, -0.499999994, 0.0416666362, -0.00138883608, 2.47601321e-05, -2.60510154e-07))
-_PI_HIGH = np.float32(3.140625)  # 8 bits, so q * _PI_HIGH is exact for |q| < 2**16
+_PI_HIGH = np.float32(3.140625)  # has 8 significant bits, so q * _PI_HIGH is exact for |q| < 2**16
 _PI_LOW = np.float32(np.pi - 3.140625)
 
 
 def _reduced(u):
-    """u less the nearest multiple of pi: sin^2, cos^2 and sin cos are the same there."""
+    """u minus the nearest multiple of pi, which leaves sin^2, cos^2 and sin cos unchanged."""
     q = jnp.round(u * np.float32(1 / np.pi))
     return (u - q * _PI_HIGH) - q * _PI_LOW
 
@@ -45,7 +51,7 @@ def _polynomial(coefficients, z):
 
 @jax.custom_vjp
 def snake(x_BAE, alpha_E):
-    """x + sin^2(a x) / (a + 1e-9), in float32; the sine squared is off by less than 1e-6 for |a x| < 1e4."""
+    """x + sin^2(a x) / (a + 1e-9), in float32; the error of sin^2 is below 1e-6 for |a x| < 1e4."""
     r_BAE = _reduced(_channels(alpha_E) * x_BAE)
     sin_BAE = r_BAE * _polynomial(_SIN, r_BAE * r_BAE)
     return x_BAE + sin_BAE * sin_BAE * _channels(1 / (alpha_E + 1e-9))
@@ -84,7 +90,7 @@ class Conv(nn.Module):
     window: int
     dilation: int = 1
     is_depthwise: bool = False
-    initial_gain: float = 1.0  # of the output's size at the start
+    initial_gain: float = 1.0  # factor on the weight at the start
     initial_bias: float = 0.0
 
     @nn.compact
@@ -152,7 +158,7 @@ def depthwise(x_BAE, kernel_WE, dilation):
     def fused(x_BAE, kernel_WE):
         return sum(x_BAE[:, w * dilation : w * dilation + A] * _channels(k_E) for w, k_E in enumerate(kernel_WE))
 
-    # XLA's CPU fusions would repeat what comes before for every tap, and take minutes to compile.
+    # On CPUs XLA would fuse whatever computes x into every tap, repeat it there, and compile for minutes: hence the scan.
     return jax.lax.platform_dependent(x_BAE, kernel_WE, cpu=looped, default=fused)
 
 
@@ -166,7 +172,7 @@ def _depthwise_backward(dilation, saved, g_BAE):
     margin = (len(kernel_WE) - 1) * dilation
     padded_BAE = jnp.pad(g_BAE, ((0, 0), (margin, margin), (0, 0)))
     dx_BAE = depthwise(padded_BAE, kernel_WE[::-1], dilation)
-    # One tap at a time: as fused reductions XLA's CPU code is five times slower.
+    # One tap at a time: XLA's CPU code for all taps as fused reductions is five times slower.
 
     def tap(w):
         return _sum_over_time(jax.lax.dynamic_slice_in_dim(x_BAE, w * dilation, A, axis=1) * g_BAE)
@@ -186,7 +192,7 @@ add_bias.defvjp(lambda x_BAE, bias_E: (add_bias(x_BAE, bias_E), None), lambda _,
 
 
 def _weights(module, shape_WIO, gain_dim, initial_gain=1.0, initial_bias=0.0):
-    """The folded kernel and the bias. gain_dim: 2 per output channel, 1 per input channel (transposed)."""
+    """Weight and bias of a convolution. gain_dim: 2 if the gain is per output channel, 1 if per input channel (transposed)."""
     kernel_WIO = module.param("kernel", nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"), shape_WIO)
     dims = tuple(d for d in range(3) if d != gain_dim)
     norm_WIO = jnp.sqrt(jnp.sum(jnp.square(kernel_WIO), dims, keepdims=True))
@@ -196,7 +202,7 @@ def _weights(module, shape_WIO, gain_dim, initial_gain=1.0, initial_bias=0.0):
 
 
 def _with_left(x_BAE, left_BAE, size):
-    """x with its left context in front (zeros if None), and the context of what follows x."""
+    """x with its left context in front (zeros if None), and the left context for what follows x."""
     if left_BAE is None:
         left_BAE = jnp.zeros((x_BAE.shape[0], size, x_BAE.shape[2]), x_BAE.dtype)
     x_BAE = jnp.concatenate([left_BAE, x_BAE], axis=1)
@@ -204,7 +210,7 @@ def _with_left(x_BAE, left_BAE, size):
 
 
 def _sum_over_time(x_BAE):
-    """[E], as a product with ones: nothing of it is fused into, and computed again for, whatever uses x besides."""
+    """[E]: a matrix product with ones, so that XLA does not fuse the sum with x and compute x again for its other users."""
     x_AE = x_BAE.reshape(-1, x_BAE.shape[-1])
     return (jnp.ones((1, len(x_AE)), x_AE.dtype) @ x_AE)[0]
 

@@ -1,15 +1,15 @@
-"""What the codec is trained on, without discriminators: log-mel distance, compressed complex spectra, KL divergence.
+"""The losses of the codec: log-mel distance, distance of compressed complex spectra, KL divergence; there is no discriminator.
 
-    mel        mean |log10 mel(x) - log10 mel(y)| over seven windows, magnitudes clamped at 1e-5 (settings of DAC)
-    spectrum   mean |X |X|^-0.7 - Y |Y|^-0.7| over three windows: magnitudes to the power 0.3, phases as they are
+    mel        mean |log10 mel(x) - log10 mel(y)| over seven STFT windows, magnitudes clamped at 1e-5
+    spectrum   mean |X |X|^-0.7 - Y |Y|^-0.7| over three STFT windows: magnitudes to the power 0.3, phases as they are
     kl         KL(N(mu, exp(logvar)) || N(0, 1)), mean over channels and frames
 
-DAC's windows of 32 .. 2048 samples are meant for 44.1 kHz; at another rate they are scaled to the nearest power of two,
-so that they last as long. The spectrum term's windows are three of them, so both terms share their transforms. The mel
-distance is blind to phase; the spectrum term is what aligns the low harmonics.
+The mel term, with its settings, is that of DAC (descript-audio-codec). DAC's windows of 32 .. 2048 samples are meant for
+44.1 kHz; at another rate they are multiplied by a power of two, so that they last about as long. The spectrum term uses three
+of these windows, so both terms share their transforms. The mel term ignores phase; the spectrum term aligns the low harmonics.
 
 Sources: DAC, arXiv 2306.06546, and its published configuration (no linear-magnitude term, hop = window / 4); compressed
-spectra: "Phase-aware speech enhancement" (Lee et al.), exponent 0.3 as is usual.
+spectra: "Phase-aware speech enhancement" (Lee et al.), with the usual exponent of 0.3.
 """
 
 import functools
@@ -23,7 +23,7 @@ _DAC_MELS = {32: 5, 64: 10, 128: 20, 256: 40, 512: 80, 1024: 160, 2048: 320}  # 
 _CLAMP = 1e-5
 _SPECTRUM_WINDOWS = (256, 1024, 2048)  # samples at DAC's rate
 _COMPRESSION = 0.3
-_FLOOR = 1e-2  # magnitude below which nothing is compressed further: else near-silence has all the gradient
+_FLOOR = 1e-2  # added to magnitudes before they are compressed: otherwise near-silence would get most of the gradient
 
 
 def mel_distance(audio_BA, target_BA, hz: int):
@@ -36,7 +36,7 @@ def mel_distance(audio_BA, target_BA, hz: int):
 
 
 def spectrum_distance(audio_BA, target_BA, hz: int):
-    """Distance of compressed complex spectra, mean over the windows."""
+    """Mean absolute distance of compressed complex spectra, mean over the windows."""
     distances = []
     for dac_window in _SPECTRUM_WINDOWS:
         x, y = (spectrum(audio, _window(dac_window, hz)) for audio in (audio_BA, target_BA))
