@@ -4,9 +4,14 @@
     WORKDIR/tensorboard/       the same scalars, and evaluators' images and audio, if tensorboardX is installed
     standard error             a live line on a terminal, else one line per logged step
 
-A metric of a train step is a scalar (its mean over the steps is logged), a pair (sum, count) (divided once) or a Table of
-such pairs. If the first word of its name ends in `_max`, the maximum over the steps is logged. A scalar whose name ends in
-`_sec` counts seconds of audio, and is also logged per second of wall time.
+What a train step returns by name, and what is logged of it for all steps since the last row:
+
+    scalar             the mean over the steps
+    pair (sum, count)  sum of the sums / sum of the counts
+    Table              the same for many named pairs at once (class `Table`)
+
+Two kinds of names are special. If the part before the first "/" ends in `_max` ("activation_max/tslm"), the maximum over the
+steps is logged instead. A scalar that ends in `_sec` is seconds of audio, and is also logged per second of wall time.
 """
 
 import dataclasses

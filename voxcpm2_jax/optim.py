@@ -1,19 +1,18 @@
 """Optimisers: learning-rate schedules, AdamW or Muon, weight decay of matrices only, global-norm clip, averaged weights.
 
-    lr
-    |     ____________            "constant"  ends flat
-    |    /            \\  "wsd"    warm-up, stable, linear decay over the last `decay_fraction` of the schedule
-    |   /  "cosine"    \\          warm-up, then half a cosine over all the rest
-    |__/________________\\_______ updates
+    "constant"   linear warm-up, then flat
+    "cosine"     linear warm-up, then half a cosine over all the rest
+    "wsd"        linear warm-up, stable, linear decay over the last `decay_fraction` : "warm-up, stable, decay"
 
 Update number i (from 0) uses lr(i). The first update of the warm-up uses learning_rate / warmup_steps, not 0. After the
 end of the schedule lr stays at `end_ratio * learning_rate`. The stable part of "wsd" is a trunk: a branch can start from any
 of its checkpoints, with a decay that `decay_start` and `decay_steps` set.
 
-    method        parameters                                        bytes of state per parameter, float32 | bfloat16 moments
-    AdamW         all; with "muon" all but those of the layers      8 | 6
-    Muon          q, k, v, o, gate, up, down of all layers          4 | 2
-    weight decay  kernels and embeddings (DECAYED)                  0
+                                                                    bytes of state per parameter, if `mu_dtype` is
+                  parameters                                        float32       bfloat16
+    AdamW         all; with "muon" all but those of the layers      4 + 4         2 + 4 (the second moment stays float32)
+    Muon          q, k, v, o, gate, up, down of all layers          4             2
+    weight decay  kernels and embeddings (DECAYED)                  none          none
 
 Sources: AdamW, arXiv 1711.05101; WSD, MiniCPM, arXiv 2404.06395; Muon, Keller Jordan, 2024; its update scaled to AdamW's,
 arXiv 2502.16982.

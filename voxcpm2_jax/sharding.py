@@ -3,22 +3,26 @@
 Mesh axes are ("replica", "data", "tensor"). Parameters are copied over replica and split over data (FSDP) and tensor; a
 batch is split over replica and data. Model code names only logical dims, through `constrain`.
 
-What the axes cost, for a part of p parameters that a device runs over n positions (flops.py). Functions at the end of this
-file compute it.
+What the axes cost, for a part of the model with p parameters that a device runs over n positions (flops.py). In formulas,
+`data` and `tensor` are the sizes of these axes. Functions at the end of this file compute the figures.
 
-    memory      float32 weights, two moments and gradients: 16 p / (data tensor) bytes, plus 4 for averaged weights; the
-                released shape (2.29 B) takes 36.6 GB, on 256 devices 0.15 GB each
-    data        the forward pass gathers 2 p bytes (bfloat16) for 2 p n FLOP: n FLOP per byte. The gather hides behind the
-                work if n >= FLOP/s / (bytes/s). The backward pass gathers once more and scatters gradients, for two times
-                the FLOP (three times with remat): the same bound with bfloat16 gradients, a little less with remat.
-    tensor      each layer sums 2 n D bytes twice, forward and backward, on the critical path; nothing overlaps them. Use it
+    memory      float32 weights, two moments and gradients: 16 p / (data x tensor) bytes, averaged weights 4 p more. The
+                released shape (2.29 B) takes 36.6 GB, on 256 devices 0.15 GB each (a little over 36.6 / 256, because norm
+                scales and biases are not split).
+    data        Forward: gathers 2 p bytes of bfloat16 weights for 2 p n FLOP, that is, n FLOP per byte. The gather is hidden
+                if n >= FLOP/s / (bytes/s). Backward: gathers the weights again and scatters as many bytes of gradients, if
+                these are bfloat16: 4 p bytes for 4 p n FLOP (6 p n with full remat). So it needs no more positions.
+    tensor      Each layer sums 2 n D bytes twice, forward and backward, on the critical path; nothing overlaps them. Use it
                 only if data alone would leave a device less than one row. Two key/value heads allow at most tensor = 2.
-    replica     one all-reduce of 4 p / (data tensor) bytes of gradients per step: the only traffic that may cross slices
+    replica     One all-reduce of 4 p / (data x tensor) bytes of gradients per step: the only traffic that may cross slices.
 
-    positions a device needs      closed torus                  open                     NVLink, 8      8 GPUs a host
-    for `data` to hide            v5e 16x16        1,094        v6e 8x8     5,100        H100  2,443    H100  2,748
-                                  v6e 16x16        2,550        v5e 4x8     2,189
-                                  v5p 8x8x8          850
+Positions that a device needs so that the gather over `data` is hidden. A torus is closed if its dimensions wrap around
+(chips.rings); then a chip has twice the links.
+
+    closed torus            open                   8 GPUs on NVLink     hosts of 8 GPUs
+    v5e 16x16    1,094      v6e 8x8     5,100      H100  2,443          H100  2,748
+    v6e 16x16    2,550      v5e 4x8     2,189
+    v5p 8x8x8      850
 """
 
 import math

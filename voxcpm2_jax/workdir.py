@@ -2,8 +2,8 @@
 
     WORKDIR/config.json                  the config that the run was started with
     WORKDIR/metrics.jsonl                one JSON object per logged step
-    WORKDIR/checkpoints/STEP/            the saved states (checkpoint/steps.py); its meta holds the config; "released" in
-                                         it is the config.json that import-torch read
+    WORKDIR/checkpoints/STEP/            a saved state (checkpoint/steps.py). Its meta holds the run's config; after
+                                         import-torch this has a key "released", the config.json that was imported
     WORKDIR/codec/                       the codec that made the latents: audiovae.safetensors, config.json
     WORKDIR/tokenizer/                   the tokenizer that made the ids
 

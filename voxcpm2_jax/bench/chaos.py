@@ -3,13 +3,13 @@
 All runs are real processes of `voxcpm2-jax train` on this machine's CPU. Faults come from outside alone (signals, limits,
 files): the training code does not know about them. faults.py lists them; harness.py starts the processes and compares.
 
-The run has 40 updates with a checkpoint every 5, and uses gradient accumulation, averaged weights, a WSD schedule that starts
-to decay, a second stage and the end of an epoch. A fault is *survived* if the run, started again after it, ends with the
-results of the control run: every array of the last checkpoint bit for bit, and every row of metrics.jsonl except timings;
-across different numbers of processes, losses within a relative 1e-6.
+The run has 40 updates with a checkpoint every 5, and uses gradient accumulation, averaged weights, a schedule with warm-up,
+stable part and decay (WSD), a second stage and the end of an epoch. A fault is *survived* if the run, started again after it,
+ends with the results of the control run: every array of the last checkpoint bit for bit, and every row of metrics.jsonl
+except timings; across different numbers of processes, losses within a relative 1e-6.
 
-    lost steps   updates that had to be computed again; at most those since the last save, for each fault
-    lost data    checkpoints that were on disk but not resumed from; 0 is expected
+    lost steps   updates that had to be computed again; a fault costs at most those since the last undamaged checkpoint
+    lost data    undamaged checkpoints that the run did not resume from; 0 is expected
 """
 
 import dataclasses

@@ -1,14 +1,15 @@
 """`voxcpm2-jax bench train`: checks that this machine computes the train step correctly, then times it.
 
-    check       loss and gradients of the devices' program against float32 on the CPU, for a small batch; with the reference
-                also its losses, for the same clips and random draws
+    check       loss and gradients of the devices' program against float32 on the CPU, for a small batch; with
+                --against-reference also the losses of the PyTorch package, for the same clips and random draws
     ours        whole updates on one batch in memory, for each number of rows and each remat policy
-    parts       forward and backward of each part of the model by itself, and the optimiser, for the first of these
-    reference   the package `voxcpm`, trained on the same clips in padded batches
+    parts       forward and backward of each part of the model by itself, and the optimiser, for the first number of rows
+                and the first policy
+    reference   the PyTorch package `voxcpm`, trained on the same clips in padded batches
 
 Nothing is timed if the check fails. Each job runs in a child process of its own (train_jobs.py), one after the other, so
 that memory figures are separate and running out of memory ends one job only. On a CPU, whose load may change, updates of ours
-and of the reference alternate. This process never touches JAX's devices: they belong to the child.
+and of the PyTorch package alternate. This process never touches JAX's devices: they belong to the child.
 
 Needs jax, flax and optax. The data are noise with the lengths of speech, made in memory.
 """
@@ -45,13 +46,13 @@ def train(
 
     Args:
         config: model, batch, optimiser and mesh; stages are ignored.   rows, remats: values to compare; none: the config's.
-        num_rounds: updates to time; of the reference, passes over all clips.   parts: also time each part by itself.
-        against_reference: also check against and time the reference.   reference_rows: clips in a batch of the reference.
+        num_rounds: updates to time; of the PyTorch package, passes over all clips.   parts: also time each part by itself.
+        against_reference: also check against and time the PyTorch package.   reference_rows: clips in its batch.
     Returns:
         plain data: the device, "check" (relative errors), "variants" (figures of ours) and, if asked for, "reference" and
         "parts".
     Raises:
-        UserError: an impossible config, or the reference is not installed.
+        UserError: an impossible config, or the PyTorch package is not installed.
         Disagreement: the check failed; nothing was timed.
     """
     if num_rounds < 1 or reference_rows < 1:
@@ -93,7 +94,7 @@ def train(
 
 
 def _measure(variant: BackboneRun, num_rounds: int, reference: "_Job | None") -> dict:
-    """Figures of a variant; rounds of the reference, if there is one, alternate with its updates."""
+    """Figures of a variant; rounds of the PyTorch package, if it is timed, alternate with its updates."""
     with _Job("ours", variant) as job:
         for _ in range(num_rounds):
             if "error" in job.first_answer:
@@ -105,7 +106,7 @@ def _measure(variant: BackboneRun, num_rounds: int, reference: "_Job | None") ->
 
 
 def _add_ratios(result: dict) -> None:
-    """Adds our speed / the reference's to the figures of each variant."""
+    """Adds our speed / the PyTorch package's to the figures of each variant."""
     ours, theirs = result["variants"], result["reference"]
     if "error" in theirs:
         return

@@ -4,8 +4,8 @@ A save copies the state and writes it while training continues. When all files a
 checksums, and only then does the step get its number (steps.py shows the layout). A failed save raises SaveFailed at the
 next call; older steps stay as they are.
 
-Orbax's CheckpointManager (its "v0" interface) does the writing: `orbax.checkpoint.v1` cannot be imported in 0.12.8, and
-the place where it lives now is experimental.
+Orbax's CheckpointManager (its "v0" interface) does the writing. In Orbax 0.12.8 the newer interface cannot be imported as
+`orbax.checkpoint.v1`, and the module that holds it instead is marked experimental.
 """
 
 import contextlib

@@ -4,9 +4,10 @@
     loss = sum over clips / count over clips, with its standard error over clips
 
 A clip always gets the same draws: whichever other clips there are, in whichever batch and row it stands, on any mesh, in any
-run and after any resume. Its flow times are stratified: n target patches take one time from each n-th of the distribution
-that training draws from. Conditioning is never dropped, and mean mode is evaluated at r = t. A clip that can be laid out in
-several ways (with a reference, with its description) gets one of them. Prompt clips bear no loss and are skipped.
+run and after any resume. Its flow times are stratified: the training distribution is cut into as many equally likely
+intervals as the clip has target patches, and each patch gets a time from another interval. Conditioning is never dropped,
+and mean mode (flow.py) is evaluated at r = t. A clip that can be laid out in several ways
+(with a reference clip, with its description) gets one of them. Prompt clips bear no loss and are skipped.
 
 Devices compute sums per patch; the host adds them up in float64.
 """
@@ -229,7 +230,7 @@ def make_item(source: Source, number: int, seed: int, scheduler: str) -> Item:
 
 
 def _ways(index: Index, number: int) -> list[Draw]:
-    """The layouts of a clip: no reference, its own or each of its pairs; without and, if it has one, with its description."""
+    """The layouts of a clip: without a reference clip, with its own or each of its pairs; without and with its description."""
     lengths = index.lengths[number]
     descriptions = [False, True] if lengths["described"] else [False]
     references = [NO_REFERENCE]

@@ -1,6 +1,9 @@
 """One update of the TTS backbone, a pure function of state and batch.
 
-    loss = diff_weight * diff + stop_weight * stop,   each a global sum divided by its global count
+    loss = diff_weight * diff + stop_weight * stop
+
+    diff    flow-matching error of the velocity, mean over all target frames of the batch (logged as "loss_diff")
+    stop    cross-entropy of the stop decision, mean over all target patches of the batch ("loss_stop")
 
 Update i reads `batch(seed, i)` and draws its noise from `fold_in(key(seed), i)` at global shape. So its result depends
 neither on the mesh nor on `accumulate`, the number of micro-batches that an update adds up.

@@ -1,16 +1,21 @@
 """Bad updates: which are skipped, and which batches a run steps over after a rollback.
 
-    bad     a figure of the update is not finite, or its loss or gradient norm is a spike: log x > median + spike *
-            (MAD + 0.01), with median and MAD over the last `window` kept updates. A new stage brings other clips, so there
-            are no spikes in its first `window` updates. The norm of the update itself is not judged.
-    1 bad   parameters, optimiser state and averaged weights stay as they are; `step` advances; the batch is named
-    m bad   in a row: the run rolls back to its last checkpoint and then steps over the bad batches: `step` advances without
-            an update. If the run breaks again after the same checkpoint, it steps over all batches since that checkpoint,
-            because an update that looked good may have damaged the state.
+An update is bad if one of its figures is not finite, or if its loss or its gradient norm, x, is a spike:
 
-The jitted step decides, from global figures: no host is needed, and every process decides alike. Replaying from the
-checkpoint gives the same state up to the bad batches, bit for bit. So the first rollback helps against a memory error and
-against a batch that breaks any state.
+    log x > median + spike * (MAD + 0.01)        median and median absolute deviation (MAD) of log x, both over the last
+                                                 `window` kept updates
+
+A new stage brings other clips, so its first `window` updates are never spikes. The norm of the update itself is not judged.
+
+    one bad update    is skipped: parameters, optimiser state and averaged weights stay as they are; `step` advances; the
+                      batch is named
+    `max_in_a_row`    the run rolls back to its last checkpoint. When it reaches the bad batches again, it steps over them:
+    bad updates       `step` advances without an update. If it has to roll back to the same checkpoint again, it steps over
+                      all batches since then, because an update that looked good may have damaged the state.
+
+The jitted step decides, from global figures: no host is needed, and every process decides alike. From the checkpoint to the
+bad batches, training is repeated bit for bit. So a first rollback mends two things: a state that a memory error damaged, and
+batches that would break any state.
 """
 
 import dataclasses
@@ -49,7 +54,7 @@ class Guard:
 
 
 def init(config: GuardConfig) -> Guard:
-    """The initial memory. It exists even if the guard is off, so that the guard can be switched on during a run."""
+    """A guard that has seen no update. It exists even if the guard is off, so that it can be switched on during a run."""
     return Guard(jnp.zeros((2, config.window)), jnp.int32(0), jnp.int32(0))
 
 

@@ -9,8 +9,7 @@ complete up to every checkpoint.
 A run resumes by itself from its workdir. When too many updates in a row are bad (train/guard.py), the run rolls back to its
 last checkpoint in the same way, without leaving the process: that is a new attempt.
 
-A signal to any process stops all processes between the same two steps: every step also computes the maximum of the signals
-that the processes have received. It is fetched with the step's metrics, one step late.
+A signal to any process stops all processes between the same two steps (signals.py).
 """
 
 import abc
@@ -75,7 +74,7 @@ class Task(abc.ABC):
         return {}
 
     def counters(self, step: int, without: frozenset[int]) -> dict:
-        """What the data has given before a step, for the checkpoint; `without`: batches that had no update."""
+        """What the model was trained on before a step, for the checkpoint; `without`: batches that had no update."""
         return {}
 
     def clips(self, batch: int) -> list[str]:

@@ -1,6 +1,6 @@
 """Training of the backbone: what `voxcpm2-jax train` runs.
 
-shards -> Mix (what every row of every step holds) -> batches over the mesh -> train_step, in the one loop (loop.py)
+    shards -> Mix (which clips every row of every step holds) -> batches, split over the mesh -> train_step, run by loop.py
 """
 
 import contextlib
@@ -161,7 +161,7 @@ class BackboneTask(loop.Task):
         return {part: 3.0 * forward for part, forward in flops.forward_flops(self.run.model, **used).items()}
 
     def counters(self, step: int, without: frozenset[int]) -> dict:
-        """Clips and hours that the model has heard before a step, by "dataset/language/mode"."""
+        """What the model was trained on before a step: clips and hours by "dataset/language/mode"."""
         index = self._source.index
         heard = {name: np.array(counts) for name, counts in self._mix.heard(step).items()}
         names = label_names(index)

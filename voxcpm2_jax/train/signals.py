@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT: the run saves after the step that is running, then stops; a second signal ends the process at once.
 
-Every process of a run has to stop after the same step. So each step carries the maximum of the signals that the processes
-have received; it is read together with the step's metrics.
+Every process of a run has to stop after the same step. So with each step the devices compute the maximum of the signals that
+the processes have received (`Stop.ask`), and every process fetches it together with the step's metrics (`Stop.settle`).
 """
 
 import contextlib

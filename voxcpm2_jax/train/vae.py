@@ -79,7 +79,7 @@ def train_step(state: TrainState, batch: dict, *, config: VAERun) -> tuple[Train
 
 
 class Crops:
-    """Random crops of waveforms, each heard at both rates of the codec.
+    """Random crops of waveforms, each at both rates of the codec.
 
     Args:
         inputs, targets: the same clips at the encoder's and at the decoder's rate, float32 [A] each.
