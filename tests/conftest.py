@@ -85,4 +85,4 @@ def pytest_terminal_summary(terminalreporter):
             if name == "relative error":
                 worst[report.fspath] = max(value, worst.get(report.fspath, 0.0))
     for path, value in sorted(worst.items()):
-        terminalreporter.write_line(f"worst relative error to the reference: {value:.1e}  {path}")
+        terminalreporter.write_line(f"worst relative error to the PyTorch package: {value:.1e}  {path}")

@@ -113,7 +113,7 @@ def test_batch_is_a_tree():
 clips = st.tuples(
     st.lists(st.integers(110, 400), max_size=5),  # text
     st.integers(1, 4),  # patches
-    st.integers(0, 3),  # of the reference
+    st.integers(0, 3),  # of the reference clip
     st.integers(0, 2),  # of the prompt
     st.sampled_from(["learn", "speak", "listen"]),
 )

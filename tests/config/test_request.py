@@ -37,7 +37,7 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
 def test_bad_requests(arguments, message):
-    with pytest.raises(UserError) as error:  # a ValueError, as in the reference
+    with pytest.raises(UserError) as error:  # a ValueError, as in the PyTorch package
         Request(**{"text": "one"} | arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
 

@@ -109,7 +109,7 @@ def test_sizes_are_those_of_the_sequences_and_a_batch_holds_them():
     assert (batch.segment_BT > 0).sum() == slots
     for row, targets in zip(batch.target_BM, (8, 1)):
         assert row[:targets].all() and not row[targets:].any()
-    modes = ["zero-shot"] * 5 + ["described reference"] * 3 + ["described reference"] * 4  # targets first, then the reference
+    modes = ["zero-shot"] * 5 + ["described reference"] * 3 + ["described reference"] * 4  # targets first, then references
     names = label_names(source.index)
     assert [names[i] for i in batch.label_BM[0, :12]] == [("books", "en", mode) for mode in modes]
     assert [names[i][2] for i in batch.label_BM[1, :11]] == ["described"] + ["prompt"] * 10

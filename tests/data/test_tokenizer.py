@@ -1,4 +1,4 @@
-"""Tokenizer without the reference: special ids, new vocabularies, files, refusals."""
+"""Tokenizer without the PyTorch package: special ids, new vocabularies, files, refusals."""
 
 import json
 import math

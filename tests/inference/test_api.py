@@ -85,7 +85,7 @@ def test_each_mode_pads_its_recordings_its_own_way(voice, recordings, modes):
 
 
 def test_a_continuation_is_decoded_after_the_last_three_patches_of_audio(voice, modes):
-    """The prompt has two patches; the third is the reference's last."""
+    """The prompt has two patches; the third is the reference clip's last."""
     for mode, num_context in (("reference", 0), ("continuation", 2), ("reference + continuation", 3)):
         request = modes[mode] | QUICK | {"seed": 6}
         prefix_MPC = voice._lay_out(Request(**request)).row.prefix.patches_MPC

@@ -1,4 +1,4 @@
-"""Judging against the reference: how near is near, and its random draws replaced by given ones."""
+"""Comparing with the PyTorch package: how near is near, and its random draws replaced by given ones."""
 
 import contextlib
 from unittest import mock
@@ -38,6 +38,6 @@ def sampler_noise(noise_MPC):
 
 
 def reference_losses(model, clip: sequence.Sequence, draws_M) -> dict:
-    """The reference's two mean losses of one clip; `draws_M` = (time, noise, drop) or with start, one entry a patch."""
+    """The PyTorch package's two mean losses of one clip; `draws_M` = (time, noise, drop) or with start, one entry a patch."""
     with reference.training_draws(*(reference.at_slots([clip], [x_M]) for x_M in draws_M)):
         return reference.losses(model, reference.pad([clip]))

@@ -4,8 +4,8 @@ Fixtures (session-scoped; nothing is shared with our own writers, the directorie
 
     released   one tiny released directory per shape: .name, .directory, .torch_model (VoxCPM2Model, eval, from_local)
     pair       the same with .loaded, what torch_io.load read from it (.config, .params, .vae_config, .vae_params)
-    judge      the reference's tokenizer of any directory: judge(directory)(text) -> ids
-    load_reference   VoxCPM2Model of any directory, as the reference itself loads it: load_reference(directory)
+    judge      the PyTorch package's tokenizer of any directory: judge(directory)(text) -> ids
+    load_reference   VoxCPM2Model of any directory, as the PyTorch package loads it: load_reference(directory)
 
 Shapes differ in heads, depths, patch, strides, muP, RALM positions, LongRoPE branch, codec file and conditioning:
 
@@ -13,7 +13,7 @@ Shapes differ in heads, depths, patch, strides, muP, RALM positions, LongRoPE br
     general    P=3, RALM with positions, muP on, long RoPE factors, codec in audiovae.pth under "state_dict"
 
 Every parameter is random and away from its initial value (norms about 1 +- 0.2, biases 0.2, matrices 1 / sqrt(inputs)),
-so a tensor that is swapped, dropped or transposed shows. No test here is skipped: without the reference they fail.
+so a tensor that is swapped, dropped or transposed shows. No test here is skipped: without the PyTorch package they fail.
 """
 
 # ruff: noqa: C408  (dict(...) reads like the config files it stands for)
@@ -28,7 +28,7 @@ import types
 
 import pytest
 
-if importlib.util.find_spec("torchaudio") is None:  # the reference imports it for parts that no test uses
+if importlib.util.find_spec("torchaudio") is None:  # voxcpm imports it for parts that no test uses
     torchaudio = types.ModuleType("torchaudio")
     torchaudio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
     sys.modules["torchaudio"] = torchaudio
@@ -100,14 +100,14 @@ class Pair:
 @pytest.fixture(scope="session", autouse=True)
 def _reference_is_installed():
     if importlib.util.find_spec("voxcpm") is None:
-        pytest.fail("the reference is not installed: pip install --no-deps voxcpm==2.0.3")
+        pytest.fail("the PyTorch package is not installed: pip install --no-deps voxcpm==2.0.3")
     import torch
 
     torch.set_num_threads(1)  # tiny shapes: a second thread only waits for the first
 
 
 def randomise(state, seed):
-    """New values for every floating tensor of a reference state dict, in place: torch, by name and shape."""
+    """New values for every floating tensor of the PyTorch package's state dict, in place: torch, by name and shape."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

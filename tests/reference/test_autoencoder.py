@@ -1,4 +1,4 @@
-"""The codec against the live reference: encode, decode at every kind of target rate, streaming; float32, 1e-5 relative."""
+"""The codec against the live PyTorch package: encode, decode at all kinds of target rate, streaming; float32, 1e-5 relative."""
 
 import dataclasses
 
@@ -130,7 +130,7 @@ def test_decode_with_a_rate_per_row(codec):
 
 
 def test_streaming(codec):
-    """Chunk by chunk as the reference streams, and as it decodes offline."""
+    """Chunk by chunk as the PyTorch package streams, and as it decodes offline."""
     latents_BTC = _latents(codec, 6, batch=1)
     offline = _their_decode(codec, latents_BTC)
     theirs, ours = [], []

@@ -1,4 +1,4 @@
-"""Generation against the live reference: latents and waveforms in four modes, with the same noise, float32."""
+"""Generation against the live PyTorch package: latents and waveforms in four modes, with the same noise, float32."""
 
 import dataclasses
 
@@ -77,7 +77,7 @@ def their_generation(model, arguments, noise, **settings):
 
 
 def clear_noise(pair, arguments, **settings):
-    """The noise of the first seed that keeps quantiser inputs away from ties -> noise, waveform, latents of the reference."""
+    """The noise of the first seed that keeps quantiser inputs away from ties -> noise, its waveform, its latents."""
     c = pair.loaded.config
     for seed in range(20):
         noise = np.random.default_rng(seed).normal(size=(NUM_PATCHES, c.patch_size, c.feat_dim)).astype(np.float32)

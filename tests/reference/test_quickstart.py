@@ -1,4 +1,4 @@
-"""launch/quickstart.sh from end to end at tiny scale; what it exports loads and speaks in the reference."""
+"""launch/quickstart.sh from end to end at tiny scale; what it exports loads and speaks in the PyTorch package."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Our ids are the reference's on every text, for every way in which a tokenizer comes in a directory."""
+"""Our ids are the PyTorch package's on every text, for every way in which a tokenizer comes in a directory."""
 
 import functools
 import io
@@ -102,7 +102,7 @@ def sentencepiece_model(vocab_size, **options):
 
 
 def released_style(directory, *, config, special_map=None, added=True):
-    """A tokenizer.json of the Llama kind: prefix and spaces in a normalizer that the reference ignores."""
+    """A tokenizer.json of the Llama kind: prefix and spaces in a normalizer that the PyTorch package ignores."""
     (directory / "source").mkdir()
     (directory / "source" / "tokenizer.model").write_bytes(sentencepiece_model(1500))
     load_tokenizer(directory / "source").save(directory)

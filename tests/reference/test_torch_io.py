@@ -1,4 +1,4 @@
-"""The reference loads the directories that this package writes: every tensor bit for bit, none missing, none unexpected."""
+"""The PyTorch package loads the directories that ours writes: every tensor bit for bit, none missing, none unexpected."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from voxcpm2_jax.torch_io import released, tables
 
 @pytest.fixture
 def strictly(monkeypatch, load_reference):
-    """Loads a directory with the reference's code; fails if a key is missing or unexpected."""
+    """Loads a directory with the PyTorch package's code; fails if a key is missing or unexpected."""
     from voxcpm.model.voxcpm2 import VoxCPM2Model
 
     results = []

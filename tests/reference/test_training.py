@@ -1,4 +1,4 @@
-"""Training losses and gradients against the live reference, clip by clip there, packed here."""
+"""Training losses and gradients against the live PyTorch package, clip by clip there, packed here."""
 
 import dataclasses
 import functools

@@ -62,7 +62,7 @@ def train(
         for n in rows or (config.batch.rows,)
         for remat in remats or (config.remat,)
     ]
-    say("checking loss and gradients against the CPU" + (" and losses against the reference" if against_reference else ""))
+    say("checking loss and gradients against the CPU" + (", losses against the PyTorch package" if against_reference else ""))
     with _Job("check", variants[0], against_reference=against_reference) as job:
         check = job.first_answer
     say(f"{check['device']} x {check['devices']}, jax {check['jax']}; {_describe_check(check)}")
@@ -80,7 +80,7 @@ def train(
             result["variants"].append(_measure(variant, num_rounds, reference if variant is variants[0] else None))
             say(_describe_variant(result["variants"][-1]))
         if against_reference:
-            say("timing the reference")
+            say("timing the PyTorch package")
             reference = reference or stack.enter_context(start_reference())
             for _ in range(0 if alternates else num_rounds):
                 reference.round()

@@ -180,7 +180,7 @@ def _check(config: BackboneRun, *, against_reference: bool):
         for name, value in _reference_losses(exact, arguments[0], batch, clips, draws).items():
             errors[f"reference_{name}"] = error = abs(losses[name] - value) / abs(value)
             if not error <= _FLOAT32_BOUND:
-                failed.append(f"{name} loss {losses[name]:.6f}, the reference's {value:.6f}")
+                failed.append(f"{name} loss {losses[name]:.6f}, the PyTorch package's {value:.6f}")
     yield machine | {"errors": errors, "failed": failed}
 
 
