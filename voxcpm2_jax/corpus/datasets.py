@@ -8,8 +8,8 @@ The default SPLIT is train, the default VERSION the newest one present. Data set
 
     tfds.builder("librispeech", file_format="array_record").download_and_prepare()
 
-Only voxcpm2_demo, the demo corpus, is made here if it is missing. An example is read twice: its words when the recording is
-asked for, its samples when the audio is loaded. So a data set of any size takes no memory.
+Only voxcpm2_demo, the demo corpus, is made here if it is missing. Examples are not kept in memory:
+each is read once for its text and again when its audio is loaded.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """`voxcpm2-jax doctor`: finds what is wrong with a corpus before a model is trained on it.
 
-    manifest -> every recording opened once, in threads -> findings, hours, distributions, a forecast of its rows
+    manifest -> every recording opened once, in threads -> findings, hours, distributions, a forecast of the packed rows
 
 A finding is one kind of fault and the recordings that have it. Its level says whether it spoils a run (the model learns
 something wrong, or a reported figure is wrong) or is worth a look. `Limits` holds the thresholds with their reasons. Memory

@@ -2,7 +2,7 @@
 
     OUTPUT/making.json                       what the shards are made from; a run with other sources or settings is refused
     OUTPUT/demo, debian                      the recordings of an embedded corpus
-    OUTPUT/codec, tokenizer                  copies of what makes latents and ids
+    OUTPUT/codec, tokenizer                  copies of the codec and the tokenizer that are used
     OUTPUT/shard-00003-of-00040.*            one shard and its part file (shard.py)
     OUTPUT/lengths.npy, header.json, ...     written when all shards are complete (header.py)
     OUTPUT/heldout                           shards of the held-out clips, in the same layout

@@ -1,6 +1,6 @@
-"""One shard: its clips in an ArrayRecord file, and beside it a part file (.npz) with what header and index need of them.
+"""One shard: its clips in an ArrayRecord file, and beside it a part file (.npz) with what the header and index record.
 
-    OUTPUT/shard-00003-of-00040.array_record   the usable recordings 3 S .. 4 S - 1, S = shard_clips, in order
+    OUTPUT/shard-00003-of-00040.array_record   the usable ones of recordings 3 S .. 4 S - 1, S = shard_clips
     OUTPUT/shard-00003-of-00040.npz            written last: the shard is complete when this file exists
 
 A shard depends on its recordings alone, so it makes no difference which host makes it, and when.

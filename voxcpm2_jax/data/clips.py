@@ -6,7 +6,7 @@
     mode     how a clip is laid out (MODES); unrelated to the mean mode of LocDiT
     label    number of a draw's (dataset, language, mode); losses are reported by it
 
-numpy only.
+Needs only numpy.
 """
 
 from typing import NamedTuple, Protocol

@@ -13,7 +13,7 @@ counted without a walk through the steps.
     large group   packed in 2 to 16 different ways; epoch i uses packing i modulo that number, its rows in an order of its own
     small group   many epochs packed one after the other across their borders, so that no row stays half empty
 
-numpy only, so that a plan can be made on any machine.
+Needs only numpy.
 """
 
 import functools

@@ -8,7 +8,7 @@ Two methods fill rows:
                 slots are used, about a million clips are packed per second (tests/measure_mixing.py)
     best fit    where rows hold few: each clip goes into the open row where it leaves the least room
 
-numpy only, so that a plan can be made on any machine.
+Needs only numpy.
 """
 
 import math

@@ -4,7 +4,7 @@
     SHARDS/lengths.npy            LENGTHS [clips] (clips.py); a plan needs nothing else
     SHARDS/pairs.npy              int32 [clips, k], if prepare chose them: the clips that may be a clip's reference clip
     SHARDS/shard-00000-of-00002.array_record   ArrayRecord, one clip per record
-    SHARDS/codec, tokenizer       copies of what made latents and ids, in the layout of a training workdir
+    SHARDS/codec, tokenizer       copies of the codec and the tokenizer that were used, laid out as in a workdir
 
 A record is one line of JSON (names, types and shapes of its arrays, then the other fields of the clip) and then the bytes
 of the arrays. Latents are stored in the type that the header names and returned as float32.

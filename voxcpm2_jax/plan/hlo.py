@@ -1,7 +1,7 @@
 """Reads a compiled TPU program: its collectives, from the text of the HLO, and the compiler's out-of-memory message.
 
-Each collective is multiplied by the trip counts of the loops around it and assigned to a part of the model and a pass by the
-module names and "transpose(" in the path (op_name) of the operation or of its loop.
+A collective inside loops counts as often as they run. The path (op_name) of the operation or of its loop tells which part of
+the model it belongs to, by the names of modules, and whether it is of the backward pass, by "transpose(".
 """
 
 import dataclasses

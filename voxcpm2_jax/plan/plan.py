@@ -1,7 +1,7 @@
-"""`voxcpm2-jax plan`: what a training run needs and gives on machines that are not present.
+"""`voxcpm2-jax plan`: memory, traffic and speed of a training run on machines that are not present.
 
 For each topology (topology.py) the run is planned at each of its batch sizes (entry.py). For TPUs the train step is compiled
-(compile.py) and its program read (hlo.py): does it fit, which collectives run how often. For GPUs both are estimated.
+(compile.py) and its program read (hlo.py): whether it fits, and how often each collective runs. For GPUs both are estimated.
 roofline.py turns either into seconds. Where the run does not fit, search.py looks for a change with which it does. report.py
 prints the result.
 

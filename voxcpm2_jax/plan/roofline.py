@@ -8,10 +8,10 @@ takes longer than the pass's own work, so that no schedule can hide it; transfer
 with LocEnc, which does not depend on them.
 
 The *calibrated* figure replaces the peaks by efficiencies measured on one NVIDIA H100 80 GB, 2026-11-23. What was measured
-was a plain-JAX sketch of the released shape, not this package's code: the figures stand at `_MEASURED_SEC`. Applied to other
-chips they are an assumption: no TPU has been measured.
+was a plain-JAX sketch of the released shape, not this package's code: the figures stand at `_MEASURED_SEC`. For
+other chips they are an assumption: no TPU has been measured.
 
-Counted are FLOPs as executed: padding, recomputation, and the whole causal triangle unless the kernel skips other segments.
+FLOPs are counted as executed: padding, recomputation, and the whole causal triangle unless the kernel skips other segments.
 HBM bytes are each product's operands and result once, in bfloat16 (norms and activations are assumed to be fused into the
 products), weights once per pass, activations saved for the backward pass, and the optimiser's state.
 """

@@ -1,8 +1,8 @@
 """The tables of torch tensor <-> parameter: names, shapes and transforms for backbone and codec.
 
 A `Row` says where one torch tensor is stored here: its dims are split (heads), permuted (kernels have their input dims
-first), and, in a transformer stack, placed at one index of the stacked layer axis. A parameter that several layers share
-has one row per layer. The config decides which rows there are; files.py reads and writes by them.
+first), and, in a transformer stack, placed at one index of the stacked layer axis. A stacked parameter has
+one row per layer. The config decides which rows there are; files.py reads and writes by them.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,6 +1,6 @@
 """Training of the backbone: what `voxcpm2-jax train` runs.
 
-    shards -> Mix (which clips every row of every step holds) -> batches, split over the mesh -> train_step, run by loop.py
+shards -> Mix (which clips every row of every step holds) -> batches, split over the mesh -> train_step, run by loop.py
 """
 
 import contextlib

@@ -4,7 +4,7 @@
     decoder's rate
 
 Update i reads `Crops.batch(seed, i)` and draws its noise from `fold_in(key(seed), i)` at global shape. The decoder is
-trained only for its own output rate: other buckets of the rate conditioning keep their initial values. All clips are held
+trained only for its own output rate: the scales and biases of other target rates keep their initial values. All clips are held
 in memory. There is no discriminator yet: spectral losses alone give intelligible, metallic speech.
 """
 
