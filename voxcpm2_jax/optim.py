@@ -2,7 +2,7 @@
 
     "constant"   linear warm-up, then flat
     "cosine"     linear warm-up, then half a cosine over all the rest
-    "wsd"        linear warm-up, stable, linear decay over the last `decay_fraction` : "warm-up, stable, decay"
+    "wsd"        warm-up, stable, decay: linear warm-up, flat, linear decay over the last `decay_fraction` of the schedule
 
 Update number i (from 0) uses lr(i). The first update of the warm-up uses learning_rate / warmup_steps, not 0. After the
 end of the schedule lr stays at `end_ratio * learning_rate`. The stable part of "wsd" is a trunk: a branch can start from any

@@ -16,7 +16,7 @@ Why Snake and the depthwise convolution have code of their own: milliseconds on 
                                                          forward   gradient
     Snake with jnp.sin (not vectorised on CPUs)             14.6       16.8
     Snake with the polynomial below                          0.7        1.4
-    depthwise, window 7: conv_general_dilated            seconds    seconds
+    depthwise, window 7: conv_general_dilated                  seconds
     depthwise: shifted multiply-adds, autodiff               1.7       70
     depthwise: the same with the gradient below              1.7       15
     dense, window 7: conv_general_dilated (used)             6.7       20
