@@ -4,7 +4,7 @@ Each topology is compiled in a child process, which keeps libtpu's environment v
 The compiled program gives the memory of a device by kind and the collectives with the number of times they run.
 
 The program is not the one that the run executes, in two ways:
-- It is compiled with exec_time_optimization_effort = -1, which takes about a third of the time. At this effort the compiler
+- It is compiled with optimization_level = O0, which takes about a third of the time. At this effort the compiler
   picks block sizes that make products several times slower (an 8192^3 bfloat16 product on v5e: 79.1 M cycles instead of 9.56 M
   at the default effort), and for some topologies, such as 2x4 chips, other collectives to gather weights. Memory and
   collectives are close to those of the run; nothing about speed is read from this program.
@@ -37,7 +37,7 @@ CHILD_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 NO_LIBTPU = "compiling for TPU needs libtpu: pip install 'voxcpm2-jax[tpu]'; GPU topologies (such as 8xh100) do not need it"
-_COMPILER_OPTIONS = {"exec_time_optimization_effort": -1.0}  # see the module
+_COMPILER_OPTIONS = {"optimization_level": 9}  # O0; see the module
 
 
 # ---- parent ----------------------------------------------------------------------------------------------------------

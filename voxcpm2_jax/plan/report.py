@@ -127,7 +127,7 @@ def _explanation(assumed: dict, *, is_compiled: bool) -> list[str]:
     ]
     if is_compiled:
         lines.append(
-            "TPU programs are compiled here with exec_time_optimization_effort = -1, in a run at the default effort: memory "
+            "TPU programs are compiled here with optimization_level = O0, in a run at the default effort: memory "
             "and collectives are close to the run's, but this is not the program that the run executes."
         )
     return lines
