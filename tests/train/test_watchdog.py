@@ -1,11 +1,13 @@
-"""A run that is stuck says where, once, and leaves if it is told to."""
+"""A run that is stuck says where, once, and leaves if it has several processes or is told to."""
 
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
+from tests.processes import run_processes
 from tests.train.test_loop import Toy
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import WatchdogConfig
@@ -77,9 +79,37 @@ with Watchdog(WatchdogConfig(factor=2.0, min_sec=0.2, slow_sec=0.3, action="exit
 def test_with_action_exit_the_process_ends_for_the_launcher_to_start_it_again():
     done = subprocess.run([sys.executable, "-c", _STUCK], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1
-    assert "stuck: evaluating step 3 for" in done.stderr and "leaving with code 1:" in done.stderr
+    assert "stuck: evaluating step 3 for" in done.stderr and "leaving with code 1 " in done.stderr
+
+
+_HUNG = """
+import time
+import jax, numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from voxcpm2_jax import processes
+from voxcpm2_jax.config.run import WatchdogConfig
+from voxcpm2_jax.train.watchdog import Watchdog
+processes.connect()
+process_allgather(np.zeros(1))
+with Watchdog(WatchdogConfig(factor=2.0, min_sec=0.2, slow_sec=2.0)) as dog:
+    dog.slow("evaluating step 3")
+    if jax.process_index() == 1:
+        time.sleep(30)  # a disk that does not answer
+    process_allgather(np.zeros(1))
+"""
+
+
+def test_several_processes_leave_by_default_one_reports():
+    """One of two hangs, the other waits for it: both are gone soon, with codes on which a launcher starts them again."""
+    results = run_processes([], 2, program=("-c", _HUNG), timeout_sec=60)
+    # JAX itself aborts a process that finds the first one gone.
+    assert {result.code for result in results} <= {1, -signal.SIGABRT}, results
+    said = "".join(result.stderr for result in results)
+    assert "stuck: evaluating step 3 for" in said and "one of 2 processes: leaving with code 1 " in said
+    (alone,) = run_processes([], 1, program=("-c", _HUNG.replace("_index() == 1", "_index() == 0").replace("(30)", "(3)")))
+    assert alone.code == 0 and "stuck: " in alone.stderr and "watchdog.action=exit" in alone.stderr
 
 
 def test_watchdog_config_says_what_is_wrong():
-    with pytest.raises(UserError, match=r"watchdog.action: expected report or exit, got 'stop'"):
+    with pytest.raises(UserError, match=r"watchdog.action: expected report, exit or None, got 'stop'"):
         WatchdogConfig(action="stop")

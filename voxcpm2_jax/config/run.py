@@ -120,7 +120,9 @@ class WatchdogConfig:
     factor: float = 20.0  # a step or wait for data longer than this many median steps is a stall
     min_sec: float = 300.0  # never a stall below this
     slow_sec: float = 3600.0  # limit for compiling, evaluating, and reading and writing checkpoints
-    action: str = "report"  # "report": print the stacks of all threads, once per stall; "exit": then also exit with code 1
+    # "report": print the stacks of all threads, once per stall; "exit": then also end the process with code 1, for a launcher
+    # to start it again; None: exit in a run of several processes, report in one.
+    action: str | None = None
 
     def __post_init__(self):
         def check(name, ok, expected):
@@ -130,7 +132,7 @@ class WatchdogConfig:
         check("factor", self.factor > 1, "a number over 1")
         check("min_sec", self.min_sec > 0, "seconds over 0")
         check("slow_sec", self.slow_sec > 0, "seconds over 0")
-        check("action", self.action in ("report", "exit"), "report or exit")
+        check("action", self.action in ("report", "exit", None), "report, exit or None")
 
 
 # ---- backbone run ----------------------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 The loop tells the watchdog what it is about to do; a thread compares the clock a few times a minute. A step or a wait for
 data that takes longer than `factor` median steps is a stall: the stacks of all threads are printed to standard error, once.
-With action "exit" the process then ends with code 1, so that a launcher can start it again. No state is saved, since the
-stuck thread cannot hand it over.
+With action "exit" the process then ends with code 1, so that a launcher can start it again. This is the default in a run of
+several processes, whose others wait for the stuck one and cost money; in one process the default is to report and go on. No
+state is saved, since the stuck thread cannot hand it over.
 """
 
 import collections
@@ -13,6 +14,8 @@ import sys
 import threading
 import time
 import traceback
+
+import jax
 
 from voxcpm2_jax.config.run import WatchdogConfig
 
@@ -26,6 +29,8 @@ class Watchdog:
 
     def __init__(self, config: WatchdogConfig):
         self._config = config
+        self._num_processes = jax.process_count()
+        self._is_leaving = config.action == "exit" or (config.action is None and self._num_processes > 1)
         self._sec = collections.deque(maxlen=_REMEMBERED_STEPS)  # of finished steps, including their wait for data
         self._wait_sec = 0.0
         self._now = ("starting", time.monotonic(), True)  # what, since when, whether `slow_sec` is its limit
@@ -81,10 +86,17 @@ class Watchdog:
             if ident != threading.get_ident():
                 stack = "".join(traceback.format_stack(frame))
                 parts.append(f"thread {names.get(ident, ident)}:\n{stack.rstrip()}")
-        if self._config.action == "exit":
-            parts.append(f"leaving with code {EXIT_CODE}: start the same command again to continue from the last checkpoint")
+        whose = "" if self._num_processes == 1 else f"one of {self._num_processes} processes: "
+        limits = "if this is no stall, raise watchdog.min_sec and watchdog.slow_sec"
+        if self._is_leaving:
+            parts.append(
+                f"{whose}leaving with code {EXIT_CODE} so that a launcher starts the run again; the same command continues from "
+                f"the last checkpoint; {limits}, or set watchdog.action=report"
+            )
+        else:
+            parts.append(f"{whose}still waiting; watchdog.action=exit would end the process with code {EXIT_CODE}; {limits}")
         print("\n".join(parts), file=sys.stderr, flush=True)
-        if self._config.action == "exit":
+        if self._is_leaving:
             os._exit(EXIT_CODE)
 
     def __enter__(self):
