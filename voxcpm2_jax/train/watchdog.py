@@ -90,8 +90,8 @@ class Watchdog:
         limits = "if this is no stall, raise watchdog.min_sec and watchdog.slow_sec"
         if self._is_leaving:
             parts.append(
-                f"{whose}leaving with code {EXIT_CODE} so that a launcher starts the run again; the same command continues from "
-                f"the last checkpoint; {limits}, or set watchdog.action=report"
+                f"{whose}leaving with code {EXIT_CODE} so that a launcher starts the run again from its last "
+                f"checkpoint; {limits}, or set watchdog.action=report"
             )
         else:
             parts.append(f"{whose}still waiting; watchdog.action=exit would end the process with code {EXIT_CODE}; {limits}")
