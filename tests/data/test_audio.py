@@ -1,3 +1,4 @@
+import errno
 import itertools
 import os
 
@@ -7,7 +8,7 @@ import pytest
 import soundfile
 
 from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.data import audio
+from voxcpm2_jax.data import audio, records
 from voxcpm2_jax.evaluate import pictures
 
 
@@ -122,6 +123,8 @@ def test_load_refuses_with_one_clear_line(tmp_path):
     cases = [
         ((tmp_path / "missing.wav",), {}, "missing", "no such audio file"),
         ((tmp_path,), {}, "missing", "no such audio file"),
+        ((tmp_path / ("a" * 300),), {}, "missing", "no such audio file"),
+        ((f"{tmp_path}/a\0",), {}, "missing", "no such audio file"),
         ((tmp_path / "corrupt.wav",), {}, "unreadable", "not a readable recording"),
         ((tmp_path / "nothing.mp3",), {}, "unreadable", "not a readable recording"),
         ((written("empty.wav", np.zeros(0, np.float32)),), {}, "empty", "empty recording"),
@@ -136,6 +139,36 @@ def test_load_refuses_with_one_clear_line(tmp_path):
             audio.load(*args, sample_rate=16000, **options)
         assert caught.value.reason == reason and "\n" not in str(caught.value)
     assert len(audio.load(good, 16000, min_samples=8000)) == 8000
+
+
+def test_a_disk_that_fails_is_not_a_bad_recording(tmp_path, monkeypatch, capsys):
+    """Reading /proc/self/mem from its beginning is an I/O error. libsndfile calls it an unknown format."""
+    pauses = []
+    monkeypatch.setattr(records.time, "sleep", pauses.append)
+    for function in (lambda path: audio.load(path, 16000), audio.properties):
+        with pytest.raises(records.ReadError, match="Input/output error"):
+            function("/proc/self/mem")
+    soundfile.write(tmp_path / "good.wav", tone(16000), 16000)
+    link = tmp_path / "a.wav"
+    link.symlink_to("/proc/self/mem")
+
+    def mend(_):
+        link.unlink()
+        link.symlink_to("good.wav")
+
+    monkeypatch.setattr(records.time, "sleep", mend)
+    np.testing.assert_array_equal(audio.load(link, 16000), audio.load(tmp_path / "good.wav", 16000))
+    assert pauses == 2 * list(records.PAUSES_SEC) and "Input/output error; next attempt in 1 s" in capsys.readouterr().err
+
+
+def test_a_path_that_the_machine_fails_to_look_up_is_not_called_missing(tmp_path, monkeypatch):
+    def stale(_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(records.time, "sleep", lambda _: None)
+    monkeypatch.setattr(audio.os, "stat", stale)
+    with pytest.raises(records.ReadError, match="Stale file handle"):
+        audio.load(tmp_path / "a.wav", 16000)
 
 
 def test_trap_9_reference_pads_right_prompt_pads_left():

@@ -31,6 +31,7 @@ from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.corpus import demo
 from voxcpm2_jax.corpus.manifest import TFDS, Recording, read_manifest
 from voxcpm2_jax.data import audio
+from voxcpm2_jax.data.records import Part, Records
 
 _FORMAT = "array_record"
 
@@ -125,9 +126,7 @@ class Dataset(Sequence):
         builder = _builder(name)
         info = builder.info
         try:
-            self._source = builder.as_data_source(
-                split or "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES, file_format=_FORMAT
-            )
+            builder.as_data_source(split or "train", file_format=_FORMAT)  # for its checks; and chooses the format
         except ValueError as error:
             there = ", ".join(info.splits) or "none"
             raise UserError(f"{self.name}: no such split, or an empty one ({error}); its splits are {there}") from None
@@ -139,11 +138,14 @@ class Dataset(Sequence):
         )
         self._rate = self._rate_of(info)
         digest = hashlib.sha256(info.as_json.encode())
-        for part in tfds.core.data_sources.base.file_instructions(info, split or "train"):
+        files = tfds.core.data_sources.base.file_instructions(info, split or "train")
+        for part in files:
             if not tfds.core.Path(part.filename).exists():
                 raise UserError(f"{self.name}: a shard is missing, {part.filename}")
             digest.update(f"{part.basename()} {part.skip} {part.examples_in_shard} {part.take}".encode())
         self.sha256 = digest.hexdigest()
+        parts = [Part(str(part.filename), part.skip, part.take) for part in files]
+        self._records = Records(parts, "prepare the set again, with TensorFlow")
 
     def _rate_of(self, info) -> int | None:
         feature = info.features[self._fields.audio]
@@ -155,7 +157,7 @@ class Dataset(Sequence):
         return int(rate)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._records)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
@@ -190,9 +192,9 @@ class Dataset(Sequence):
 
     def _record(self, index: int) -> bytes:
         try:
-            return self._source[index]
-        except RuntimeError as error:  # of array_record
-            raise UserError(f"{self.name}#{index}: cannot be read ({error})") from None
+            return self._records[index]
+        except UserError as damage:
+            raise UserError(f"{self.name}#{index}: {damage}") from None
 
 
 def _builder(name: str) -> tfds.core.DatasetBuilder:

@@ -23,6 +23,7 @@ from voxcpm2_jax.corpus.encode import ClipEncoder, Skipped
 from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.corpus.sources import Corpus
 from voxcpm2_jax.data.clips import LENGTHS, as_lengths
+from voxcpm2_jax.data.records import ReadError
 from voxcpm2_jax.data.shards import load_array, write_shard
 
 MOMENTS = np.dtype(
@@ -170,6 +171,8 @@ def make_shard(
         )  # fmt: skip
         with files.aside(part_file(directory, name)) as temporary:
             np.savez(temporary, **part._asdict(), **{_EMBEDDINGS: np.array(embeddings, np.float16)})
+    except ReadError:  # of a recording
+        raise
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error})") from None
 

@@ -10,13 +10,18 @@ import contextlib
 import io
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.data.records import ReadError, patiently
+
+T = TypeVar("T")
 
 
 class BadRecording(UserError):  # noqa: N818
@@ -63,7 +68,12 @@ def load(
         min_samples: the shortest accepted result, at `sample_rate`.   max_sec: the longest; more is not decoded.
     Raises:
         BadRecording: missing, unreadable, empty, not finite, silent or too short.
+        ReadError: the machine fails to read the file.
     """
+    return _unless_the_machine_fails(recording, lambda: _load(recording, sample_rate, start_sec, end_sec, min_samples, max_sec))
+
+
+def _load(recording, sample_rate: int, start_sec, end_sec, min_samples: int, max_sec: float) -> np.ndarray:
     import soxr
 
     start_sec = start_sec or 0.0
@@ -108,7 +118,7 @@ def _opened(recording: str | os.PathLike | Stored) -> Iterator:
             content, rate = recording.read()
             with _Array(content, rate) if rate else soundfile.SoundFile(io.BytesIO(content)) as file:
                 yield file
-        elif os.path.isfile(recording):  # also False, and no error, for a name that no file can have
+        elif _is_file(recording):
             with soundfile.SoundFile(recording) as file:
                 yield file
         else:
@@ -118,6 +128,35 @@ def _opened(recording: str | os.PathLike | Stored) -> Iterator:
         raise BadRecording(
             "unreadable", f"{recording}: not a readable recording ({what}); expected wav, flac, mp3, ogg or opus"
         ) from None
+
+
+def _is_file(path: str | os.PathLike) -> bool:
+    try:
+        return stat.S_ISREG(patiently(lambda: os.stat(path)).st_mode)
+    except ReadError:
+        raise
+    except (OSError, ValueError):  # absent, forbidden, or a name that no file can have
+        return False
+
+
+def _unless_the_machine_fails(recording: str | os.PathLike | Stored, read: Callable[[], T]) -> T:
+    """read(), twice before the recording is called unreadable: libsndfile does not tell damage from a disk that fails.
+
+    In between the file is read by other means, which waits until the disk works, or raises ReadError.
+    """
+    try:
+        return read()
+    except BadRecording as bad:
+        if bad.reason != "unreadable" or isinstance(recording, Stored):
+            raise
+    patiently(lambda: _read_through(recording))
+    return read()
+
+
+def _read_through(path: str | os.PathLike) -> None:
+    with open(path, "rb") as file:
+        while file.read(1 << 20):
+            pass
 
 
 class _Array(contextlib.nullcontext):
@@ -169,10 +208,14 @@ def properties(recording: str | os.PathLike | Stored) -> tuple[int, int]:
     """Sample rate and channels of a recording.
 
     Raises:
-        BadRecording: missing or unreadable.
+        BadRecording: missing or unreadable.   ReadError: the machine fails to read the file.
     """
-    with _opened(recording) as file:
-        return file.samplerate, file.channels
+
+    def read() -> tuple[int, int]:
+        with _opened(recording) as file:
+            return file.samplerate, file.channels
+
+    return _unless_the_machine_fails(recording, read)
 
 
 def save(path: str | os.PathLike, audio_A: np.ndarray, rate: int) -> None:

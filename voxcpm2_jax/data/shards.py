@@ -30,6 +30,7 @@ import numpy as np
 from voxcpm2_jax.config.model import ModelConfig
 from voxcpm2_jax.config.plain import UserError, from_dict
 from voxcpm2_jax.data.clips import Clip, Index, as_lengths
+from voxcpm2_jax.data.records import Part, ReadError, Records, patiently
 from voxcpm2_jax.files import replace_file
 
 HEADER_FILE, LENGTHS_FILE, PAIRS_FILE = "header.json", "lengths.npy", "pairs.npy"
@@ -83,7 +84,7 @@ def read_header(directory: str | os.PathLike) -> Header:
     """
     path = pathlib.Path(directory) / HEADER_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(patiently(lambda: path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{directory}: no shards here (no {HEADER_FILE}); make some with voxcpm2-jax prepare") from None
     except NotADirectoryError:
@@ -100,7 +101,7 @@ def write_header(directory: str | os.PathLike, header: Header) -> None:
 
 def crc32(path: pathlib.Path) -> int:
     """The checksum of a file that the header holds."""
-    return zlib.crc32(path.read_bytes())
+    return zlib.crc32(patiently(path.read_bytes))
 
 
 _SAME = (
@@ -225,7 +226,6 @@ class Shards:
         widest = max(table.shape[1] for table in pairs)
         pairs = [np.pad(table, ((0, 0), (0, widest - table.shape[1])), constant_values=-1) for table in pairs]
         self.index = Index(np.concatenate(lengths), header.groups, np.concatenate(pairs) if widest else None)
-        self._headers = headers
         self._records = grain_source(paths, headers)
         if len(self._records) != num_clips:
             raise UserError(
@@ -242,25 +242,10 @@ class Shards:
 
     def __getitem__(self, index: int) -> Clip:
         index = int(index)
-        try:
-            record = self._records[index]
-        except RuntimeError as error:  # of array_record
-            raise UserError(f"{self._place(index)} cannot be read ({error}); prepare the shards again") from None
-        clip, lengths = from_record(record), self.index.lengths[index]
+        clip, lengths = from_record(self._records[index]), self.index.lengths[index]
         if (len(clip.text_ids), len(clip.patches_MPC)) != (lengths["text"], lengths["patches"]):
-            raise UserError(f"{self._place(index)} does not match {LENGTHS_FILE}; prepare the shards again")
+            raise UserError(f"{self._records.place(index)} does not match {LENGTHS_FILE}; prepare the shards again")
         return clip
-
-    def _place(self, index: int) -> str:
-        """The file of a clip and its number in it, for messages."""
-        first = 0
-        for path, header in zip(self.paths, self._headers):
-            for name in header.shards:
-                count = len(grain_source([path], [dataclasses.replace(header, shards=(name,))]))
-                if index < first + count:
-                    return f"{path / name}: clip {index - first} (number {index} of the corpus)"
-                first += count
-        raise AssertionError(index)
 
 
 def check_fit(shards: Shards, model: ModelConfig, patch_sec: float | None = None, *, where: str) -> None:
@@ -277,26 +262,18 @@ def check_fit(shards: Shards, model: ModelConfig, patch_sec: float | None = None
         raise UserError(f"{where} does not fit this config: {'; '.join(wrong)}")
 
 
-def grain_source(directories: Iterable[str | os.PathLike], headers: Iterable[Header]):
+def grain_source(directories: Iterable[str | os.PathLike], headers: Iterable[Header]) -> Records:
     """Random access to the raw records of directories of shards."""
-    import grain
-
-    files = [str(pathlib.Path(path) / name) for path, header in zip(directories, headers) for name in header.shards]
-    try:
-        return grain.sources.ArrayRecordDataSource(files)
-    except RuntimeError:  # array_record does not say which file is damaged
-        for file in files:
-            try:
-                grain.sources.ArrayRecordDataSource([file])
-            except RuntimeError as error:
-                raise UserError(f"{file}: incomplete or damaged ({error}); prepare the shards again") from None
-        raise
+    files = [Part(str(pathlib.Path(path) / name)) for path, header in zip(directories, headers) for name in header.shards]
+    return Records(files, "prepare the shards again")
 
 
 def load_array(path: pathlib.Path):
-    """np.load; a damaged file is a UserError."""
+    """np.load; a damaged file is a UserError, a machine that fails a ReadError."""
     try:
-        return np.load(path)
+        return patiently(lambda: np.load(path))
+    except ReadError:
+        raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and prepare the shards again") from None
 
@@ -304,7 +281,7 @@ def load_array(path: pathlib.Path):
 def _read_index(path: pathlib.Path, header: Header) -> tuple[np.ndarray, np.ndarray]:
     """Lengths, and pairs or a table without columns, of a directory in which no file is missing or altered."""
     files = (*header.shards, LENGTHS_FILE, *[PAIRS_FILE] * bool(header.pairs))
-    missing = [name for name in files if not (path / name).is_file()]
+    missing = sorted(set(files) - set(patiently(lambda: os.listdir(path))))
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing; prepare the shards again")
     for name, crc in header.crc32.items():
