@@ -89,6 +89,22 @@ def test_segments_are_a_causal_mask_and_none_is_everything():
     np.testing.assert_array_equal(attention(q, k, v, None), everything)
 
 
+def test_logits_of_bfloat16_are_not_rounded():
+    """Operation by operation, since XLA may leave out roundings. No product of the gradients is in slow float32."""
+    rows = [(scale * x).astype(jnp.bfloat16) for x, scale in zip(some_rows(1, 48), (4.0, 4.0, 1.0))]
+
+    def gradients(q, k, v):
+        o_BTNH, backward = jax.vjp(lambda *rows: attention(*rows, None), q, k, v)
+        return [o_BTNH, *backward(jnp.sign(q).astype(o_BTNH.dtype))]
+
+    exact = jax.jit(gradients)(*(x.astype(jnp.float32) for x in rows))
+    for got, expected in zip(gradients(*rows), exact):
+        assert np.linalg.norm(got.astype(jnp.float32) - expected) < 0.004 * np.linalg.norm(expected)
+    program = jax.jit(gradients).lower(*rows).as_text()
+    operands = re.findall(r"dot_general .* : \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)", program)
+    assert operands == [("bf16", "bf16")] * 6
+
+
 # ---- TPU -------------------------------------------------------------------------------------------------------------
 
 LAYOUTS = {"blocks": ids([100, 90, 66], [200, -56]), "ragged": ids([50, 40, -17], [107])}

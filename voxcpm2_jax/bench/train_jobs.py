@@ -375,7 +375,7 @@ def _parts(config: BackboneRun, *, rounds: int):
             rest = {key: value for key, value in state.params.items() if key != module_name}
 
             def loss(own_params, x, rest, run=run, module_name=module_name):
-                params = voxcpm2.to_compute(rest | {module_name: own_params}, dtype)
+                params = voxcpm2.to_compute(rest | {module_name: own_params}, model)
                 return jnp.sum(run(params, x).astype(jnp.float32) ** 2)
 
             sec = _time(jax.jit(jax.grad(loss, argnums=(0, 1))), (state.params[module_name], x, rest), rounds)
