@@ -10,7 +10,7 @@ from tests.inference.speaking import PATCH_SAMPLES, QUICK, assert_same_audio, wi
 from voxcpm2_jax import sequence
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.inference import decode
-from voxcpm2_jax.models import voxcpm2
+from voxcpm2_jax.models import generation, voxcpm2
 
 
 def row(text_ids, **changes) -> decode.Row:
@@ -98,8 +98,8 @@ def test_decode_equals_prefill(tiny_parts):
         batch = sequence.pack([[first], [second]], num_slots=20, num_patches=8, patch_shape=(4, 16))
         return prefill(params, batch), [first.num_slots, second.num_slots]
 
-    prefill = jax.jit(lambda params, batch: voxcpm2.prefill(params, config, batch, cache_slots=24))
-    read_patch = jax.jit(lambda params, step, patch_BPC: voxcpm2.read_patch(params, config, step, patch_BPC))
+    prefill = jax.jit(lambda params, batch: generation.prefill(params, config, batch, cache_slots=24))
+    read_patch = jax.jit(lambda params, step, patch_BPC: generation.read_patch(params, config, step, patch_BPC))
     at_once, lengths = read(5)
     assert at_once.length_B.tolist() == lengths
     for start in (0, 1, 4):

@@ -20,7 +20,7 @@ import numpy as np
 from voxcpm2_jax import sequence
 from voxcpm2_jax.config.model import ModelConfig
 from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.models import voxcpm2
+from voxcpm2_jax.models import generation
 
 # Why a row ended: the stop head, the request's max_len (or the end of its noise), or the model's max_length.
 STOP, MAX_LEN, NO_ROOM = "stop head", "max_len", "max_length"
@@ -66,7 +66,7 @@ class State(NamedTuple):
     """The loop's state between two patches. Rows that are done are still computed; what they draw is discarded."""
 
     index: jax.Array  # patches drawn so far
-    step: voxcpm2.Step
+    step: generation.Step
     is_done_B: jax.Array
     is_stopped_B: jax.Array  # done because of the stop head
     num_patches_B: jax.Array  # patches of the row's result
@@ -75,7 +75,7 @@ class State(NamedTuple):
 @partial(jax.jit, static_argnames=("config", "cache_slots"))
 def prefill(params, config: ModelConfig, batch: sequence.Batch, *, cache_slots: int) -> State:
     """The state before the first patch; one prefix per row of `batch`."""
-    step = voxcpm2.prefill(params, config, batch, cache_slots=cache_slots)
+    step = generation.prefill(params, config, batch, cache_slots=cache_slots)
     B = len(step.length_B)
     return State(jnp.int32(0), step, jnp.zeros(B, bool), jnp.zeros(B, bool), jnp.zeros(B, jnp.int32))
 
@@ -87,13 +87,13 @@ def _decode_step(params, config: ModelConfig, state: State, rows: RowArrays, *, 
         noise_BPC = jax.vmap(lambda key: jax.random.normal(key, (config.patch_size, config.feat_dim)))(keys_B)
     else:
         noise_BPC = rows.noise_BMPC[:, state.index]
-    patch_BPC, stop_B = voxcpm2.draw_patch(params, config, state.step, noise_BPC, num_steps=num_steps, cfg_value=rows.cfg_B)
+    patch_BPC, stop_B = generation.draw_patch(params, config, state.step, noise_BPC, num_steps=num_steps, cfg_value=rows.cfg_B)
     # The stop rule, as in the PyTorch package: `index` counts from 0 and must be greater than min_len.
     stop_B &= state.index > rows.min_len_B
     is_last_B = state.index + 1 >= rows.max_len_B
     state = State(
         index=state.index + 1,
-        step=voxcpm2.read_patch(params, config, state.step, patch_BPC),
+        step=generation.read_patch(params, config, state.step, patch_BPC),
         is_done_B=state.is_done_B | stop_B | is_last_B,
         is_stopped_B=jnp.where(state.is_done_B, state.is_stopped_B, stop_B),
         num_patches_B=jnp.where(state.is_done_B, state.num_patches_B, state.index + 1),
