@@ -199,6 +199,22 @@ def test_hours_count_whatever_the_references_take(reference):
         assert abs(hours_by_group(lengths, draws(mix, range(200)))[0, False] - hours) < 0.02
 
 
+@pytest.mark.parametrize("window", [300, packing.WINDOW_CLIPS])
+@pytest.mark.parametrize("sec", [(55, 60), (35, 60)])
+def test_hours_count_whatever_room_stays_empty(monkeypatch, sec, window):
+    """Two groups of equal hours; the clips of one are so long that one or two of them fill a row, which leaves room."""
+    monkeypatch.setattr(packing, "WINDOW_CLIPS", window)
+    rng = np.random.default_rng(0)
+    short, long = speech_lengths(1500, max_sec=20), speech_lengths(1500)
+    long["patches"], long["group"] = 6.25 * rng.uniform(*sec, len(long)), 1
+    long["text"] = long["patches"] // 2
+    long = long[np.cumsum(long["patches"]) < short["patches"].sum()]
+    lengths = np.concatenate([short, long])
+    hours = short["patches"].sum() / lengths["patches"].sum()
+    mix = mix_of(lengths, batch=LARGE, groups=(("a", "en"), ("b", "en")))
+    assert abs(hours_by_group(lengths, draws(mix, range(600)))[0, False] - hours) < 0.015
+
+
 def test_stages_that_begin_at_one_step_are_refused():
     lengths, groups = corpus(300)
     with pytest.raises(UserError, match="two begin at one step; they begin at 0, 5, 5"):

@@ -63,23 +63,26 @@ class Mix:
                 last = self._stages[-1]
                 rows = (config.first_step - last.first_step) * last.batch.rows
                 used |= {key: offset + n for key, offset, n in zip(last.keys, last.offsets, last.order.before(rows))}
-            shares = _shares(index, config, patch_sec, budgets)
+            groups = _groups(index, config, patch_sec)
             keys = []
-            for group, (clips, _) in shares.items():
+            for group, (clips, _) in groups.items():
                 # A stage continues the epochs of an earlier one if it wants the same of the group; otherwise it begins anew.
                 key = (group, config.min_sec, config.max_sec, config.reference, config.described, *budgets)
                 if key not in streams:
                     streams[key] = _Stream((seed, len(streams)), index, clips, config, budgets)
                 keys.append(key)
+            # The shares are of hours. A group with much text, many reference clips or clips that leave rows half empty needs
+            # more rows for an hour.
+            rows = np.array([hours * streams[key].rows_per_patch for key, (_, hours) in zip(keys, groups.values())])
             self._stages.append(
                 _Stage(
                     first_step=config.first_step,
                     batch=batch_of_stage,
-                    groups=tuple(group // 2 for group in shares),
+                    groups=tuple(group // 2 for group in groups),
                     keys=tuple(keys),
                     streams=tuple(streams[key] for key in keys),
                     offsets=tuple(used.get(key, 0) for key in keys),
-                    order=_Interleaving((seed, i), np.array([share for _, share in shares.values()])),
+                    order=_Interleaving((seed, i), rows / rows.sum()),
                 )
             )
 
@@ -132,8 +135,8 @@ class _Stage(NamedTuple):
 # ---- shares ----------------------------------------------------------------------------------------------------------
 
 
-def _shares(index: Index, stage: StageConfig, patch_sec: float, budgets: Budgets) -> dict[int, tuple[np.ndarray, float]]:
-    """The groups of a stage: 2 x group, + 1 for its prompt clips -> (clips, share of the rows)."""
+def _groups(index: Index, stage: StageConfig, patch_sec: float) -> dict[int, tuple[np.ndarray, float]]:
+    """The groups of a stage: 2 x group, + 1 for its prompt clips -> (clips, share of the hours, not normalised)."""
     sec = index.lengths["patches"] * patch_sec
     chosen = np.flatnonzero((sec >= stage.min_sec) & (sec <= (math.inf if stage.max_sec is None else stage.max_sec)))
     if not len(chosen):
@@ -144,13 +147,12 @@ def _shares(index: Index, stage: StageConfig, patch_sec: float, budgets: Budgets
         raise UserError(f"weights: no {', '.join(unknown)} in this corpus; it has {', '.join(sorted(names))}")
     key_of_clip = 2 * index.lengths["group"][chosen] + (index.lengths["is_prompt"][chosen] > 0)
     clips = {int(key): chosen[key_of_clip == key].astype(np.int32) for key in np.unique(key_of_clip)}
-    weight, rows_per_patch = {}, {}
+    weight = {}
     for key, members in clips.items():
         group = index.groups[key // 2]
         factor = math.prod(factor for name, factor in stage.weights if name in (*group, "/".join(group)))
         patches = index.lengths["patches"][members].sum()
         weight[key] = factor * float(patches) ** (1 / stage.temperature)
-        rows_per_patch[key] = float((_mean_sizes(index, members, stage) * len(members) / budgets).max() / patches)
     if stage.prompt is not None:
         for is_prompt, share in ((1, stage.prompt), (0, 1 - stage.prompt)):
             keys = [key for key in weight if key % 2 == is_prompt]
@@ -159,24 +161,9 @@ def _shares(index: Index, stage: StageConfig, patch_sec: float, budgets: Budgets
                 kind = "prompt clips" if is_prompt else "clips that bear loss"
                 raise UserError(f"the stage from step {stage.first_step}: a share of {share} for {kind}, but there are none")
             weight |= {key: weight[key] / total * share for key in keys if total}
-    # Up to here weights are shares of hours; a group with much text or many reference clips needs more rows per hour.
-    weight = {key: of_hours * rows_per_patch[key] for key, of_hours in weight.items()}
-    total = sum(weight.values())
-    if not total:
+    if not sum(weight.values()):
         raise UserError(f"the stage from step {stage.first_step}: all weights are 0")
-    return {key: (clips[key], weight[key] / total) for key in clips if weight[key] > 0}
-
-
-def _mean_sizes(index: Index, clips: np.ndarray, stage: StageConfig) -> np.ndarray:
-    """The mean of what these clips take of the four budgets, given a stage's shares of reference clips and descriptions."""
-    lengths = index.lengths.take(clips)
-    if index.pairs is not None:
-        has_pair = (index.pairs[clips] >= 0).any(axis=1) & (lengths["reference"] == 0)
-        lengths["reference"][has_pair] = round(float(lengths["patches"].mean()))
-    plain = packing.sizes(lengths, reference_patches=0, is_described=False).mean(axis=0)
-    more_by_reference = packing.sizes(lengths, is_described=False).mean(axis=0) - plain
-    more_by_description = packing.sizes(lengths, reference_patches=0).mean(axis=0) - plain
-    return plain + stage.reference * more_by_reference + stage.described * more_by_description
+    return {key: (clips[key], weight[key]) for key in clips if weight[key] > 0}
 
 
 class _Interleaving:
@@ -264,6 +251,17 @@ class _Stream:
         self._packings: list[_Packing] = []  # made when they are first needed
         self._row_order = functools.lru_cache(4)(self._row_order)
         self._lock = threading.Lock()
+
+    @functools.cached_property
+    def rows_per_patch(self) -> float:
+        """Rows that a patch takes, room that stays empty included; of a large group, measured on a window of its clips."""
+        measured, clips = self, self._clips
+        if len(clips) > packing.WINDOW_CLIPS:
+            clips = np.random.default_rng((*self._seed, 2)).choice(clips, packing.WINDOW_CLIPS, replace=False)
+            measured = _Stream((*self._seed, 2), self._index, clips, self._stage, self._budgets)
+        measured._find(0)
+        packed = measured._packings[0]
+        return packed.num_rows / float(packed.heard[..., 1].sum())
 
     def row(self, i: int) -> list[Draw]:
         """The i-th row."""
