@@ -46,14 +46,12 @@ from voxcpm2_jax.config.run import (
 VARIANTS = ("tiny", "demo", "demo_long", "small", "2b", "2b_stage1", "2b_stage2", "2b_stage3", "finetune")
 
 
-def ramp(stage: StageConfig, batch: BatchConfig, rows: dict[int, int]) -> tuple[StageConfig, ...]:
-    """A stage in which the batch grows. `rows` maps an update to the rows per batch from that update on.
+def ramp(stage: StageConfig, factors: dict[int, float]) -> tuple[StageConfig, ...]:
+    """A stage in which the batch grows: `factors` maps an update to the `rows_factor` from that update on.
 
     The order of the clips does not restart at these updates.
     """
-    return tuple(
-        dataclasses.replace(stage, first_step=step, batch=dataclasses.replace(batch, rows=n)) for step, n in rows.items()
-    )
+    return tuple(dataclasses.replace(stage, first_step=step, rows_factor=factor) for step, factor in factors.items())
 
 
 # The three stages of the VoxCPM2 report:
@@ -63,13 +61,12 @@ def ramp(stage: StageConfig, batch: BatchConfig, rows: dict[int, int]) -> tuple[
 # The limits of clip length are the report's. It gives no shares, step counts or batch sizes: those here are ours (a million
 # slots per batch, then two million). Where the corpus has no reference clips or descriptions, their shares have no effect.
 _ROWS = dataclasses.replace(SPEECH_BATCH, rows=256, segments=128)
-_LONG_ROWS = dataclasses.replace(_ROWS, slots=2 * _ROWS.slots, patches=2 * _ROWS.patches)
 CURRICULUM = (
-    *ramp(StageConfig(max_sec=60.0, temperature=1.5, reference=0.0, described=0.0), _ROWS, {0: 256, 40_000: 512}),
-    StageConfig(first_step=280_000, max_sec=180.0, temperature=1.5, reference=0.1, described=0.3, batch=_LONG_ROWS),
-    StageConfig(first_step=320_000, max_sec=180.0, temperature=1.5, reference=0.3, described=0.6, batch=_LONG_ROWS),
+    *ramp(StageConfig(max_sec=60.0, temperature=1.5, reference=0.0, described=0.0), {0: 1.0, 40_000: 2.0}),
+    StageConfig(first_step=280_000, max_sec=180.0, temperature=1.5, reference=0.1, described=0.3, slots_factor=2.0),
+    StageConfig(first_step=320_000, max_sec=180.0, temperature=1.5, reference=0.3, described=0.6, slots_factor=2.0),
     StageConfig(
-        first_step=360_000, min_sec=2.0, max_sec=300.0, temperature=3.0, reference=0.4, described=0.9, batch=_LONG_ROWS
+        first_step=360_000, min_sec=2.0, max_sec=300.0, temperature=3.0, reference=0.4, described=0.9, slots_factor=2.0
     ),
 )
 _ENDS = {"2b_stage1": 280_000, "2b_stage2": 360_000, "2b_stage3": 400_000, "2b": 400_000}

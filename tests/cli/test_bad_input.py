@@ -200,7 +200,7 @@ TINY = "--config=configs/backbone.py:tiny"
         ("--config.model.dtype=float16", "dtype must be float32 or bfloat16, got 'float16'"),
         ("--config.batch.slots=1024", "batch.slots 1024 exceed model.max_length 512"),
         ("--config.batch.target_patches=100", "target_patches at most patches"),
-        ("--config.stages=({'batch': {'slots': 1024}},)", "batch.slots 1024 exceed model.max_length 512"),
+        ("--config.stages=({'slots_factor': 8.0},)", "batch.slots 1024 exceed model.max_length 512"),
         ("--config.stages=({'first_step': 5},)", "expected one from step 0 on; the first begins at step 5"),
     ],
 )

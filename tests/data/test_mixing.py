@@ -105,8 +105,8 @@ def test_a_ramp_of_rows_goes_on_with_the_epoch(either_size):
     lengths = speech_lengths(300)
     lengths["group"][:100] = 1
     rows = {0: 1, 7: 2, 12: 5}
-    stages = [StageConfig(first_step=step, batch=dataclasses.replace(LARGE, rows=n)) for step, n in rows.items()]
-    mix = mix_of(lengths, *stages, groups=(("a", "en"), ("a", "de")))
+    stages = [StageConfig(first_step=step, rows_factor=n) for step, n in rows.items()]
+    mix = mix_of(lengths, *stages, batch=dataclasses.replace(LARGE, rows=1), groups=(("a", "en"), ("a", "de")))
     assert [len(mix.rows(step)) for step in (0, 6, 7, 11, 12, 13)] == [1, 1, 2, 2, 5, 5]
     heard = [draw.clip for draw in draws(mix, range(60))]
     for group in (range(100), range(100, 300)):
@@ -286,7 +286,7 @@ stage_choices = st.tuples(
     st.sampled_from([1.0, 2.0]),
     st.sampled_from([0.0, 0.4, 1.0]),
     st.sampled_from([0.0, 0.4, 1.0]),
-    st.sampled_from([SMALL, BatchConfig(rows=3, slots=60, patches=40)]),
+    st.sampled_from([(1.0, 1.0), (1.5, 1.2)]),  # factors of rows and slots
 )
 
 
@@ -304,8 +304,8 @@ def test_rows_and_heard_of_any_corpus_and_curriculum(data, seed, few_rows):
     firsts = sorted({0, *data.draw(st.lists(st.integers(1, 25), max_size=2))})
     stages = []
     for first in firsts:
-        min_sec, temperature, reference, described, batch = data.draw(stage_choices)
-        stages.append(StageConfig(first, min_sec, None, temperature, (), reference, described, None, batch))
+        min_sec, temperature, reference, described, factors = data.draw(stage_choices)
+        stages.append(StageConfig(first, min_sec, None, temperature, (), reference, described, None, *factors))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixing, "_FEW_ROWS", few_rows)
         mix = mix_of(lengths, *stages, seed=seed, groups=groups, pairs=pairs)
@@ -314,9 +314,10 @@ def test_rows_and_heard_of_any_corpus_and_curriculum(data, seed, few_rows):
             assert mix.heard(step) == {name: tuple(heard.tolist()) for name, heard in counts.items()}, step
             stage = [stage for stage in stages if stage.first_step <= step][-1]
             rows = mix.rows(step)
-            assert len(rows) == stage.batch.rows and rows[1:] == mix.rows(step, range(1, len(rows)))
+            batch = stage.batch_of(SMALL)
+            assert len(rows) == batch.rows and rows[1:] == mix.rows(step, range(1, len(rows)))
             for row in rows:
-                budgets = packing.budgets_of(stage.batch)
+                budgets = packing.budgets_of(batch)
                 assert row and (sizes_of(lengths, row).sum(axis=0) <= budgets).all()
                 assert len({(lengths["group"][d.clip], lengths["is_prompt"][d.clip]) for d in row}) == 1
                 for d in row:
@@ -335,8 +336,8 @@ def test_rows_and_heard_of_any_corpus_and_curriculum(data, seed, few_rows):
 
 def test_stages_have_lengths_and_budgets_of_their_own():
     lengths = speech_lengths(400)
-    longer = BatchConfig(rows=3, slots=2048, patches=1400)
-    mix = mix_of(lengths, StageConfig(first_step=10, batch=longer), StageConfig(max_sec=5.0), batch=LARGE)
+    longer = LARGE.scaled(rows=1.5, slots=2.0)
+    mix = mix_of(lengths, StageConfig(first_step=10, rows_factor=1.5, slots_factor=2.0), StageConfig(max_sec=5.0), batch=LARGE)
     early, late = ([row for step in steps for row in mix.rows(step)] for steps in (range(10), range(10, 40)))
     assert max(lengths["patches"][d.clip] for row in early for d in row) * PATCH_SEC <= 5.0
     assert len(early) == 20 and len(late) == 90 and mix.batch_of(9) == LARGE and mix.batch_of(10) == longer

@@ -17,7 +17,7 @@ from voxcpm2_jax.cli import main, outcome
 from voxcpm2_jax.cli.configs import load_config
 from voxcpm2_jax.config.model import MODELS
 from voxcpm2_jax.config.plain import UserError, from_dict
-from voxcpm2_jax.config.run import SPEECH_BATCH, BackboneRun, BatchConfig, StageConfig
+from voxcpm2_jax.config.run import SPEECH_BATCH, BackboneRun, StageConfig
 from voxcpm2_jax.plan import compile, entry, roofline, topology
 from voxcpm2_jax.plan.machine import Machine
 
@@ -39,16 +39,16 @@ def test_topologies_are_parsed():
 
 
 def test_rows_scale_the_stages_too():
-    stages = (StageConfig(), StageConfig(first_step=5, batch=BatchConfig(rows=128, slots=8192, patches=5632)))
+    stages = (StageConfig(), StageConfig(first_step=5, rows_factor=0.5, slots_factor=2.0))
     run = topology.parse("v5e:16x16,rows=512", BackboneRun(model=MODELS["2b"], batch=RUN.batch, stages=stages)).config
-    assert run.batch.rows == 512 and run.stages[1].batch.rows == 256 and run.stages[1].batch.slots == 8192
-    with pytest.raises(UserError, match="128 rows where the run has 256"):
+    assert [(b.rows, b.slots, b.patches) for b in run.batches] == [(512, 4096, 2816), (256, 8192, 5632)]
+    with pytest.raises(UserError, match=r"0\.5 times batch\.rows 1 is 0\.5; expected a whole number"):
         topology.with_rows(BackboneRun(model=MODELS["2b"], batch=RUN.batch, stages=stages), 1)
 
 
 def test_only_the_largest_batch_of_a_ramp_is_planned():
-    sizes = ((0, 64, 4096), (5, 256, 4096), (9, 128, 8192))
-    stages = tuple(StageConfig(first_step=s, batch=BatchConfig(rows=b, slots=t, patches=t // 2)) for s, b, t in sizes)
+    sizes = ((0, 0.25, 1), (5, 1, 1), (9, 0.5, 2))
+    stages = tuple(StageConfig(first_step=s, rows_factor=b, slots_factor=t) for s, b, t in sizes)
     run = BackboneRun(model=MODELS["2b"], batch=RUN.batch, stages=stages)
     assert [batch.rows for batch in topology.parse("64xh100", run).batches] == [256, 128]
     assert [batch.rows for batch in topology.parse("128xh100", run).batches] == [64, 256, 128]  # 64 rows on 128 GPUs
@@ -63,7 +63,7 @@ def test_only_the_largest_batch_of_a_ramp_is_planned():
         ("8xrtx9090", "expected TPU slices as"),
         ("0xh100", "expected TPU slices as"),
         ("12xh100", "expected a multiple of 8, the GPUs of a machine, got 12"),
-        ("8xh100,rows=0", "rows=0: expected at least 1"),
+        ("8xh100,rows=0", "batch: rows, slots and patches must be at least 1"),
         ("v5e:2x4,slots=3", "'slots=3' is none of rows=N"),
         ("v5e:2x4,rows=many", "expected a whole number, got 'many'"),
         ("v5e:2x4,mesh=2x4", "'mesh=2x4' is none of"),

@@ -4,6 +4,7 @@ Keys are strict: an unknown one is an error. CHANGES says which fields may diffe
 resumes from it.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -140,7 +141,7 @@ class WatchdogConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Budgets of one packed batch: its static shape."""
+    """Budgets of one packed batch: its static shape. Stages of the curriculum use multiples of it (StageConfig)."""
 
     rows: int = 8  # B, over all hosts
     slots: int = 4096  # T, text tokens and patches per row
@@ -153,6 +154,18 @@ class BatchConfig:
             raise UserError(f"batch: rows, slots and patches must be at least 1, target_patches at most patches; got {self}")
         if self.segments is not None and self.segments < 1:
             raise UserError(f"batch: segments must be at least 1, or None for as many as fit; got {self.segments}")
+
+    def scaled(self, rows: float, slots: float) -> "BatchConfig":
+        """This batch with `rows` times its rows, and rows with `slots` times their slots, patches and target patches."""
+        factors = {"rows": rows, "slots": slots, "patches": slots, "target_patches": slots}
+        sizes = {name: getattr(self, name) * factor for name, factor in factors.items() if getattr(self, name) is not None}
+        for name, size in sizes.items():
+            if abs(size - round(size)) > 1e-6 or size < 0.5:
+                raise UserError(
+                    f"stages: {factors[name]} times batch.{name} {getattr(self, name)} is {size:g}; expected a whole number: "
+                    f"change batch.{name}, or {'rows_factor' if name == 'rows' else 'slots_factor'} of the stage"
+                )
+        return dataclasses.replace(self, **{name: round(size) for name, size in sizes.items()})
 
 
 # Budgets that suit speech, for commands without a config: of 4,096 slots, up to 2,816 are audio patches. `doctor` recommends
@@ -172,7 +185,8 @@ class StageConfig:
     reference: float = 1.0  # of the clips that have a reference clip, the share that uses it
     described: float = 1.0  # of the clips that have a description, the share that uses it
     prompt: float | None = None  # share of audio in prompt clips; None: as in the corpus
-    batch: BatchConfig | None = None  # None: the batch of the run
+    rows_factor: float = 1.0  # rows per batch, as a multiple of the run's batch.rows
+    slots_factor: float = 1.0  # length of a row, as a multiple of the run's batch.slots, batch.patches, batch.target_patches
 
     def __post_init__(self):
         def check(name, ok, expected):
@@ -183,11 +197,17 @@ class StageConfig:
         check("min_sec", self.min_sec >= 0, "0 or more seconds")
         check("max_sec", self.max_sec is None or self.max_sec > self.min_sec, "None or more seconds than min_sec")
         check("temperature", self.temperature > 0, "a number over 0")
+        for name in ("rows_factor", "slots_factor"):
+            check(name, 0 < getattr(self, name) < math.inf, "a number over 0")
         check("weights", all(factor >= 0 for _, factor in self.weights), "factors of 0 or more")
         for name in ("reference", "described", "prompt"):
             value = getattr(self, name)
             check(name, value is None or 0 <= value <= 1, "a share in [0, 1]")
         check("prompt", self.prompt is None or self.prompt < 1, "a share under 1: prompt clips bear no loss")
+
+    def batch_of(self, batch: BatchConfig) -> BatchConfig:
+        """The budgets of this stage in a run with these budgets."""
+        return batch.scaled(self.rows_factor, self.slots_factor)
 
 
 @dataclass(frozen=True)
@@ -263,7 +283,7 @@ class BackboneRun:
         for name in ("remat", "remat_local"):
             is_known = getattr(self, name) in REMAT_POLICIES or (name == "remat_local" and self.remat_local is None)
             check(name, is_known, f"one of {', '.join(REMAT_POLICIES)}")
-        for batch in (self.batch, *(stage.batch for stage in self.stages if stage.batch)):
+        for batch in self.batches:
             if batch.slots > self.model.max_length:
                 raise UserError(f"batch.slots {batch.slots} exceed model.max_length {self.model.max_length}")
         start, steps = self.optim.decay_start, self.optim.decay_steps
@@ -272,6 +292,16 @@ class BackboneRun:
                 f"num_steps {self.num_steps} ends the run amid its decay, {steps} updates from optim.decay_start {start} on; "
                 f"expected {start + steps} or more"
             )
+
+    @property
+    def batches(self) -> tuple[BatchConfig, ...]:
+        """The budgets of all stages, in their order, each once."""
+        return tuple(dict.fromkeys(stage.batch_of(self.batch) for stage in self.stages or (StageConfig(),)))
+
+    def with_batch(self, batch: BatchConfig) -> "BackboneRun":
+        """The run with these budgets in all its stages: what a train step is compiled for."""
+        stages = tuple(dataclasses.replace(stage, rows_factor=1.0, slots_factor=1.0) for stage in self.stages)
+        return dataclasses.replace(self, batch=batch, stages=stages)
 
 
 # Whether a field may differ between a checkpoint and the run that resumes from it. FREE: yes. SCHEDULE: only if the run

@@ -40,7 +40,7 @@ class Mix:
 
     Args:
         seed: of all orders and choices.   index: of the corpus.   patch_sec: seconds of a patch.
-        batch: budgets of stages that set none of their own.   stages: none: all clips, in proportion to their hours.
+        batch: the run's budgets; a stage uses multiples of them.   stages: none: all clips, in proportion to their hours.
     Raises:
         UserError: no stage from step 0 on, a stage without clips, a clip that fits no row, a weight or a share for clips
             that the corpus does not have.
@@ -57,7 +57,7 @@ class Mix:
         streams: dict[tuple, _Stream] = {}
         used: dict[tuple, int] = {}  # rows of each stream that earlier stages took
         for i, config in enumerate(stages):
-            batch_of_stage = config.batch or batch
+            batch_of_stage = config.batch_of(batch)
             budgets = packing.budgets_of(batch_of_stage)
             if self._stages:
                 last = self._stages[-1]
@@ -85,11 +85,6 @@ class Mix:
                     order=_Interleaving((seed, i), rows / rows.sum()),
                 )
             )
-
-    @property
-    def batches(self) -> tuple[BatchConfig, ...]:
-        """The budgets of all stages, each once."""
-        return tuple(dict.fromkeys(stage.batch for stage in self._stages))
 
     def batch_of(self, step: int) -> BatchConfig:
         """The budgets of a step."""

@@ -46,9 +46,7 @@ class Case:
 
         Of sizes that differ in rows alone only the largest is planned, and any that the mesh cannot split.
         """
-        stages = [self.config.batch if stage.batch is None else stage.batch for stage in self.config.stages]
-        budgets = list(dict.fromkeys(stages or [self.config.batch]))
-        most = {}
+        budgets, most = self.config.batches, {}
         for batch in budgets:
             alike = dataclasses.replace(batch, rows=1)
             most[alike] = max(most.get(alike, 0), batch.rows)
@@ -109,21 +107,8 @@ def _with_fields(text, config: BackboneRun, fields: Sequence[str]) -> BackboneRu
 
 
 def with_rows(config: BackboneRun, rows: int) -> BackboneRun:
-    """The run with so many rows per batch; the rows of stages with a batch of their own change by the same factor."""
-    if rows < 1:
-        raise UserError(f"rows={rows}: expected at least 1")
-
-    def scaled(batch):
-        new, rest = divmod(batch.rows * rows, config.batch.rows)
-        if rest:
-            raise UserError(
-                f"rows={rows}: a stage has {batch.rows} rows where the run has {config.batch.rows}; in the same ratio "
-                f"to {rows} its rows are not a whole number"
-            )
-        return dataclasses.replace(batch, rows=new)
-
-    stages = tuple(s if s.batch is None else dataclasses.replace(s, batch=scaled(s.batch)) for s in config.stages)
-    return dataclasses.replace(config, batch=scaled(config.batch), stages=stages)
+    """The run with so many rows per batch; those of its stages follow."""
+    return dataclasses.replace(config, batch=dataclasses.replace(config.batch, rows=rows))
 
 
 def mismatch(case: Case, batch: BatchConfig) -> str | None:

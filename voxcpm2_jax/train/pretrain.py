@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from voxcpm2_jax import files, flops, metrics, processes, sharding
 from voxcpm2_jax.checkpoint import arrays, steps
 from voxcpm2_jax.config.plain import UserError, to_dict
-from voxcpm2_jax.config.run import CHANGES, BackboneRun, BatchConfig
+from voxcpm2_jax.config.run import CHANGES, BackboneRun
 from voxcpm2_jax.data import synthetic
 from voxcpm2_jax.data.clips import Source, label, label_names, label_patches
 from voxcpm2_jax.data.mixing import Mix
@@ -94,7 +94,7 @@ def train(
     mix = Mix(config.seed, source.index, source.patch_sec, config.batch, config.stages)
     mesh = sharding.make_mesh(config.mesh)
     row_shards = mesh.shape["replica"] * mesh.shape["data"]
-    for batch in mix.batches:
+    for batch in config.batches:
         if batch.rows % (row_shards * config.accumulate):
             parts = f" x {config.accumulate} micro-batches" if config.accumulate > 1 else ""
             raise UserError(f"batch.rows {batch.rows} cannot be split over {row_shards} devices{parts} (mesh {config.mesh})")
@@ -132,16 +132,9 @@ class BackboneTask(loop.Task):
         self.record = to_dict(config) | {"data": _provenance_of(source)}
         self._source, self._mix, self._mesh = source, mix, mesh
         labels = labels_of(source)
-        budgets: dict[tuple, BatchConfig] = {}
-        for batch in mix.batches:
-            shape = batch.rows, batch.slots, batch.patches
-            if budgets.setdefault(shape, batch) != batch:
-                raise UserError(
-                    f"stages: batches of {shape} (rows, slots, patches) must agree in target_patches and segments as well"
-                )
         self._programs = {
-            shape: backbone.jit_train_step(dataclasses.replace(config, batch=batch), mesh, labels)
-            for shape, batch in budgets.items()
+            (batch.rows, batch.slots, batch.patches): backbone.jit_train_step(config.with_batch(batch), mesh, labels)
+            for batch in config.batches
         }
 
     def train_step(self, state, batch: Batch):
