@@ -2,7 +2,7 @@
 #
 #   launch/SITE.sh [--dry-run] -- TRAIN_ARGUMENTS
 #
-# TRAIN_ARGUMENTS are those of `voxcpm2-jax train`; they are checked before anything is queued. --dry-run prints what would
+# TRAIN_ARGUMENTS are those of `voxcpm2-jax train`; they are checked for this machine before anything is queued. --dry-run prints what would
 # be submitted and submits nothing. Projects, images and storage come from environment variables. A missing variable is one
 # line on standard error and exit code 2.
 #
@@ -51,13 +51,17 @@ train=("${@:2}")
   mistake "a training argument contains a line break or another control character; remove it"
 command -v voxcpm2-jax > /dev/null ||
   mistake "voxcpm2-jax is not installed here; it checks the training arguments: pip install --editable ."
-voxcpm2-jax train --dry-run "${train[@]}" > /dev/null || exit
 
 NAME="${NAME:-voxcpm2}"
 MAX_FAILURES="${MAX_FAILURES:-10}"
 [[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   mistake "NAME is '$NAME'; expected at most 40 lower-case letters, digits and -, a letter first"
 [[ "$MAX_FAILURES" =~ ^[0-9]{1,9}$ ]] || mistake "MAX_FAILURES is '$MAX_FAILURES'; expected a whole number"
+
+# check_training [SLICESx]DEVICES: checks the training arguments, and that every stage's batch can be split over the devices.
+check_training() {
+  voxcpm2-jax train --dry-run --topology="$1" "${train[@]}" > /dev/null || exit
+}
 
 # read_topology: parses TOPOLOGY, in the notation of `voxcpm2-jax plan` (4xv6e:8x8 is four slices of 8 x 8 chips).
 # Sets: slices (their number), chip (kind), shape, chips (in a slice).
@@ -67,6 +71,7 @@ read_topology() {
     mistake "TOPOLOGY is '$TOPOLOGY'; expected [SLICESx]CHIP:SHAPE with v5e, v5p or v6e, such as 4xv6e:8x8"
   slices="${BASH_REMATCH[2]:-1}" chip="${BASH_REMATCH[3]}" shape="${BASH_REMATCH[4]}"
   chips=$((${shape//x/*}))
+  check_training "${slices}x$chips"
 }
 
 # accelerator_type: Cloud TPU's name for a slice. Names of v5p count cores, two per chip; the others count chips.

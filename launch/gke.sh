@@ -2,7 +2,7 @@
 # Trains on TPU slices of Google Kubernetes Engine: one JobSet, with one job per slice and one pod per host.
 #
 #   TOPOLOGY=4xv6e:16x16 IMAGE=... CLAIM=... launch/gke.sh [--dry-run] -- \
-#     --config=configs/backbone.py:2b --data=/mnt/voxcpm2/shards --workdir=/mnt/voxcpm2/run
+#     --config=configs/backbone.py:2b --config.batch.rows=1024 --data=/mnt/voxcpm2/shards --workdir=/mnt/voxcpm2/run
 #
 # Needs kubectl with the cluster as its context, and JobSet 0.10 or newer in the cluster.
 #   TOPOLOGY         slices, chip and shape of a slice, as for `voxcpm2-jax plan`

@@ -23,6 +23,13 @@ SPOT="${SPOT:-true}"
 [ ${#flags[@]} -eq 0 ] || mistake "unknown option ${flags[*]}; expected --dry-run or --"
 extra=cuda
 [[ "$ACCELERATORS" != tpu-* ]] || extra=tpu
+case "$ACCELERATORS" in
+  tpu-v5p-* | tpu-v4-*) devices=$((${ACCELERATORS##*-} / 2)) ;; # these names count cores, two per chip
+  tpu-*) devices=${ACCELERATORS##*-} ;;
+  *:*) devices=${ACCELERATORS##*:} ;;
+  *) devices=1 ;;
+esac
+check_training "$devices"
 
 # SkyPilot cannot leave exit code 2 alone and restart after other failures. So the loop below restarts after failures on the
 # machine itself, and SkyPilot restarts after 75 only.

@@ -19,6 +19,7 @@ set -euo pipefail
 need NODES "the number of nodes"
 GPUS="${GPUS:-8}" GRACE_SEC="${GRACE_SEC:-180}"
 whole NODES GPUS GRACE_SEC
+check_training "$((NODES * GPUS))"
 [ ${#flags[@]} -eq 0 ] || mistake "unknown option ${flags[*]}; expected --dry-run or --"
 
 # JAX expects one process per GPU in a Slurm job, and that each process sees all GPUs of its node: no --gpus-per-task.

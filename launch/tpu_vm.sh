@@ -3,7 +3,7 @@
 # and deletes them at the end.
 #
 #   TOPOLOGY=2xv5e:16x16 ZONE=... IMAGE=... SHARE=... launch/tpu_vm.sh [--dry-run] -- \
-#     --config=configs/backbone.py:2b --data=/mnt/voxcpm2/shards --workdir=/mnt/voxcpm2/run
+#     --config=configs/backbone.py:2b --config.batch.rows=512 --data=/mnt/voxcpm2/shards --workdir=/mnt/voxcpm2/run
 #
 # Needs gcloud, signed in and with a project set. The script has to keep running: use a small VM or a terminal multiplexer.
 #   TOPOLOGY         slices, chip and shape of a slice, as for `voxcpm2-jax plan`

@@ -27,7 +27,7 @@ from voxcpm2_jax.cli.configs import load_config
 ROOT = pathlib.Path(__file__).parents[1]
 # Words that need quoting at every level that they pass through.
 TRAIN = [
-    "--config=configs/backbone.py:2b", "--data=/mnt/voxcpm2/shards", '--workdir=/mnt/voxcpm2/a "run" $(HOME) $HOME \\',
+    "--config=configs/backbone.py:2b", "--config.batch.rows=3072", "--data=/mnt/voxcpm2/shards", '--workdir=/mnt/voxcpm2/a "run" $(HOME) $HOME \\',
     "--config.samples.texts=(\"it's\",)", "--config.num_steps=7",
 ]  # fmt: skip
 NEEDED = {
@@ -395,6 +395,9 @@ def test_mistakes_are_found_before_anything_is_queued(site):
     assert "no training arguments" in mistake(site.launch("slurm", train=[]))
     assert "unrecognized arguments: --steps=3" in mistake(site.launch("slurm", train=[*TRAIN, "--steps=3"]))
     assert "optim.learning_rate" in mistake(site.launch("slurm", train=[*TRAIN, "--config.optim.learning_rate=-1"]))
+    assert "300 parts" in mistake(site.launch("slurm", NODES="60", GPUS="5"))
+    for name, needed in (("gke", "1024 parts"), ("tpu_vm", "512 parts"), ("skypilot", "8 parts")):
+        assert needed in mistake(site.launch(name, train=[*TRAIN, "--config.batch.rows=4"]))
     assert "line break" in mistake(site.launch("slurm", train=[*TRAIN, "--data=a\nb"]))
     assert "NAME is 'a_b'; expected" in mistake(site.launch("slurm", NAME="a_b"))
     assert "MAX_FAILURES is 'many'; expected a whole number" in mistake(site.launch("slurm", MAX_FAILURES="many"))

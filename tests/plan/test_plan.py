@@ -46,6 +46,38 @@ def test_rows_scale_the_stages_too():
         topology.with_rows(BackboneRun(model=MODELS["2b"], batch=RUN.batch, stages=stages), 1)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("v5e:16x16", None),
+        ("256", None),
+        ("v5p:8x8x8,rows=1024", None),
+        (
+            "v5p:8x8x8",
+            "256 rows of 4096 slots cannot be split into 512 parts .*; 128 rows of 8192 slots cannot be .* batch.rows",
+        ),
+        ("96", "256 rows of 4096 slots cannot be split into 96 parts .*; 128 rows of 8192 slots cannot be split"),
+        ("4x64,mesh=2x128x1", "replica must be a multiple of the 4 slices"),
+        ("64,mesh=1x8x1", "has 8 devices; 64 has 64"),
+        ("0", "expected TPU slices as"),
+    ],
+)
+def test_a_dry_run_checks_every_stage(text, problem, capsys):
+    stages = (StageConfig(), StageConfig(first_step=5, rows_factor=0.5, slots_factor=2.0))
+    run = BackboneRun(
+        model=MODELS["2b"], batch=dataclasses.replace(RUN.batch, rows=512 if problem is None else 256), stages=stages
+    )
+    if problem is None:
+        assert topology.check(text, run).batches[1].rows in (256, 512)
+    else:
+        with pytest.raises(UserError, match=problem):
+            topology.check(text, run)
+    config = "--config.batch.rows=256 --config.stages=()".split()
+    code = main.main(["train", "--config=configs/backbone.py:2b", *config, "--workdir=x", "--dry-run", f"--topology={text}"])
+    assert code == (0 if text in ("v5e:16x16", "256", "v5p:8x8x8,rows=1024") else outcome.MISTAKE)
+    assert capsys.readouterr().err.count("\n") == (code != 0)
+
+
 def test_only_the_largest_batch_of_a_ramp_is_planned():
     sizes = ((0, 0.25, 1), (5, 1, 1), (9, 0.5, 2))
     stages = tuple(StageConfig(first_step=s, rows_factor=b, slots_factor=t) for s, b, t in sizes)

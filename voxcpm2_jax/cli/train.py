@@ -33,6 +33,11 @@ def add(commands) -> None:
     )  # fmt: skip
     parser.add_argument("--profile-steps", metavar="A:B", help="trace updates A .. B - 1 into WORKDIR/profile, for XProf")
     parser.add_argument("--dry-run", action="store_true", help="check the arguments, print the whole config and stop")
+    parser.add_argument(
+        "--topology", metavar="T",
+        help="with --dry-run: also check mesh and batches of all stages for this machine, as `plan` names it, such as "
+        "v5e:16x16 or 64xh100, or for plain numbers of devices: 64, or 4x64 for four slices",
+    )  # fmt: skip
 
 
 def run(args, overrides) -> int:
@@ -43,8 +48,15 @@ def run(args, overrides) -> int:
     from voxcpm2_jax.train import profiler
 
     profile_steps = args.profile_steps and profiler.profile_steps(args.profile_steps)
+    if args.topology and not args.dry_run:
+        raise UserError("--topology goes with --dry-run; a run uses the devices that it finds")
     if args.dry_run:  # launchers call it on the machine they start from, where the paths need not exist
-        print_result({"workdir": args.workdir, "data": args.data, "config": to_dict(config)})
+        if args.topology:
+            from voxcpm2_jax.plan import topology
+
+            config = topology.check(args.topology, config)
+        batches = [to_dict(stage.batch_of(config.batch)) | {"first_step": stage.first_step} for stage in config.stages]
+        print_result({"workdir": args.workdir, "data": args.data, "config": to_dict(config), "stages": batches})
         return DONE
     from voxcpm2_jax import files
     from voxcpm2_jax.train import pretrain

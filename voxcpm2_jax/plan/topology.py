@@ -3,7 +3,8 @@
     --topology=[SLICESx]KIND:AxB[xC][,FIELD=VALUE..]    v5e:16x16   4xv6e:8x8   v5p:8x8x8,rows=512,mesh=1x512x1
     --topology=GPUSxKIND[,FIELD=VALUE..]                8xh100   64xh100,rows=256,mesh=8x8x1
 
-Fields: rows (per batch), accumulate, remat, remat_local, mesh (REPLICAxDATAxTENSOR). The result is a `Case`.
+Fields: rows (per batch), accumulate, remat, remat_local, mesh (REPLICAxDATAxTENSOR). The result is a `Case`. `check` also
+accepts plain numbers of devices, where the chip does not matter: 32, or 4x64 for four slices of 64.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ class Case:
 
     @property
     def mesh(self) -> tuple[int, int, int]:
-        return sharding.fill(self.config.mesh, self.machine.devices, self.machine.slices if self.machine.torus else 1)
+        return sharding.fill(self.config.mesh, self.machine.devices, _islands(self.machine))
 
     @property
     def batches(self) -> list[BatchConfig]:
@@ -113,15 +114,42 @@ def with_rows(config: BackboneRun, rows: int) -> BackboneRun:
 
 def mismatch(case: Case, batch: BatchConfig) -> str | None:
     """Why the mesh does not suit the machine or the batch does not suit the mesh, in one line; None if all is well."""
-    machine, mesh = case.machine, case.mesh
-    if math.prod(mesh) != machine.devices:
-        devices = f"{math.prod(mesh)} devices; {machine.name} has {machine.devices}"
-        return f"mesh {mesh_name(mesh)} (replica, data, tensor) has {devices}"
-    if machine.torus and mesh[0] % machine.slices:
-        return (
-            f"mesh {mesh_name(mesh)}: replica must be a multiple of the {machine.slices} slices; no other axis may cross slices"
-        )
-    pieces = roofline.row_shards(mesh) * case.config.accumulate
+    machine = case.machine
+    return _mismatch(case.mesh, batch, case.config.accumulate, machine.name, machine.devices, _islands(machine))
+
+
+def check(text: str, config: BackboneRun) -> BackboneRun:
+    """Checks mesh and batches of all stages for --topology=TEXT, without planning -> the run with the fields of TEXT.
+
+    Raises:
+        UserError: as `parse`, or a stage that cannot run on this topology; all such stages are named.
+    """
+    name, *fields = text.split(",")
+    if match := re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", name):
+        config, islands = _with_fields(text, config, fields), int(match[1] or 1)
+        devices = islands * int(match[2])
+    else:
+        case = parse(text, config)
+        config, islands, devices = case.config, _islands(case.machine), case.machine.devices
+    mesh = sharding.fill(config.mesh, devices, islands)
+    problems = [_mismatch(mesh, batch, config.accumulate, name, devices, islands) for batch in config.batches]
+    if any(problems):
+        named = "; ".join(dict.fromkeys(filter(None, problems)))
+        raise UserError(f"--topology={text}: {named}: change batch.rows (all stages follow), accumulate or mesh of the config")
+    return config
+
+
+def _islands(machine: Machine) -> int:
+    """Parts of a machine that only the replica axis may cross."""
+    return machine.slices if machine.torus else 1
+
+
+def _mismatch(mesh, batch: BatchConfig, accumulate: int, name: str, devices: int, islands: int) -> str | None:
+    if math.prod(mesh) != devices:
+        return f"mesh {mesh_name(mesh)} (replica, data, tensor) has {math.prod(mesh)} devices; {name} has {devices}"
+    if mesh[0] % islands:
+        return f"mesh {mesh_name(mesh)}: replica must be a multiple of the {islands} slices; no other axis may cross slices"
+    pieces = roofline.row_shards(mesh) * accumulate
     if batch.rows % pieces:
         return f"{batch.rows} rows of {batch.slots} slots cannot be split into {pieces} parts (replica x data x accumulate)"
     return None
