@@ -114,12 +114,8 @@ def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformationExt
 
 # The layers' matrices, stacked to [L, inputs.., outputs..], and their number of input dims. All heads form one matrix.
 MUON = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
-_QUINTIC = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # coefficients with the largest slope at 0; singular values end between 0.7 and 1.2, not at 1
-_RMS = 0.2  # of an update's entries; AdamW's updates have about this RMS in practice
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # the slope at 0 is large, at the price of singular values that end near 1, not at 1
+_RMS = 0.2  # of the entries of an update whose singular values are all 1; AdamW's updates have about this RMS in practice
 
 
 class MuonState(NamedTuple):
@@ -127,10 +123,10 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(beta: float, mu_dtype=jnp.float32) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalised: the update has the same size in every singular direction of the matrix.
+    """Nesterov momentum, orthogonalised: the update has about the same size in every singular direction of the matrix.
 
-    Its entries have an RMS of 0.2 for any shape, about that of AdamW's updates, so that one learning rate and one weight
-    decay serve both methods.
+    Its scale is chosen for entries with an RMS of 0.2 in any shape, about that of AdamW's updates, so that one learning rate
+    and one weight decay serve both methods. As `orthogonalize` is not exact, the RMS is less; see there.
     """
 
     def init(params):
@@ -151,7 +147,15 @@ def _muon_direction(x, num_inputs: int):
 
 
 def orthogonalize(x_LIO: jax.Array, num_steps: int = 5) -> jax.Array:
-    """An approximation of U V' for x = U S V', with singular values between 0.7 and 1.2. Products are in bfloat16."""
+    """An approximation of U V' for x = U S V', with products in bfloat16.
+
+    Its singular values, and the RMS of Muon's updates with it, depend on how far the singular values of x are apart. The
+    tests measure matrices of 24 x 40, 64 x 16 and 128 x 128, whose singular values are spread evenly in their logarithm:
+
+        largest / smallest of x     10               100              1,000            10,000
+        singular values             0.65 .. 1.15     0.66 .. 1.20     0.12 .. 1.20     0.00 .. 1.20
+        RMS of an update            0.18 .. 0.18     0.18 .. 0.18     0.17 .. 0.18     0.15 .. 0.16
+    """
     is_tall = x_LIO.shape[1] > x_LIO.shape[2]
     y_LIO = jnp.swapaxes(x_LIO, 1, 2) if is_tall else x_LIO  # so that the square products have the size of the short side
     y_LIO = y_LIO / (jnp.linalg.norm(y_LIO, axis=(1, 2), keepdims=True) + 1e-8)
