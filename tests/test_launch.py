@@ -27,7 +27,8 @@ from voxcpm2_jax.cli.configs import load_config
 ROOT = pathlib.Path(__file__).parents[1]
 # Words that need quoting at every level that they pass through.
 TRAIN = [
-    "--config=configs/backbone.py:2b", "--config.batch.rows=3072", "--data=/mnt/voxcpm2/shards", '--workdir=/mnt/voxcpm2/a "run" $(HOME) $HOME \\',
+    "--config=configs/backbone.py:2b", "--config.batch.rows=3072", "--data=/mnt/voxcpm2/shards",
+    '--workdir=/mnt/voxcpm2/a "run" $(HOME) $HOME \\',
     "--config.samples.texts=(\"it's\",)", "--config.num_steps=7",
 ]  # fmt: skip
 NEEDED = {

@@ -28,7 +28,7 @@ def test_changed_config(capsys, is_branch):
     new["optim"]["learning_rate"], new["optim"]["beta1"], new["batch"]["rows"] = 1.0, 0.5, 4
     changed = {"seed", "num_steps", "mesh", "data.codec_sha256", "added", "optim.learning_rate", "optim.beta1", "batch.rows"}
     assert {field for field, _ in differences(old, new)} == changed
-    check = {"old": old, "new": new, "is_branch": is_branch}
+    check = {"step": 5, "old": old, "new": new, "is_branch": is_branch}
     with pytest.raises(UserError) as error:
         check_changes("CKPT", start=Start(rules=CHANGES), **check)
     refused = {"seed", "data.codec_sha256", "optim.beta1", "batch.rows"} | (
@@ -58,14 +58,41 @@ def test_changes_of_the_saved_arrays_are_refused_even_if_accepted(path, value, a
     start = Start(rules=CHANGES, accept_changes=accept_changes)
     for old, new in ((TINY, changed), (changed, TINY)):
         with pytest.raises(UserError, match=f"{path}: .* set it back, or start in a new workdir$"):
-            check_changes("CKPT", to_dict(old), to_dict(new), start, is_branch=True)
+            check_changes("CKPT", 5, to_dict(old), to_dict(new), start, is_branch=True)
 
 
 def test_a_decay_may_change_if_accepted():
     runs = [to_dict(dataclasses.replace(TINY, optim=OptimConfig(ema_decay=decay))) for decay in (0.9, 0.99)]
     with pytest.raises(UserError, match="or add --accept-config-changes"):
-        check_changes("CKPT", *runs, Start(rules=CHANGES), is_branch=False)
-    check_changes("CKPT", *runs, Start(rules=CHANGES, accept_changes=True), is_branch=False)
+        check_changes("CKPT", 5, *runs, Start(rules=CHANGES), is_branch=False)
+    check_changes("CKPT", 5, *runs, Start(rules=CHANGES, accept_changes=True), is_branch=False)
+
+
+def length(num_steps, **optim):
+    return to_dict(dataclasses.replace(TINY, num_steps=num_steps, optim=OptimConfig(warmup_steps=10, **optim)))
+
+
+@pytest.mark.parametrize(
+    ("optim", "step", "rates"),
+    [
+        ({}, 100, "5e-06 -> 5.64e-05"),  # a cosine at its end would rise to half of its peak
+        ({"schedule": "wsd", "decay_steps": 20}, 90, "5.25e-05 -> 0.0001"),  # amid the decay
+        ({"schedule": "wsd", "decay_steps": 20}, 80, None),  # the trunk may become longer
+        ({"schedule_steps": 100}, 100, None),
+        ({"schedule": "constant"}, 100, None),
+    ],
+)
+def test_a_longer_run_must_not_change_the_present_learning_rate(capsys, optim, step, rates):
+    runs = length(100, **optim), length(200, **optim)
+    start = Start(rules=CHANGES)
+    if rates is not None:
+        with pytest.raises(UserError, match=f"learning rate of update {step}: {rates} .*optim.schedule_steps"):
+            check_changes("CKPT", step, *runs, start, is_branch=False)
+        start = dataclasses.replace(start, accept_changes=True)
+    check_changes("CKPT", step, *runs, start, is_branch=False)
+    check_changes("CKPT", step, *runs, Start(rules=CHANGES), is_branch=True)
+    said = capsys.readouterr().err
+    assert said.count("num_steps: 100 -> 200") == 2 and said.count(f"learning rate of update {step}") == 2 * (rates is not None)
 
 
 def test_every_field_of_a_run_has_a_rule():

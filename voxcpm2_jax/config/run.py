@@ -313,13 +313,15 @@ CHANGES: tuple[tuple[str, str, str], ...] = (
     (r"guard\.window\b", SHAPE, "size of the guard's memory"),
     (r"optim\.(optimizer|mu_dtype)\b", SHAPE, "kind and dtype of the optimiser's moments"),
     (r"optim\.ema_decay: (None ->|.* -> None$)", SHAPE, "whether averaged weights exist"),
-    # Length, machine, logging. A schedule without schedule_steps is as long as the run, so it stretches with num_steps.
+    # Length, machine, logging. A schedule without schedule_steps is as long as the run, so it stretches with num_steps. If that
+    # changes the rate at the step where the run resumes, train/start.py adds "learning rate of update N" to the changes.
     (r"(num_steps|remat|remat_local|accumulate|mesh|model\.dtype|model\.max_length)\b", FREE, ""),
     (r"(checkpoint|log|samples|sample_every_steps|num_samples|validation|guard|watchdog|profile)\b", FREE, ""),
     # An unexpected change for a run that resumes, but the purpose of a branch.
     (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_(fraction|steps|start)|end_ratio)\b", SCHEDULE,
      "size of the updates"),
     (r"optim\.(weight_decay|clip_norm)\b", SCHEDULE, "size of the updates"),
+    (r"learning rate\b", SCHEDULE, "the schedule stretches with num_steps; optim.schedule_steps sets its length"),
     (r"optim\b", FIXED, "meaning of the optimiser's moments and of the averages"),
     (r"(model|vae)\b", FIXED, "meaning of the weights"),
     (r"seed\b", FIXED, "order of the data, noise of every update"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -9,12 +10,13 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
+from voxcpm2_jax import optim
 from voxcpm2_jax.checkpoint.arrays import restore
 from voxcpm2_jax.checkpoint.integrity import CHECKSUMS_FILE, damaged, find_damage
 from voxcpm2_jax.checkpoint.manager import Checkpoints
 from voxcpm2_jax.checkpoint.steps import read_meta, step_directory
-from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.config.run import FIXED, FREE, SCHEDULE, SHAPE
+from voxcpm2_jax.config.plain import UserError, from_dict
+from voxcpm2_jax.config.run import FIXED, FREE, SCHEDULE, SHAPE, OptimConfig
 from voxcpm2_jax.processes import all_agree, from_first, say
 from voxcpm2_jax.workdir import TRAINING, kind
 
@@ -58,7 +60,7 @@ def begin(checkpoints: Checkpoints, state, config: dict, start: Start):
         return state, {}
     old = read_meta(path)
     is_branch = step is None
-    check_changes(path, old["config"], config, start, is_branch)
+    check_changes(path, old["step"], old["config"], config, start, is_branch)
     layout = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, state)
     restored = restore(path, layout)
@@ -79,10 +81,14 @@ def _whole_step(path) -> pathlib.Path:
     return step
 
 
-def check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) -> None:
-    """Names every field that differs; raises if some must not differ."""
+def check_changes(path, step: int, old: dict, new: dict, start: Start, is_branch: bool) -> None:
+    """Names every field that differs, and a jump of the learning rate at this step; raises if some must not differ."""
     refused, accepted, is_final = [], [], False
-    for field, change in sorted(differences(old, json.loads(json.dumps(new)))):
+    found = sorted(differences(old, json.loads(json.dumps(new))))
+    rates = [_rate(config, step) for config in (old, new)]
+    if None not in rates and not math.isclose(*rates, rel_tol=1e-6):
+        found.append((f"learning rate of update {step}", f"{rates[0]:.3g} -> {rates[1]:.3g}"))
+    for field, change in found:
         line = f"{field}: {change}"
         rule, why = next(((rule, why) for pattern, rule, why in start.rules if re.match(pattern, line)), (FIXED, "no rule"))
         is_new = change.startswith(_ABSENT) or change.endswith(_ABSENT)  # a field that only one of the two versions has
@@ -100,6 +106,14 @@ def check_changes(path, old: dict, new: dict, start: Start, is_branch: bool) -> 
         )
     for line in accepted:
         say(f"config differs from the checkpoint's: {line}")
+
+
+def _rate(config: dict, step: int) -> float | None:
+    """The learning rate of an update by a run's config; None if this version does not know its schedule."""
+    try:
+        return float(optim.schedule(from_dict(OptimConfig, config["optim"]), config["num_steps"])(step))
+    except (KeyError, UserError):
+        return None
 
 
 _ABSENT = "(none)"
