@@ -102,6 +102,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
             num_steps=100_000,
             batch=dataclasses.replace(_ROWS, rows=16),
             optim=OptimConfig(learning_rate=6e-4, warmup_steps=2000, schedule="wsd", weight_decay=0.1, ema_decay=0.9995),
+            checkpoint=CheckpointConfig(keep_every_steps=10_000),
         )
     elif variant in _ENDS:
         end = max(_ENDS.values())
@@ -112,6 +113,7 @@ def get_config(variant: str = "tiny") -> ConfigDict:
             optim=OptimConfig(
                 learning_rate=1e-4, warmup_steps=2000, schedule="wsd", schedule_steps=end, decay_steps=40_000, weight_decay=0.1
             ),
+            checkpoint=CheckpointConfig(keep_every_steps=20_000),  # 27 GB each, 0.5 TB in all; branches start from them
             stages=CURRICULUM,
         )
     elif variant == "finetune":

@@ -21,6 +21,7 @@ COMMANDS = (
     "doctor",
     "train",
     "train_vae",
+    "checkpoints",
     "generate",
     "evaluate",
     "plan",
