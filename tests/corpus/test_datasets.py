@@ -201,6 +201,7 @@ def test_a_set_reads_without_tensorflow(data_dir, make):
     i = int("".join(filter(str.isdigit, recording.text)))
     check(recording, wave(i, rate, 2 if make is unknown_set_with_our_names else 1), rate)
     assert str(recording.audio) == f"tfds:{name}#1" and found[-2] == recording == list(found)[1] == found[1:][0]
+    assert recording.audio.place.endswith(f"00000-of-00001#{i}")
     assert len(audio.load(recording.audio, rate, 0.1, 0.2)) == pytest.approx(0.1 * rate, abs=1)
     with pytest.raises(IndexError):
         found[3]

@@ -18,6 +18,7 @@ from voxcpm2_jax.config.plain import UserError, from_dict
 from voxcpm2_jax.corpus import demo, encode, manifest, prepare, shard
 from voxcpm2_jax.corpus.prepare import make_shards
 from voxcpm2_jax.data import audio, shards
+from voxcpm2_jax.data.identity import check_heldout
 from voxcpm2_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from voxcpm2_jax.vae import autoencoder
 from voxcpm2_jax.workdir import codec_sha256
@@ -149,6 +150,24 @@ def test_trimming_and_held_out_clips(tmp_path, recordings, tokenizer_dir, vae_pa
     assert (header.trim, header.trim_db) == ("silence", -50.0)
 
 
+def test_held_out_recordings_are_not_trained_on(tmp_path, recordings, tokenizer_dir, vae_params):
+    """Parts of a file count if they overlap; where a manifest lies does not matter."""
+    with pytest.raises(UserError, match=r"heldout .*m\.jsonl: the same recordings as manifest; expected others"):
+        make_shards(config_of(tmp_path, tokenizer_dir, heldout=str(tmp_path / "m.jsonl")), tmp_path / "out", vae_params, VAE)
+    whole, part = recordings[0], dataclasses.replace(recordings[4], start_sec=0.5, end_sec=0.9)
+    beside = dataclasses.replace(recordings[4], start_sec=0.65, end_sec=None)
+    (tmp_path / "sub").mkdir()
+    manifest.write_manifest(tmp_path / "sub" / "h.jsonl", [beside, whole])
+    config = config_of(tmp_path, tokenizer_dir, heldout=str(tmp_path / "sub" / "h.jsonl"))
+    header = make_shards(config, tmp_path / "out", vae_params, VAE)
+    assert header.num_clips == 4 and header.skipped["held out"] == 2  # the last recording has the audio of the first
+    assert not check_heldout([tmp_path / "out"], [tmp_path / "out" / "heldout"])
+    manifest.write_manifest(tmp_path / "h2.jsonl", [beside, part])
+    make_shards(config_of(tmp_path, tokenizer_dir, manifest=str(tmp_path / "h2.jsonl")), tmp_path / "two", vae_params, VAE)
+    with pytest.raises(UserError, match=r"two: 1 of 2 clips are also trained on, first clip 1; expected clips that"):
+        check_heldout([tmp_path / "out"], [tmp_path / "two"])
+
+
 def content(directory):
     """Every file that training reads, by name."""
     names = [f.name for f in directory.iterdir() if f.suffix in (".array_record", ".npy") or f.name == "skipped.jsonl"]
@@ -188,10 +207,12 @@ def test_part_files_of_earlier_versions_are_read(tmp_path, recordings, tokenizer
         with np.load(path) as file:
             arrays = dict(file)
         arrays["lengths"] = np.array(arrays["lengths"].tolist(), np.int32).reshape(-1, 6)
+        del arrays["identities"]
         arrays["moments"] = np.stack([arrays["moments"][name] for name in arrays["moments"].dtype.names])
         np.savez(path, **{earlier.get(name, name): array for name, array in arrays.items()})
-    for name in (shards.LENGTHS_FILE, shards.HEADER_FILE):
+    for name in (shards.LENGTHS_FILE, shards.IDENTITY_FILE, shards.HEADER_FILE):
         (tmp_path / "out" / name).unlink()
+    del files[shards.IDENTITY_FILE], expected.crc32[shards.IDENTITY_FILE]
     assert make_shards(config, tmp_path / "out", vae_params, VAE) == expected and content(tmp_path / "out") == files
 
 
@@ -206,7 +227,8 @@ def test_hosts_share_the_work(tmp_path, recordings, tokenizer_dir, vae_params):
 
 def test_the_last_host_writes_the_header_whoever_was_slow(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):
     """Host 1 comes and goes while host 0 is between the held-out shards and the others."""
-    held = {"heldout": str(tmp_path / "m.jsonl")}
+    manifest.write_manifest(tmp_path / "h.jsonl", [manifest.Recording(record(tmp_path / "h.wav", 0.4, 9), "held")] * 5)
+    held = {"heldout": str(tmp_path / "h.jsonl")}
     really, results = shard.make_missing, []
 
     def slow(directory, corpora, encoder, config):
@@ -219,7 +241,7 @@ def test_the_last_host_writes_the_header_whoever_was_slow(tmp_path, recordings, 
     config = config_of(tmp_path, tokenizer_dir, host=0, num_hosts=2, **held)
     header = make_shards(config, tmp_path / "out", vae_params, VAE)
     assert results == [None] and header == shards.read_header(tmp_path / "out")
-    assert shards.read_header(tmp_path / "out" / "heldout").num_clips == header.num_clips
+    assert shards.read_header(tmp_path / "out" / "heldout").num_clips == 5
 
 
 def test_a_mistake_on_the_way_costs_no_finished_shard(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):

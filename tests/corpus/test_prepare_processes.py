@@ -23,8 +23,8 @@ VAE = AudioVAEConfig(
     encoder_dim=2, encoder_rates=(8, 8), latent_dim=3, decoder_dim=8, decoder_rates=(24, 8), sample_rate=8000,
     out_sample_rate=24000,
 )  # fmt: skip
-RECORDINGS, SHARD_CLIPS = 240, 4
-SHARDS = RECORDINGS // SHARD_CLIPS
+RECORDINGS, HELDOUT, SHARD_CLIPS = 249, 9, 4
+SHARDS = (RECORDINGS - HELDOUT) // SHARD_CLIPS
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def corpus_dir(tmp_path_factory):
         if i % 37 != 5:  # the others are missing
             soundfile.write(path, 0.2 * rng.standard_normal(rng.integers(1600, 8000)), 16000)
         recordings.append(manifest.Recording(path, f"clip number {i}", language="en" if i % 3 else "de"))
-    manifest.write_manifest(directory / "m.jsonl", recordings)
-    manifest.write_manifest(directory / "h.jsonl", recordings[:9])
+    manifest.write_manifest(directory / "h.jsonl", recordings[:HELDOUT])
+    manifest.write_manifest(directory / "m.jsonl", recordings[HELDOUT:])
     params = jax.tree.map(
         lambda leaf: rng.normal(0.5, 0.5, leaf.shape).astype(np.float32),
         jax.eval_shape(lambda key: autoencoder.init(key, VAE), jax.random.key(0)),

@@ -260,14 +260,19 @@ def test_shards_of_another_shape_are_refused(tmp_path, monkeypatch):
         assert name in str(error.value)
 
 
-def test_held_out_shards_are_found_beside_the_others_and_must_be_made_like_them(tmp_path):
+def test_held_out_shards_are_found_beside_the_others_and_must_be_made_like_them(tmp_path, capsys):
     clips = [test_validation.clip(i) for i in range(2)]
     train, other = (test_validation.write(tmp_path / name, clips) for name in ("train", "other"))
     source = Shards(train)
     assert pretrain._open_heldout(RUN, source, train, None) is None
-    test_validation.write(train / "heldout", clips[:1])
+    for same in (train, other):
+        with pytest.raises(UserError, match=f"{same}: held-out clips made from the same recordings as the training clips"):
+            pretrain._open_heldout(RUN, source, train, same)
+    test_validation.write(other, clips, sources_sha256="other")
+    test_validation.write(train / "heldout", clips[:1], sources_sha256="held out")
     assert len(pretrain._open_heldout(RUN, source, train, None)) == 1
     assert len(pretrain._open_heldout(RUN, source, train, other)) == 2
+    assert "not checked whether held-out clips or speakers are also trained on" in capsys.readouterr().err
     without = dataclasses.replace(RUN, validation=ValidationConfig(every_steps=0))
     assert pretrain._open_heldout(without, source, train, None) is None
     test_validation.write(other, clips, codec_sha256="another")

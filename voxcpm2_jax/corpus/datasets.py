@@ -15,6 +15,7 @@ each is read once for its text and again when its audio is loaded.
 import contextlib
 import hashlib
 import json
+import os
 import re
 import sys
 import tempfile
@@ -130,7 +131,7 @@ class Dataset(Sequence):
         except ValueError as error:
             there = ", ".join(info.splits) or "none"
             raise UserError(f"{self.name}: no such split, or an empty one ({error}); its splits are {there}") from None
-        self._dataset, self._config = info.name, info.config_name or ""
+        self._dataset, self._config, self._set = info.name, info.config_name or "", info.full_name
         self._fields = _fields_of(info.name, info.features)
         self._sound = tfds.features.FeaturesDict({self._fields.audio: info.features[self._fields.audio]})
         self._words = tfds.features.FeaturesDict(
@@ -175,7 +176,7 @@ class Dataset(Sequence):
             return (value.decode() if isinstance(value, bytes) else str(value)) or None
 
         return Recording(
-            audio.Stored(f"{self.name}#{index}", partial(self._read, index)),
+            audio.Stored(f"{self.name}#{index}", partial(self._read, index), self._place(index)),
             text(fields.text) or "",
             dataset=self._dataset,
             language=fields.code(text(fields.language) or self._config) if fields.code else text(fields.language),
@@ -189,6 +190,11 @@ class Dataset(Sequence):
 
     def _read(self, index: int) -> tuple[np.ndarray | bytes, int | None]:
         return self._sound.deserialize_example_np(self._record(index))[self._fields.audio], self._rate
+
+    def _place(self, index: int) -> str:
+        """The file of an example and its number there, whatever split it is read in."""
+        part, number = self._records.find(index)
+        return f"{self._set}/{os.path.basename(part.path)}#{number}"
 
     def _record(self, index: int) -> bytes:
         try:

@@ -23,6 +23,7 @@ from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.corpus.sources import in_threads
 from voxcpm2_jax.data import audio
 from voxcpm2_jax.data.clips import Clip
+from voxcpm2_jax.data.identity import IDENTITY, Known
 from voxcpm2_jax.data.text import normal_text
 from voxcpm2_jax.data.tokenizer import Tokenizer
 from voxcpm2_jax.vae import autoencoder
@@ -54,13 +55,17 @@ class _Loaded(NamedTuple):
 
 
 class ClipEncoder:
-    """Turns recordings into clips with one codec, one tokenizer and, if pairs are wanted, one speaker encoder."""
+    """Turns recordings into clips with one codec, one tokenizer and, if pairs are wanted, one speaker encoder.
+
+    Recordings that share audio with `held_out` are skipped.
+    """
 
     def __init__(
         self, config: DataConfig, vae_params, vae_config: AudioVAEConfig, tokenizer: Tokenizer,
-        speaker_encoder: speaker.Encoder | None,
+        speaker_encoder: speaker.Encoder | None, held_out: Known | None = None,
     ):  # fmt: skip
         self._config, self._tokenizer, self._speaker_encoder = config, tokenizer, speaker_encoder
+        self._held_out = held_out
         self.latent_dim = vae_config.latent_dim
         self._rate = vae_config.sample_rate
         self._patch_samples = config.patch_size * vae_config.encoder_hop
@@ -105,6 +110,8 @@ class ClipEncoder:
         try:
             if not recording.text.strip():
                 raise audio.BadRecording("no words", f"{recording.audio}: no transcript")
+            if self._held_out and len(self._held_out.overlaps(np.array([recording.identity], IDENTITY))[0]):
+                raise audio.BadRecording("held out", f"{recording.audio}: a held-out clip, which is not trained on")
             audio_A = self._audio(recording.audio, recording.start_sec, recording.end_sec)
             if recording.ref_audio is None or recording.is_prompt:
                 return _Loaded(recording, audio_A, None)

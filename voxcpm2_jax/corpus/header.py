@@ -1,6 +1,7 @@
 """From finished shards to a directory that can be trained on: lengths, pairs, the list of skipped recordings, the header.
 
-    shard-*.npz -> lengths.npy, pairs.npy if reference clips are wanted, skipped.jsonl if any were skipped, header.json
+    shard-*.npz -> lengths.npy, identity.npy, pairs.npy if reference clips are wanted, skipped.jsonl if any were skipped,
+                   header.json
 
 The header is written last; a directory without it is not finished.
 """
@@ -23,7 +24,7 @@ from voxcpm2_jax.corpus import speaker
 from voxcpm2_jax.corpus.encode import Skipped
 from voxcpm2_jax.corpus.shard import Moments, part_file, read_embeddings, read_part, shard_names
 from voxcpm2_jax.corpus.sources import Corpus
-from voxcpm2_jax.data.shards import LENGTHS_FILE, PAIRS_FILE, Header, crc32, write_header
+from voxcpm2_jax.data.shards import IDENTITY_FILE, LENGTHS_FILE, PAIRS_FILE, Header, crc32, write_header
 from voxcpm2_jax.files import save_array
 
 _PACKAGES = ("voxcpm2_jax", "jax", "flax", "numpy", "soundfile", "soxr", "tokenizers", "array-record")
@@ -61,7 +62,7 @@ def finish(directory: pathlib.Path, corpora: list[Corpus], made_by: Provenance) 
         return None
     groups: dict[tuple[str, str], int] = {}
     moments = Moments(vae.latent_dim)
-    all_lengths, origins, num_embeddings, shards = [], [], [], []
+    all_lengths, origins, identities, num_embeddings, shards = [], [], [], [], []
     skipped: list[Skipped] = []
     for name in names:
         part = read_part(directory, name)
@@ -71,6 +72,7 @@ def finish(directory: pathlib.Path, corpora: list[Corpus], made_by: Provenance) 
         all_lengths.append(part.lengths)
         skipped += [Skipped(*line) for line in part.skipped.tolist()]
         origins.append(part.origins)
+        identities.append(part.identities)
         num_embeddings.append(int(part.num_embeddings))
         if len(part.lengths):
             shards.append(f"{name}.array_record")
@@ -82,7 +84,9 @@ def finish(directory: pathlib.Path, corpora: list[Corpus], made_by: Provenance) 
     largest = max(-moments.table["least"].min(), moments.table["largest"].max())
     if config.latent_dtype == "float16" and largest > np.finfo(np.float16).max:
         raise UserError("latents exceed the range of float16; prepare with --config.latent_dtype=bfloat16")
-    save_array(directory / LENGTHS_FILE, lengths)
+    arrays = {LENGTHS_FILE: lengths}
+    if all(table is not None for table in identities):
+        arrays[IDENTITY_FILE] = np.concatenate(identities)
     pairs = {}
     if config.pairs.encoder:
         table = speaker.choose(
@@ -92,8 +96,10 @@ def finish(directory: pathlib.Path, corpora: list[Corpus], made_by: Provenance) 
             lambda shard: read_embeddings(directory, names[shard]),
             config.pairs,
         )
-        save_array(directory / PAIRS_FILE, table)
+        arrays[PAIRS_FILE] = table
         pairs = to_dict(config.pairs) | {"clips": int((table[:, 0] >= 0).sum()), "compared": sum(num_embeddings)}
+    for name, array in arrays.items():
+        save_array(directory / name, array)
     if skipped:
         text = "".join(json.dumps(line._asdict(), ensure_ascii=False) + "\n" for line in skipped)
         files.replace_file(directory / "skipped.jsonl", text)
@@ -124,7 +130,7 @@ def finish(directory: pathlib.Path, corpora: list[Corpus], made_by: Provenance) 
         versions=_versions(),
         models=made_by.models,
         pairs=pairs,
-        crc32={name: crc32(directory / name) for name in (LENGTHS_FILE, *[PAIRS_FILE] * bool(pairs))},
+        crc32={name: crc32(directory / name) for name in arrays},
     )
     write_header(directory, header)
     return header

@@ -26,6 +26,7 @@ import numpy as np
 from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.data import audio
+from voxcpm2_jax.data.identity import identity
 
 TFDS = "tfds:"  # a name that begins with it is a TensorFlow data set, not a manifest
 TRAIN, HELDOUT = "train.jsonl", "heldout.jsonl"  # manifests of an embedded corpus
@@ -54,6 +55,12 @@ class Recording:
     def full_text(self) -> str:
         """The text with its description, as it is tokenized."""
         return f"({self.description}){self.text}" if self.description else self.text
+
+    @property
+    def identity(self) -> tuple:
+        """Its IDENTITY (data/identity.py): the same wherever the manifest lies, as long as the recording stays."""
+        file = self.audio.place or str(self.audio) if isinstance(self.audio, audio.Stored) else os.path.abspath(self.audio)
+        return identity(file, self.start_sec, self.end_sec, self.dataset or str(self.dataset_id), self.speaker)
 
 
 _KEYS = {field.name: field for field in dataclasses.fields(Recording)}

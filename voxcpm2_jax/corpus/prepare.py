@@ -22,12 +22,15 @@ import pathlib
 import shutil
 import time
 
+import numpy as np
+
 from voxcpm2_jax import files, workdir
 from voxcpm2_jax.config.corpus import DataConfig
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.corpus import debian, demo, header, manifest, shard, sources, speaker, trim
 from voxcpm2_jax.corpus.encode import ClipEncoder
+from voxcpm2_jax.data.identity import IDENTITY, Known
 from voxcpm2_jax.data.shards import Header
 from voxcpm2_jax.data.text import normal_text
 from voxcpm2_jax.data.tokenizer import Tokenizer, balanced, load_tokenizer, train_tokenizer
@@ -90,6 +93,8 @@ def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_c
         else:
             files.once(output / config.source, lambda temporary: _make_recordings(config, temporary / config.source))
             train, heldout = _recordings_in(output / config.source)
+        if same := [corpus.name for corpus in heldout if corpus.sha256 in {corpus.sha256 for corpus in train}]:
+            raise UserError(f"heldout {same[0]}: the same recordings as manifest; expected others, which are not trained on")
         codec_hash = workdir.codec_sha256(vae_params, vae_config)
         speaker_encoder = speaker.load_encoder(config.pairs.encoder) if config.pairs.encoder else None
         models = {"vad": trim.load_vad()} if config.trim == "vad" else {}
@@ -103,12 +108,13 @@ def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_c
         tokenizer = load_tokenizer(output / "tokenizer")
         tokenizer_hash = hashlib.sha256((output / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
         made_by = header.Provenance(config, vae_config, codec_hash, tokenizer_hash, tokenizer.vocab_size, models)
-        encoder = ClipEncoder(config, vae_params, vae_config, tokenizer, speaker_encoder)
-        sets = [(output / HELDOUT, heldout)] * bool(heldout) + [(output, train)]
-        for directory, corpora in sets:
+        known = Known(np.array([r.identity for corpus in heldout for r in corpus], IDENTITY))
+        sets = [(output / HELDOUT, heldout, None)] * bool(heldout) + [(output, train, known)]
+        for directory, corpora, held_out in sets:
+            encoder = ClipEncoder(config, vae_params, vae_config, tokenizer, speaker_encoder, held_out)
             shard.make_missing(directory, corpora, encoder, config)
         # Only after all of its own shards can a host know that it is the last.
-        headers = [header.finish(directory, corpora, made_by) for directory, corpora in sets]
+        headers = [header.finish(directory, corpora, made_by) for directory, corpora, _ in sets]
         return None if None in headers else headers[-1]
     except UserError:
         if not found and config.num_hosts == 1 and output.exists() and not list(output.glob("**/*.array_record")):

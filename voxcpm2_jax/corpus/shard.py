@@ -23,6 +23,7 @@ from voxcpm2_jax.corpus.encode import ClipEncoder, Skipped
 from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.corpus.sources import Corpus
 from voxcpm2_jax.data.clips import LENGTHS, as_lengths
+from voxcpm2_jax.data.identity import IDENTITY
 from voxcpm2_jax.data.records import ReadError
 from voxcpm2_jax.data.shards import load_array, write_shard
 
@@ -80,11 +81,14 @@ class Part(NamedTuple):
     skipped: np.ndarray  # [skipped, 4] text: the fields of encode.Skipped
     origins: np.ndarray  # speaker.ORIGIN [clips]; empty if no pairs are wanted
     num_embeddings: np.ndarray
+    identities: np.ndarray | None  # IDENTITY [clips]; None: the shard was made before this field
 
 
 _EMBEDDINGS = "embeddings"  # float16 [embeddings, width], of the clips that take part in pairs, in order
 # Part files of earlier versions have these names, and plain matrices in place of the two structured arrays.
-_EARLIER = {"lengths": "lengths_N6", "moments": "moments_4C", "origins": "origins_N", _EMBEDDINGS: "embeddings_ED"}
+_EARLIER = {
+    "lengths": "lengths_N6", "moments": "moments_4C", "origins": "origins_N", _EMBEDDINGS: "embeddings_ED", "identities": None,
+}  # fmt: skip
 
 
 def part_file(directory: pathlib.Path, name: str) -> pathlib.Path:
@@ -103,8 +107,9 @@ def read_embeddings(directory: pathlib.Path, name: str) -> np.ndarray:
         return _array(file, _EMBEDDINGS)
 
 
-def _array(file, name: str) -> np.ndarray:
-    return file[name if name in file else _EARLIER[name]]
+def _array(file, name: str) -> np.ndarray | None:
+    name = name if name in file else _EARLIER[name]
+    return None if name is None else file[name]
 
 
 # ---- making shards ---------------------------------------------------------------------------------------------------
@@ -145,6 +150,7 @@ def make_shard(
     moments = Moments(encoder.latent_dim)
     skipped: list[Skipped] = []
     origins: list[tuple] = []
+    identities: list[tuple] = []
     embeddings: list[np.ndarray] = []
 
     def clips():
@@ -156,6 +162,7 @@ def make_shard(
             reference, described = (0 if x is None else len(x) for x in (clip.reference_MPC, clip.described_ids))
             group = groups.setdefault((clip.dataset, clip.language or "unknown"), len(groups))
             lengths.append((len(clip.text_ids), len(clip.patches_MPC), reference, clip.is_prompt, described, group))
+            identities.append(recording.identity)
             moments.add(clip.patches_MPC)
             yield clip
 
@@ -167,7 +174,7 @@ def make_shard(
         part = Part(
             np.array(lengths, LENGTHS), np.array(list(groups), str).reshape(-1, 2), moments.table,
             np.array(moments.num_frames), np.array(skipped, str).reshape(-1, 4),
-            np.array(origins, speaker.ORIGIN), np.array(len(embeddings)),
+            np.array(origins, speaker.ORIGIN), np.array(len(embeddings)), np.array(identities, IDENTITY),
         )  # fmt: skip
         with files.aside(part_file(directory, name)) as temporary:
             np.savez(temporary, **part._asdict(), **{_EMBEDDINGS: np.array(embeddings, np.float16)})

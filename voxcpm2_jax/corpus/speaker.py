@@ -30,6 +30,7 @@ from rich.progress import track
 from voxcpm2_jax.config.corpus import PairsConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.data import audio
+from voxcpm2_jax.data.identity import hash_name
 
 
 class Encoder(Protocol):
@@ -194,14 +195,9 @@ def origin(file: str, start_sec: float | None, end_sec: float | None, voice: Seq
     Args:
         voice: dataset, speaker, session; None: the clip takes no part in pairs.
     """
-    number = 0 if voice is None else _number("\0".join(name or "" for name in voice))
+    number = 0 if voice is None else hash_name(*voice)
     has_session = bool(voice and voice[2])
-    return number, _number(file), start_sec or 0.0, math.inf if end_sec is None else end_sec, has_session
-
-
-def _number(name: str) -> int:
-    """A 64-bit hash of a name. Among 10^7 names, the chance that two have the same is 3 in a million."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    return number, hash_name(file), start_sec or 0.0, math.inf if end_sec is None else end_sec, has_session
 
 
 def choose(

@@ -42,10 +42,12 @@ class Stored:
     Attributes:
         name: unique; shown in reports.
         read: returns samples, [A] or [A, channels], and their rate; or the content of an audio file and None.
+        place: where it lies, whatever split of the set it is read in; empty: the name tells.
     """
 
     name: str
     read: Callable[[], tuple[np.ndarray | bytes, int | None]] = field(compare=False, repr=False)
+    place: str = ""
 
     def __str__(self) -> str:
         return self.name

@@ -94,15 +94,15 @@ class Records(Sequence):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> bytes:
-        part, number = self._find(index)
+        part, number = self.find(index)
         return self._ask(part, lambda reader: reader.read([number])[0], lambda: f"{self.place(index)} cannot be read")
 
     def place(self, index: int) -> str:
         """The file of a record and its number in it, for messages."""
-        part, number = self._find(index)
+        part, number = self.find(index)
         return f"{part.path}: clip {number} (number {index} of the corpus)"
 
-    def _find(self, index: int) -> tuple[Part, int]:
+    def find(self, index: int) -> tuple[Part, int]:
         """The part of a record, and the record's number in the file."""
         index = range(len(self))[index]
         i = bisect.bisect_right(self._ends, index)

@@ -2,6 +2,7 @@
 
     SHARDS/header.json            provenance, statistics of the latents, totals
     SHARDS/lengths.npy            LENGTHS [clips] (clips.py); a plan needs nothing else
+    SHARDS/identity.npy           IDENTITY [clips] (identity.py): which recording each clip was made from
     SHARDS/pairs.npy              int32 [clips, k], if prepare chose them: the clips that may be a clip's reference clip
     SHARDS/shard-00000-of-00002.array_record   ArrayRecord, one clip per record
     SHARDS/codec, tokenizer       copies of the codec and the tokenizer that were used, laid out as in a workdir
@@ -10,7 +11,7 @@ A record is one line of JSON (names, types and shapes of its arrays, then the ot
 of the arrays. Latents are stored in the type that the header names and returned as float32.
 
 Altered data is never trained on: ArrayRecord checks a hash of each record when it is read, the header holds checksums of
-lengths.npy and pairs.npy, and the lengths of each clip are compared with lengths.npy, which finds mixed-up shards.
+the .npy files, and the lengths of each clip are compared with lengths.npy, which finds mixed-up shards.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from voxcpm2_jax.data.clips import Clip, Index, as_lengths
 from voxcpm2_jax.data.records import Part, ReadError, Records, patiently
 from voxcpm2_jax.files import replace_file
 
-HEADER_FILE, LENGTHS_FILE, PAIRS_FILE = "header.json", "lengths.npy", "pairs.npy"
+HEADER_FILE, LENGTHS_FILE, PAIRS_FILE, IDENTITY_FILE = "header.json", "lengths.npy", "pairs.npy", "identity.npy"
 
 # Flow matching starts from noise of standard deviation 1; latents far from that scale are not learned.
 STD_RANGE = (0.3, 3.0)  # over all channels
@@ -73,7 +74,7 @@ class Header:
     trim: str | None = None  # what was cut at the ends: "none", "silence", "vad"; None: shards older than this field
     models: dict = field(default_factory=dict)  # "vad", "speaker": names and hashes of the models that were used
     pairs: dict = field(default_factory=dict)  # how reference clips were chosen, and for how many clips; empty: not at all
-    crc32: dict = field(default_factory=dict)  # of lengths.npy and pairs.npy; empty: shards older than this field
+    crc32: dict = field(default_factory=dict)  # of the .npy files; empty: shards older than this field
 
 
 def read_header(directory: str | os.PathLike) -> Header:
@@ -101,7 +102,15 @@ def write_header(directory: str | os.PathLike, header: Header) -> None:
 
 def crc32(path: pathlib.Path) -> int:
     """The checksum of a file that the header holds."""
-    return zlib.crc32(patiently(path.read_bytes))
+
+    def read() -> int:
+        crc = 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+        return crc
+
+    return patiently(read)
 
 
 _SAME = (
@@ -280,7 +289,7 @@ def load_array(path: pathlib.Path):
 
 def _read_index(path: pathlib.Path, header: Header) -> tuple[np.ndarray, np.ndarray]:
     """Lengths, and pairs or a table without columns, of a directory in which no file is missing or altered."""
-    files = (*header.shards, LENGTHS_FILE, *[PAIRS_FILE] * bool(header.pairs))
+    files = (*header.shards, LENGTHS_FILE, *[PAIRS_FILE] * bool(header.pairs), *header.crc32)
     missing = sorted(set(files) - set(patiently(lambda: os.listdir(path))))
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing; prepare the shards again")

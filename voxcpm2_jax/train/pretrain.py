@@ -199,17 +199,20 @@ def _open(config: BackboneRun, data) -> Source:
 
 
 def _open_heldout(config: BackboneRun, source: Source, data, heldout) -> Source | None:
-    """The clips of the held-out loss, after checking that they have the provenance of the training clips."""
+    """The clips of the held-out loss, after checking that they are made like the training clips and are none of them."""
     if data is None and heldout is not None:
         raise UserError("--heldout needs --data: held-out clips must have the provenance of the training clips")
     if heldout is None and data is not None:
         heldout = ",".join(str(path / "heldout") for path in source.paths if (path / "heldout").is_dir())
     if not heldout or not config.validation.every_steps:
         return None
+    from voxcpm2_jax.data.identity import check_heldout
     from voxcpm2_jax.data.shards import Shards, check_alike
 
     shards = Shards(heldout)
     check_alike([*source.paths[:1], shards.paths[0]], [source.header, shards.header])
+    for line in check_heldout(source.paths, shards.paths):
+        processes.say(line)
     return shards
 
 
