@@ -1,10 +1,11 @@
 """What a save costs the training loop, and what writing and verifying checksums costs.
 
-    python tests/measure_checkpoint.py [BLOCKS]          BLOCKS: pairs of blocks of 100 steps, by default 5
+    python -m tests.measure_checkpoint [BLOCKS]          BLOCKS: pairs of blocks of 100 steps, by default 5
 
 Trains configs/backbone.py:tiny in blocks of 100 steps; every second block begins with a save. It reports how long `save`
 blocks the loop, and how much processor time a save takes in all threads, background work included, both as shares of a
-block without a save. Then it writes and verifies the checksums of 1 GB in files of 128 MB.
+block without a save. Then it writes and verifies the checksums of 1 GB in files of 128 MB. At last four processes save 1 GB
+that is split over them, twice, and each counts the bytes that it reads for checksums.
 """
 
 import json
@@ -19,6 +20,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from tests.processes import run_processes
 from voxcpm2_jax import sharding
 from voxcpm2_jax.checkpoint import integrity, manager
 from voxcpm2_jax.cli.configs import load_config
@@ -85,14 +87,54 @@ def checksum_cost(directory: pathlib.Path) -> dict:
     figures = {}
     for name, work in (("write_checksums", integrity.write_checksums), ("verify", integrity.find_damage)):
         begin, cpu = time.perf_counter(), time.process_time()
-        assert not work(step)
+        work(step)
         figures[f"{name}_gb_per_sec"] = round((1 << 30) / 1e9 / (time.perf_counter() - begin), 2)
         figures[f"{name}_gb_per_cpu_sec"] = round((1 << 30) / 1e9 / (time.process_time() - cpu), 2)
     return figures
+
+
+_SAVE = """
+import dataclasses, json, sys
+import jax, numpy as np
+from typing import Any
+from voxcpm2_jax import processes
+from voxcpm2_jax.checkpoint import integrity
+from voxcpm2_jax.checkpoint.manager import Checkpoints
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    params: Any
+
+processes.connect()
+crc32, read = integrity._crc32, []
+integrity._crc32 = lambda path: read.append(path.stat().st_size) or crc32(path)
+num = jax.process_count()
+split = jax.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), ("data",)), jax.P("data"))
+
+def array(i):  # 256 MB
+    part = np.random.default_rng(num * i + jax.process_index()).random((256 // num, 1 << 18), np.float32)
+    return jax.make_array_from_process_local_data(split, part)
+
+state = State({str(i): array(i) for i in range(4)})
+checkpoints = Checkpoints(sys.argv[1], keep=2, every_steps=1)
+for step in (1, 2):
+    checkpoints.save(step, state, {"config": {}})
+checkpoints.close()
+print(json.dumps(sum(read) / 2))
+"""
+
+
+def shared_cost(directory: pathlib.Path, num: int = 4) -> dict:
+    results = run_processes([directory], num, program=("-c", _SAVE), timeout_sec=600)
+    assert not any(result.code for result in results), results
+    print(results[0].stderr.splitlines()[-1], file=sys.stderr)
+    return {"processes_sum_gb": [round(float(result.stdout.splitlines()[-1]) / 1e9, 3) for result in results]}
 
 
 if __name__ == "__main__":
     blocks = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     with tempfile.TemporaryDirectory() as scratch:
         figures = save_cost(pathlib.Path(scratch) / "saves", blocks) | checksum_cost(pathlib.Path(scratch) / "sums")
+        figures |= shared_cost(pathlib.Path(scratch) / "shared")
     print(json.dumps(figures | {"load": os.getloadavg()[0], "numpy": np.__version__}))

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, whatever fails, and however many hosts write the same one."""
 
+import errno
 import os
 import pathlib
 
@@ -55,13 +56,32 @@ def test_a_temporary_file_may_have_a_name_for_readers(tmp_path):
     assert names(tmp_path) == ["a.wav"]
 
 
-def test_sync_flushes_before_the_rename(tmp_path, monkeypatch):
+def test_sync_flushes_the_file_before_the_rename_and_the_directory_after_it(tmp_path, monkeypatch):
     calls = []
     rename, fsync = pathlib.Path.replace, os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
     monkeypatch.setattr(pathlib.Path, "replace", lambda self, target: (calls.append("rename"), rename(self, target)))
     files.replace_file(tmp_path / "a.txt", "ü", sync=True)
-    assert calls == ["fsync", "rename"] and (tmp_path / "a.txt").read_bytes() == "ü".encode()
+    temporary, *rest = calls
+    assert pathlib.Path(temporary).parent == tmp_path and rest == ["rename", str(tmp_path)]
+    assert (tmp_path / "a.txt").read_bytes() == "ü".encode()
+
+
+def test_flush_of_a_directory_may_be_unknown_to_the_file_system(tmp_path, monkeypatch):
+    def refuse(code):
+        def fsync(file):
+            raise OSError(code, "refused")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    (tmp_path / "a").write_text("")
+    refuse(errno.EINVAL)
+    files.flush(tmp_path)
+    with pytest.raises(OSError, match="refused"):
+        files.flush(tmp_path / "a")
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match="refused"):
+        files.flush(tmp_path)
 
 
 def test_json_and_arrays(tmp_path):

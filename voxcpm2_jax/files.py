@@ -3,6 +3,7 @@
 Everything is written under a hidden temporary name in the same directory and renamed when it is complete. The temporary
 names are random: hosts that share a disk also share process ids, so a process id would not be unique.
 
+    flush(path)               flushes a file, or the entries of a directory, to disk
     aside(path)               context manager: write to the path it yields; renamed onto `path` when the block ends
     replace_file, write_json, save_array                one file in one call
     fresh_directory(path)     context manager: the same for a directory that must not exist yet
@@ -12,10 +13,12 @@ names are random: hosts that share a disk also share process ids, so a process i
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +30,22 @@ from voxcpm2_jax.config.plain import UserError
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+def flush(path: str | os.PathLike) -> None:
+    """Flushes a file, or the entries of a directory, to disk (fsync).
+
+    A file that was made or renamed survives a power cut only if its directory was flushed too. Some file systems have no
+    fsync of directories and answer "invalid argument": they promise nothing more, so this does not fail there.
+    """
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not stat.S_ISDIR(os.fstat(file).st_mode):
+            raise
+    finally:
+        os.close(file)
+
+
 @contextlib.contextmanager
 def aside(path: str | os.PathLike, *, name: str | None = None, sync: bool = False) -> Iterator[pathlib.Path]:
     """Yields a temporary path beside `path`, renamed onto `path` when the block ends and removed if the block fails.
@@ -36,7 +55,7 @@ def aside(path: str | os.PathLike, *, name: str | None = None, sync: bool = Fals
 
     Args:
         name: the temporary name, if others read the file while it is written; default: hidden and unique.
-        sync: flush the file to disk before the rename (fsync).
+        sync: flush the file to disk before the rename, and its directory afterwards.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(name or f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
@@ -44,9 +63,10 @@ def aside(path: str | os.PathLike, *, name: str | None = None, sync: bool = Fals
         yield temporary
         if temporary.exists():
             if sync:
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
+                flush(temporary)
             temporary.replace(path)
+            if sync:
+                flush(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

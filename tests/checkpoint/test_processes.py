@@ -1,5 +1,9 @@
 """Two processes over loopback: one step with checksums, agreement on damage, resuming with another number of processes."""
 
+import json
+import pathlib
+import re
+
 import numpy as np
 
 from tests import processes
@@ -54,6 +58,32 @@ def work(num, *argv):
     results = processes.run_processes(argv, num, program=("-c", WORK))
     assert [result.code for result in results] == [0] * num, results
     return results
+
+
+SUM = """
+import json
+from voxcpm2_jax.checkpoint import integrity
+crc32, summed = integrity._crc32, []
+integrity._crc32 = lambda path: summed.append((str(path), path.stat().st_size)) or crc32(path)
+"""
+
+
+def test_every_process_sums_what_it_wrote(tmp_path):
+    """Process 0 reads no array of the others again, and merges their sums with those of the small files that remain."""
+    tell = "print(json.dumps([path for path, size in summed if size > 4096]), flush=True)"
+    results = processes.run_processes([tmp_path, "save"], 2, program=("-c", SUM + WORK + tell))
+    assert [result.code for result in results] == [0, 0], results
+    for i, result in enumerate(results):
+        large = [pathlib.Path(path) for path in json.loads(result.stdout.splitlines()[-1])]
+        assert len(large) == 2 and {path.parts[-3] for path in large} == {f"ocdbt.process_{i}"}
+    step = tmp_path / "checkpoints" / "2"
+    recorded = json.loads((step / integrity.CHECKSUMS_FILE).read_text())["files"]
+    found = {p.relative_to(step).as_posix() for p in step.rglob("*") if p.is_file()}
+    assert recorded.keys() == found - set(integrity._UNCOUNTED) and len(recorded) > 10
+    integrity.verify(step)
+    (line,) = [line for line in results[0].stderr.splitlines() if line.startswith("step 2 is saved: ")]
+    assert re.fullmatch(r"step 2 is saved: 2.\d+e-05 GB, final after \d+\.\d s, \d+\.\d s of them for checksums", line)
+    assert "is saved" not in results[1].stderr
 
 
 def test_two_processes_agree_on_damage_and_one_process_resumes(tmp_path):

@@ -1,8 +1,8 @@
 """The checkpoints of a training run: saves in the background, which steps are kept, and the newest undamaged step.
 
-A save copies the state and writes it while training continues. When all files are written, the first process adds the
-checksums, and only then does the step get its number (steps.py shows the layout). A failed save raises SaveFailed at the
-next call; older steps stay as they are.
+A save copies the state and writes it while training continues. When all files are written and each process has summed its
+own, the first process adds the checksums, and only then does the step get its number (steps.py shows the layout). The first
+process reports how long it took. A failed save raises SaveFailed at the next call; older steps stay as they are.
 
 Orbax's CheckpointManager (its "v0" interface) does the writing. In Orbax 0.12.8 the newer interface cannot be imported as
 `orbax.checkpoint.v1`, and the module that holds it instead is marked experimental.
@@ -14,6 +14,7 @@ import json
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -21,9 +22,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from voxcpm2_jax.checkpoint.arrays import array_fields, flatten, nest
-from voxcpm2_jax.checkpoint.integrity import find_damage, write_checksums
+from voxcpm2_jax.checkpoint.integrity import Sealed, SummedPyTree, find_damage, own_sums, write_checksums
 from voxcpm2_jax.checkpoint.steps import META, complete_steps, read_meta, versions
 from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.files import flush
 from voxcpm2_jax.processes import all_agree, from_first, say
 
 
@@ -58,11 +60,18 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
         )
         self._saving: int | None = None  # the step that was saved last, finished or not
+        self._is_settled = True  # whether it is known to be final
+        self._begin_sec = 0.0  # of this step, on the clock
+        self._sealed: Sealed | None = None  # by `_seal`, which runs in another thread
+        self._items: tuple[str, ...] = ()  # of this step: those that hold arrays
         self._has_failed = False
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self.directory, options=self._options)
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add(None, ocp.args.PyTreeSave, SummedPyTree())
+        handlers.add(None, ocp.args.JsonSave)
+        return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers)
 
     def open(self) -> None:
         """Creates the directory and removes unfinished saves in the background; before this (or `save`), it is only read."""
@@ -129,7 +138,8 @@ class Checkpoints:
         kept = json.loads(json.dumps({"step": step, "versions": versions(), "figures": numbers} | meta))
         items[META] = ocp.args.JsonSave(kept)
         self.wait()
-        self._saving = step
+        self._saving, self._items = step, tuple(array_fields(state))
+        self._is_settled, self._begin_sec = False, time.monotonic()
         if self._best:
             self._best.add(step, numbers, self.directory)
         with self._failures():
@@ -145,6 +155,20 @@ class Checkpoints:
         """Waits until the last save is on disk; raises SaveFailed if it failed."""
         with self._failures():
             self._manager.wait_until_finished()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Flushes the number of the step that is final since the last call, and reports the step."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        if jax.process_index() != 0:
+            return
+        path = self.directory / str(self._saving)
+        for written_last in (*(p for p in path.iterdir() if p.is_file()), path, self.directory):
+            flush(written_last)
+        sec, size, of_sums = time.monotonic() - self._begin_sec, self._sealed.num_bytes / 1e9, self._sealed.sum_sec
+        say(f"step {self._saving} is saved: {size:.3g} GB, final after {sec:.1f} s, {of_sums:.1f} s of them for checksums")
 
     def close(self) -> None:
         """Waits for the last save, unless a save has failed."""
@@ -159,7 +183,8 @@ class Checkpoints:
     def _seal(self) -> None:
         """Called by Orbax on the first process when all files of a step are written, before the step gets its number."""
         (unfinished,) = self.directory.glob(f"{self._saving}.*tmp*")
-        write_checksums(unfinished)
+        parts = [own_sums(unfinished / item, i) for item in self._items for i in range(jax.process_count())]
+        self._sealed = write_checksums(unfinished, parts)
 
     @contextlib.contextmanager
     def _failures(self):
