@@ -59,7 +59,8 @@ def ramp(stage: StageConfig, factors: dict[int, float]) -> tuple[StageConfig, ..
 #   2  longer clips and rows; a growing share of clips with a reference clip or a description (two entries below)
 #   3  languages weighted almost evenly
 # The limits of clip length are the report's. It gives no shares, step counts or batch sizes: those here are ours (a million
-# slots per batch, then two million). Where the corpus has no reference clips or descriptions, their shares have no effect.
+# slots per batch, then two million; 24.4 M hours in all, configs/README.md). Where the corpus has no reference clips or
+# descriptions, their shares have no effect.
 _ROWS = dataclasses.replace(SPEECH_BATCH, rows=256, segments=128)
 CURRICULUM = (
     *ramp(StageConfig(max_sec=60.0, temperature=1.5, reference=0.0, described=0.0), {0: 1.0, 40_000: 2.0}),

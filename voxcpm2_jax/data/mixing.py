@@ -53,7 +53,7 @@ class Mix:
             raise UserError(f"stages: expected one from step 0 on; the first begins at step {stages[0].first_step}")
         if len({stage.first_step for stage in stages}) < len(stages):
             raise UserError(f"stages: two begin at one step; they begin at {', '.join(str(s.first_step) for s in stages)}")
-        self._stages: list[_Stage] = []
+        self._stages: list[Stage] = []
         streams: dict[tuple, _Stream] = {}
         used: dict[tuple, int] = {}  # rows of each stream that earlier stages took
         for i, config in enumerate(stages):
@@ -75,7 +75,8 @@ class Mix:
             # more rows for an hour.
             rows = np.array([hours * streams[key].rows_per_patch for key, (_, hours) in zip(keys, groups.values())])
             self._stages.append(
-                _Stage(
+                Stage(
+                    config=config,
                     first_step=config.first_step,
                     batch=batch_of_stage,
                     groups=tuple(group // 2 for group in groups),
@@ -85,6 +86,11 @@ class Mix:
                     order=_Interleaving((seed, i), rows / rows.sum()),
                 )
             )
+
+    @property
+    def stages(self) -> tuple["Stage", ...]:
+        """The stages, in the order of their steps."""
+        return tuple(self._stages)
 
     def batch_of(self, step: int) -> BatchConfig:
         """The budgets of a step."""
@@ -111,13 +117,14 @@ class Mix:
                     totals[name] = totals.get(name, 0) + heard
         return {name: (int(clips), int(patches)) for name, (clips, patches) in sorted(totals.items()) if clips}
 
-    def _stage(self, step: int) -> "_Stage":
+    def _stage(self, step: int) -> "Stage":
         return [stage for stage in self._stages if stage.first_step <= step][-1]
 
 
-class _Stage(NamedTuple):
+class Stage(NamedTuple):
     """A stage, resolved; the tuples have one entry per group."""
 
+    config: StageConfig
     first_step: int
     batch: BatchConfig
     groups: tuple[int, ...]
@@ -246,6 +253,11 @@ class _Stream:
         self._packings: list[_Packing] = []  # made when they are first needed
         self._row_order = functools.lru_cache(4)(self._row_order)
         self._lock = threading.Lock()
+
+    @property
+    def clips(self) -> np.ndarray:
+        """Numbers of the clips, each once."""
+        return self._clips
 
     @functools.cached_property
     def rows_per_patch(self) -> float:

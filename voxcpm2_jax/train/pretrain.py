@@ -20,6 +20,7 @@ from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.config.run import CHANGES, BackboneRun
 from voxcpm2_jax.data import synthetic
 from voxcpm2_jax.data.clips import Source, label, label_names, label_patches
+from voxcpm2_jax.data.forecast import forecast
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.evaluate.validation import Validation
 from voxcpm2_jax.models import voxcpm2
@@ -98,6 +99,7 @@ def train(
         if batch.rows % (row_shards * config.accumulate):
             parts = f" x {config.accumulate} micro-batches" if config.accumulate > 1 else ""
             raise UserError(f"batch.rows {batch.rows} cannot be split over {row_shards} devices{parts} (mesh {config.mesh})")
+    _announce(mix, source, config)
     heldout_source = _open_heldout(config, source, data, heldout)
     if data is not None and jax.process_index() == 0:
         _keep_provenance(workdir, source.paths, source.header)
@@ -176,6 +178,14 @@ class BackboneTask(loop.Task):
 def labels_of(source: Source) -> metrics.Labels:
     """The datasets, languages and modes that losses are reported by."""
     return metrics.name_labels(label_names(source.index), label_patches(source.index).tolist())
+
+
+def _announce(mix: Mix, source: Source, config: BackboneRun) -> None:
+    """Prints what the run will be trained on, and what its stages ask for in vain."""
+    for stage in forecast(mix, source.index, config.num_steps, source.patch_sec):
+        processes.say(str(stage))
+        for line in stage.lacking if config.stages else ():
+            processes.say(f"warning: the stage from step {stage.first_step:,} {line}")
 
 
 def _open(config: BackboneRun, data) -> Source:
