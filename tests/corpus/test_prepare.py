@@ -5,11 +5,13 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 from tensorflow_datasets.core import constants
 
+from tests.corpus.codecs import VAE, random_params
 from tests.corpus.test_datasets import ljspeech, vctk
 from tests.corpus.test_embedded import write_packages
 from voxcpm2_jax.config.corpus import DataConfig, DebianConfig
@@ -23,19 +25,13 @@ from voxcpm2_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from voxcpm2_jax.vae import autoencoder
 from voxcpm2_jax.workdir import codec_sha256
 
-VAE = AudioVAEConfig(
-    encoder_dim=2, encoder_rates=(8, 8), latent_dim=3, decoder_dim=8, decoder_rates=(24, 8), sample_rate=8000,
-    out_sample_rate=24000,
-)  # fmt: skip
 P, HOP = 2, 64
 TEXTS = ["hello there", "good morning", "a b c", "numbers of words", "the end", "again and again", "yes"]
 
 
 @pytest.fixture(scope="module")
 def vae_params():
-    shapes = jax.eval_shape(lambda key: autoencoder.init(key, VAE), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.normal(0.5, 0.5, leaf.shape).astype(np.float32), shapes)
+    return random_params()
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +162,44 @@ def test_held_out_recordings_are_not_trained_on(tmp_path, recordings, tokenizer_
     make_shards(config_of(tmp_path, tokenizer_dir, manifest=str(tmp_path / "h2.jsonl")), tmp_path / "two", vae_params, VAE)
     with pytest.raises(UserError, match=r"two: 1 of 2 clips are also trained on, first clip 1; expected clips that"):
         check_heldout([tmp_path / "out"], [tmp_path / "two"])
+
+
+def test_a_codec_of_unusable_scale_is_refused_before_everything_is_encoded(
+    tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch
+):
+    config = config_of(tmp_path, tokenizer_dir)
+    with pytest.raises(UserError, match=r"out: the latents' standard deviation is .*; expected 0\.3 to 3\.0"):
+        make_shards(config, tmp_path / "out", random_params(scale=1.0), VAE)  # too little audio to judge before the end
+    assert len(list((tmp_path / "out").glob("*.npz"))) == 5 and not (tmp_path / "out" / shards.HEADER_FILE).exists()
+    monkeypatch.setattr(encode, "_SCALE_SEC", 1.0)
+    with pytest.raises(UserError, match=r"the first 0 minutes of audio \(up to .*wav\): the latents' standard deviation is "):
+        make_shards(config, tmp_path / "soon", random_params(scale=0.001), VAE)
+    assert not (tmp_path / "soon" / shards.HEADER_FILE).exists() and len(list((tmp_path / "soon").glob("*.npz"))) < 4
+    assert make_shards(config, tmp_path / "good", vae_params, VAE).num_clips == 5
+
+
+@pytest.mark.parametrize(
+    "loudest, message", [(1e6, "latents up to .*e\\+.*, expected at most 65504"), (np.inf, "not finite numbers")]
+)
+def test_every_array_is_checked_and_its_file_named(
+    tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch, loudest, message
+):  # fmt: skip
+    """A reference clip too, which is not in the statistics of the latents."""
+    soundfile.write(tmp_path / "loud.wav", np.random.default_rng(0).uniform(-1, 1, 8000), 16000)
+    really = autoencoder.encode
+
+    def overflows(params, config, audio_BA):
+        factor_B = jnp.where(jnp.abs(audio_BA).max(axis=1) > 0.9, jnp.float32(loudest), jnp.float32(1))
+        return really(params, config, audio_BA) * factor_B[:, None, None]
+
+    monkeypatch.setattr(autoencoder, "encode", overflows)
+    with_reference = dataclasses.replace(recordings[3], ref_audio=tmp_path / "loud.wav")
+    manifest.write_manifest(tmp_path / "m.jsonl", [*recordings[:3], with_reference])
+    config = config_of(tmp_path, tokenizer_dir, latent_dtype="float16")
+    with pytest.raises(
+        UserError, match=f"loud.wav: the codec returns latents .*{message}|loud.wav: the codec returns {message}"
+    ):
+        make_shards(config, tmp_path / "out", vae_params, VAE)
 
 
 def content(directory):

@@ -7,22 +7,16 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 import soundfile
 
+from tests.corpus.codecs import VAE, random_params
 from voxcpm2_jax import workdir
-from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.corpus import manifest
 from voxcpm2_jax.data import shards
 from voxcpm2_jax.data.tokenizer import train_tokenizer
-from voxcpm2_jax.vae import autoencoder
 
-VAE = AudioVAEConfig(
-    encoder_dim=2, encoder_rates=(8, 8), latent_dim=3, decoder_dim=8, decoder_rates=(24, 8), sample_rate=8000,
-    out_sample_rate=24000,
-)  # fmt: skip
 RECORDINGS, HELDOUT, SHARD_CLIPS = 249, 9, 4
 SHARDS = (RECORDINGS - HELDOUT) // SHARD_CLIPS
 
@@ -40,11 +34,7 @@ def corpus_dir(tmp_path_factory):
         recordings.append(manifest.Recording(path, f"clip number {i}", language="en" if i % 3 else "de"))
     manifest.write_manifest(directory / "h.jsonl", recordings[:HELDOUT])
     manifest.write_manifest(directory / "m.jsonl", recordings[HELDOUT:])
-    params = jax.tree.map(
-        lambda leaf: rng.normal(0.5, 0.5, leaf.shape).astype(np.float32),
-        jax.eval_shape(lambda key: autoencoder.init(key, VAE), jax.random.key(0)),
-    )
-    workdir.save_codec(directory, VAE, params)
+    workdir.save_codec(directory, VAE, random_params())
     train_tokenizer([r.text for r in recordings], 290).save(directory / "tokenizer")
     straight = start(directory, directory / "straight")
     assert straight.wait(120) == 0

@@ -71,8 +71,10 @@ def manifest(tmp_path):
 
 
 @pytest.fixture
-def make(tiny_parts, tmp_path):
+def make(tiny_parts, tmp_path, monkeypatch):
     """`make_shards` of the manifest with the tiny codec, into tmp_path/NAME."""
+    monkeypatch.setattr(data_shards, "STD_RANGE", (0.0, np.inf))  # the codec is random
+    monkeypatch.setattr(data_shards, "MAX_CHANNEL_STD", np.inf)
     _, _, vae, vae_params, tokenizer = tiny_parts
     tokenizer.save(tmp_path / "tokenizer")
 
@@ -110,8 +112,6 @@ def test_references_are_of_the_voice_and_session_and_sound_alike(make, manifest,
 
 def test_a_batch_has_the_reference_in_front(make, manifest, tmp_path, monkeypatch):
     make("out", {})
-    monkeypatch.setattr(data_shards, "STD_RANGE", (0.0, np.inf))  # the codec is random
-    monkeypatch.setattr(data_shards, "MAX_CHANNEL_STD", np.inf)
     shards = Shards(tmp_path / "out")
     mix = Mix(0, shards.index, shards.patch_sec, BatchConfig(rows=2, slots=128, patches=64))
     with_reference = set()

@@ -4,15 +4,17 @@
               -> text normalised -> tokenizer -> ids of the text and of "(description)text"
 
 Files are opened in threads; the codec runs on batches of half an hour of audio. A recording that cannot be used is skipped
-with a reason.
+with a reason. A codec that cannot be used is refused at the first latents that show it: numbers that are not finite or that
+the stored type cannot hold, in a clip or a reference clip, and a scale that a model cannot learn, after ten minutes of audio.
 """
 
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from voxcpm2_jax.config.corpus import DataConfig
@@ -20,15 +22,18 @@ from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.corpus import speaker, trim
 from voxcpm2_jax.corpus.manifest import Recording
+from voxcpm2_jax.corpus.moments import Moments
 from voxcpm2_jax.corpus.sources import in_threads
 from voxcpm2_jax.data import audio
 from voxcpm2_jax.data.clips import Clip
 from voxcpm2_jax.data.identity import IDENTITY, Known
+from voxcpm2_jax.data.shards import check_scale
 from voxcpm2_jax.data.text import normal_text
 from voxcpm2_jax.data.tokenizer import Tokenizer
 from voxcpm2_jax.vae import autoencoder
 
 _ROUND_SEC = 1800.0  # of audio in memory at once
+_SCALE_SEC = 600.0  # of audio, after which the scale of the latents is known well enough to refuse the codec
 
 
 class Encoded(NamedTuple):
@@ -67,6 +72,8 @@ class ClipEncoder:
         self._config, self._tokenizer, self._speaker_encoder = config, tokenizer, speaker_encoder
         self._held_out = held_out
         self.latent_dim = vae_config.latent_dim
+        self._moments, self._is_scale_checked = Moments(vae_config.latent_dim), False
+        self._largest = float(jnp.finfo(config.latent_dtype).max)
         self._rate = vae_config.sample_rate
         self._patch_samples = config.patch_size * vae_config.encoder_hop
         encode = jax.jit(autoencoder.encode, static_argnums=1)
@@ -145,7 +152,8 @@ class ClipEncoder:
 
     def _encoded(self, loaded: list[_Loaded]) -> Iterator[Encoded]:
         embeddings = self._embeddings(loaded)
-        latents = self._latents([a for item in loaded for a in (item.audio_A, item.reference_A) if a is not None])
+        audios = [((r.audio, audio_A), (r.ref_audio, reference_A)) for r, audio_A, reference_A in loaded]
+        latents = self._latents([pair for pairs in audios for pair in pairs if pair[1] is not None])
         for i, (recording, _, reference_A) in enumerate(loaded):
             patches_MPC = next(latents)
             clip = Clip(
@@ -176,13 +184,14 @@ class ClipEncoder:
     def _ids(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(normal_text(text, self._config.sentence_case)), np.int32)
 
-    def _latents(self, audios: list[np.ndarray]) -> Iterator[np.ndarray]:
-        """Latents [M, P, C] of each recording, in order.
+    def _latents(self, recordings: list[tuple[pathlib.Path | audio.Stored, np.ndarray]]) -> Iterator[np.ndarray]:
+        """Latents [M, P, C] of each recording, given with its name, in order.
 
         Recordings of about the same length go through the codec together, with zeros after the shorter ones. The codec is
         causal, so these zeros change nothing before them. There are few lengths (`_bucket`), so the codec is compiled few
         times.
         """
+        names, audios = zip(*recordings) if recordings else ((), ())
         buckets: dict[int, list[int]] = {}
         for i, audio_A in enumerate(audios):
             buckets.setdefault(_bucket(len(audio_A) // self._patch_samples), []).append(i)
@@ -199,9 +208,31 @@ class ClipEncoder:
                 for b, i in enumerate(chosen):
                     latents_MPC = latents_BTC[b].reshape(patches, self._config.patch_size, -1)
                     results[i] = latents_MPC[: len(audios[i]) // self._patch_samples]
-                    if not np.isfinite(results[i]).all():
-                        raise UserError("the codec returns latents that are not finite numbers; it is not a trained codec")
+                    self._check(results[i], names[i])
+        self._check_scale(results.values(), names)
         return (results[i] for i in range(len(audios)))
+
+    def _check(self, latents_MPC: np.ndarray, name: pathlib.Path | audio.Stored) -> None:
+        """Every array, whether of a clip or of a reference clip."""
+        largest = np.abs(latents_MPC).max()
+        if not np.isfinite(largest):
+            raise UserError(f"{name}: the codec returns latents that are not finite numbers; it is not a trained codec")
+        if largest > self._largest:
+            raise UserError(
+                f"{name}: the codec returns latents up to {largest:.3g}, expected at most {self._largest:.5g}, the largest "
+                f"{self._config.latent_dtype}; train the codec further, or prepare with --config.latent_dtype=bfloat16"
+            )
+
+    def _check_scale(self, latents: Iterable[np.ndarray], names: Sequence) -> None:
+        """Once, as soon as there is enough audio."""
+        if self._is_scale_checked:
+            return
+        for latents_MPC in latents:
+            self._moments.add(latents_MPC)
+        sec = self._moments.num_frames * self._patch_samples / self._config.patch_size / self._rate
+        if sec >= _SCALE_SEC:
+            check_scale(self._moments.std_C, f"the first {sec / 60:.0f} minutes of audio (up to {names[-1]})")
+            self._is_scale_checked = True
 
 
 def _bucket(patches: int) -> int:

@@ -22,9 +22,10 @@ from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.corpus import speaker
 from voxcpm2_jax.corpus.encode import Skipped
-from voxcpm2_jax.corpus.shard import Moments, part_file, read_embeddings, read_part, shard_names
+from voxcpm2_jax.corpus.moments import Moments
+from voxcpm2_jax.corpus.shard import part_file, read_embeddings, read_part, shard_names
 from voxcpm2_jax.corpus.sources import Corpus
-from voxcpm2_jax.data.shards import IDENTITY_FILE, LENGTHS_FILE, PAIRS_FILE, Header, crc32, write_header
+from voxcpm2_jax.data.shards import IDENTITY_FILE, LENGTHS_FILE, PAIRS_FILE, Header, check_scale, crc32, write_header
 from voxcpm2_jax.files import save_array
 
 _PACKAGES = ("voxcpm2_jax", "jax", "flax", "numpy", "soundfile", "soxr", "tokenizers", "array-record")
@@ -54,7 +55,7 @@ def finish(directory: pathlib.Path, corpora: list[Corpus], made_by: Provenance) 
     """Writes everything but the shards, the header last; returns None if a shard is missing.
 
     Raises:
-        UserError: no recording can be used, latents beyond the range of their type.
+        UserError: no recording can be used, or the latents have a scale that a model cannot learn.
     """
     config, vae = made_by.config, made_by.vae_config
     names = shard_names(corpora, config.shard_clips)
@@ -81,9 +82,7 @@ def finish(directory: pathlib.Path, corpora: list[Corpus], made_by: Provenance) 
         for name in names:  # so that the next run opens the recordings again: their disk may have been missing
             part_file(directory, name).unlink(missing_ok=True)
         raise UserError(f"none of {len(skipped)} recordings can be used; the first: {skipped[0].message}")
-    largest = max(-moments.table["least"].min(), moments.table["largest"].max())
-    if config.latent_dtype == "float16" and largest > np.finfo(np.float16).max:
-        raise UserError("latents exceed the range of float16; prepare with --config.latent_dtype=bfloat16")
+    check_scale(moments.std_C, str(directory))
     arrays = {LENGTHS_FILE: lengths}
     if all(table is not None for table in identities):
         arrays[IDENTITY_FILE] = np.concatenate(identities)

@@ -241,7 +241,10 @@ class Shards:
                 f"{directories}: {num_clips} clips in {HEADER_FILE}, {len(self._records)} in the shards; "
                 "prepare the shards again"
             )
-        self.dead_channels = sorted({channel for path, header in zip(paths, headers) for channel in _dead(path, header)})
+        for path, header in zip(paths, headers):
+            check_scale(np.array(header.latent_std), str(path))
+        dead = [np.flatnonzero(np.array(header.latent_std) < DEAD_CHANNEL_STD) for header in headers]
+        self.dead_channels = np.unique(np.concatenate(dead)).tolist()
         self.patch_shape = (header.patch_size, header.latent_dim)
         self.patch_sec = header.patch_sec
         self.vocab_size = header.vocab_size
@@ -307,14 +310,13 @@ def _read_index(path: pathlib.Path, header: Header) -> tuple[np.ndarray, np.ndar
     return lengths, pairs
 
 
-def _dead(path: pathlib.Path, header: Header) -> list[int]:
-    """Channels that hardly vary; refuses latents whose scale a model cannot learn."""
-    (low, high), std_C = STD_RANGE, np.array(header.latent_std)
+def check_scale(std_C: np.ndarray, where: str) -> None:
+    """Raises UserError if a model cannot learn latents with these standard deviations."""
+    low, high = STD_RANGE
     overall = float(np.sqrt(np.mean(std_C**2)))
     if not low <= overall <= high or std_C.max() > MAX_CHANNEL_STD:
         raise UserError(
-            f"{path}: the latents' standard deviation is {overall:.3g}, {std_C.max():.3g} in the widest channel; "
+            f"{where}: the latents' standard deviation is {overall:.3g}, {std_C.max():.3g} in the widest channel; "
             f"expected {low} to {high} and at most {MAX_CHANNEL_STD}. Flow matching needs latents of about unit scale: "
             "train the codec further, or rescale its latents"
         )
-    return np.flatnonzero(std_C < DEAD_CHANNEL_STD).tolist()
