@@ -13,7 +13,7 @@ from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.request import Request
 from voxcpm2_jax.inference import decode
 from voxcpm2_jax.inference.api import VoxCPM
-from voxcpm2_jax.vae import autoencoder
+from voxcpm2_jax.vae import autoencoder, streaming
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
@@ -75,6 +75,14 @@ def test_trap_9_reference_pads_right_and_prompt_pads_left(voice, recordings, pad
     np.testing.assert_allclose(got.reshape(8, 16), latents_BTC[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_recording_longer_than_the_model_is_refused_before_it_takes_memory(voice, tmp_path, monkeypatch):
+    """Half an hour; a recording of any length that is no request's is encoded chunk by chunk (tests/vae/test_streaming.py)."""
+    soundfile.write(tmp_path / "long.wav", np.zeros(30 * 60 * 1000, np.int16), 1000)
+    monkeypatch.setattr(streaming, "encode", None)
+    with pytest.raises(UserError, match=r"long.wav: 1800.0 s is too long; expected at most 81.9 s"):
+        voice.generate("one", reference_wav_path=tmp_path / "long.wav")
+
+
 def test_each_mode_pads_its_recordings_its_own_way(voice, recordings, modes):
     job = voice._lay_out(Request(**modes["reference + continuation"]))
     reference_MPC = voice.encode_file(recordings / "reference.wav", pad="right")
@@ -116,6 +124,7 @@ def test_a_bad_case_is_tried_again_with_the_next_seed(endless):
         ]
     )
     assert [(s.num_tries, s.seed) for s in (speech, twice, once, fine)] == [(3, 9), (2, 8), (1, 7), (1, 7)]
+    assert [s.is_bad_case for s in (speech, twice, once, fine)] == [True, True, True, False]
     assert_same_audio(speech.audio_A, endless.generate(**bad | {"seed": 9, "retry_badcase": False}))
     assert_same_audio(once.audio_A, fine.audio_A)
 

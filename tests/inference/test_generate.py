@@ -61,6 +61,33 @@ def test_batched_equals_single(voice, modes):
         np.testing.assert_array_equal(speech.audio_A, audio_A)
 
 
+def test_many_rows_are_drawn_in_batches_of_bounded_memory(voice, monkeypatch):
+    rows = [row([110 + i] * (3 + i), seed=i) for i in range(4)]
+    together = draw(voice, *rows)
+    prefilled = []
+
+    def prefill(params, config, batch, *, cache_slots):
+        prefilled.append((len(batch.tokens_BT), cache_slots))
+        return whole(params, config, batch, cache_slots=cache_slots)
+
+    whole = decode.prefill
+    monkeypatch.setattr(decode, "prefill", prefill)
+    monkeypatch.setattr(decode, "BATCH_SLOTS", 128)
+    for a, b in zip(together, draw(voice, *rows), strict=True):
+        np.testing.assert_allclose(a.patches_MPC, b.patches_MPC, rtol=1e-5, atol=1e-5)
+    assert prefilled == [(2, 64)] * 2
+
+
+@pytest.mark.parametrize(
+    ("slots", "batches"),
+    [(32, [[0], [2], [1], [3]]), (128, [[0, 2], [1], [3]]), (256, [[0, 2], [1, 3]]), (512, [[0, 1, 2, 3]])],
+)
+def test_rows_of_about_the_same_length_share_a_batch(voice, monkeypatch, slots, batches):
+    """A row alone may exceed the budget."""
+    monkeypatch.setattr(decode, "BATCH_SLOTS", slots)
+    assert decode._batches(voice.config, [row([110] * n) for n in (2, 40, 3, 50)]) == batches
+
+
 def test_a_row_does_not_depend_on_its_neighbours(voice):
     """Bit for bit, and whether the neighbour ends before or after it."""
     mine = row([110, 120, 130], seed=1, min_len=3)

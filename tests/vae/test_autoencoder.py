@@ -21,6 +21,7 @@ FRAMES = 7
 
 encode = jax.jit(autoencoder.encode, static_argnums=1)
 decode = jax.jit(autoencoder.decode, static_argnums=1)
+encode_step = jax.jit(autoencoder.encode_step, static_argnums=1)
 decode_step = jax.jit(autoencoder.decode_step, static_argnums=1)
 
 
@@ -90,19 +91,37 @@ def test_codec_is_causal_frame_by_frame(params, latents_BTC):
     assert not differs_T[:4].any() and differs_T[4:].any()
 
 
+chunkings = given(st.lists(st.integers(1, 2), min_size=1, max_size=FRAMES))
+
+
+def bounds_of(sizes):
+    """Start and end of chunks of these sizes, then of single frames."""
+    ends = np.minimum(np.cumsum([*sizes, *[1] * FRAMES]), FRAMES)
+    return [(start, end) for start, end in zip([0, *ends], ends) if start < end]
+
+
 @settings(max_examples=12, deadline=None)
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=FRAMES))
+@chunkings
 def test_streaming_equals_offline_for_every_chunking(params, latents_BTC, sizes):
     state = autoencoder.decode_state(CONFIG, 2)
-    parts, start = [], 0
-    for size in [*sizes, *[1] * FRAMES]:
-        size = min(size, FRAMES - start)
-        if not size:
-            break
-        audio_BA, state = decode_step(params, CONFIG, latents_BTC[:, start : start + size], state, 24000)
+    parts = []
+    for start, end in bounds_of(sizes):
+        audio_BA, state = decode_step(params, CONFIG, latents_BTC[:, start:end], state, 24000)
         parts.append(audio_BA)
-        start += size
     np.testing.assert_allclose(np.concatenate(parts, axis=1), decode(params, CONFIG, latents_BTC, 24000), atol=2e-5)
+
+
+@settings(max_examples=12, deadline=None)
+@chunkings
+def test_streaming_encoder_equals_offline_for_every_chunking(params, sizes):
+    hop = CONFIG.encoder_hop
+    audio_BA = np.random.default_rng(4).normal(size=(2, FRAMES * hop)).astype(np.float32)
+    state = autoencoder.encode_state(CONFIG, 2)
+    parts = []
+    for start, end in bounds_of(sizes):
+        latents_BTC, state = encode_step(params, CONFIG, audio_BA[:, start * hop : end * hop], state)
+        parts.append(latents_BTC)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), encode(params, CONFIG, audio_BA), rtol=1e-4, atol=2e-5)
 
 
 def test_batched_equals_single(params, latents_BTC):

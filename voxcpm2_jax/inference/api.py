@@ -11,11 +11,11 @@ these into audio.
 """
 
 import dataclasses
+import math
 import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 
 import jax
 import numpy as np
@@ -26,14 +26,10 @@ from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.request import Request
 from voxcpm2_jax.inference import decode
 from voxcpm2_jax.models import voxcpm2
-from voxcpm2_jax.vae import autoencoder
+from voxcpm2_jax.vae import autoencoder, streaming
 
 # The codec decodes a continuation together with the prompt's last patches, whose audio is then cut off.
 CONTEXT_PATCHES = 3
-
-_encode = partial(jax.jit, static_argnums=1)(autoencoder.encode)
-_decode = partial(jax.jit, static_argnums=1)(autoencoder.decode)
-_decode_step = partial(jax.jit, static_argnums=1)(autoencoder.decode_step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +39,7 @@ class Speech:
     Attributes:
         audio_A: float32 at `VoxCPM.sample_rate`.   patches_MPC: its latents.
         seed: of the try that was kept.   num_tries: 1 if nothing was drawn again.
+        is_bad_case: it has `retry_badcase_ratio_threshold` patches per text token or more.
         stopped_by: "stop head"; "max_len", the request's limit; or "max_length": the model had no slot left, the speech
             is cut off.
     """
@@ -52,6 +49,7 @@ class Speech:
     seed: int
     stopped_by: str
     num_tries: int
+    is_bad_case: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,8 @@ class _Job:
     request: Request
     row: decode.Row
     context_MPC: np.ndarray  # decoded before the speech, then cut off; empty unless the prefix ends with audio
-    bad_case_patches: float  # this many patches or more are a bad case; inf: never
+    bad_case_patches: float  # this many patches or more are a bad case
+    max_tries: int
 
 
 class VoxCPM:
@@ -83,7 +82,7 @@ class VoxCPM:
         self.vae_config = vae_config
         self.tokenizer = tokenizer
         self._params = jax.jit(voxcpm2.unrolled_params)(params)
-        self._vae_params = vae_params
+        self._vae_params = jax.device_put(vae_params)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike) -> "VoxCPM":
@@ -165,13 +164,13 @@ class VoxCPM:
                 all_drawn = decode.generate(self._params, self.config, rows, num_steps=num_steps)
                 for i, row, drawn in zip(group, rows, all_drawn):
                     is_bad = len(drawn.patches_MPC) >= jobs[i].bad_case_patches
-                    if is_bad and tries < jobs[i].request.retry_badcase_max_times:
+                    if is_bad and tries < jobs[i].max_tries:
                         again.append(i)
                     else:
-                        audio_A = np.zeros(0, np.float32)
-                        speeches[i] = Speech(audio_A, drawn.patches_MPC, row.seed, drawn.stopped_by, tries)
+                        audio_A = self._audio(jobs[i].context_MPC, drawn.patches_MPC)
+                        speeches[i] = Speech(audio_A, drawn.patches_MPC, row.seed, drawn.stopped_by, tries, is_bad)
             todo = again
-        return self._with_audio(speeches, [job.context_MPC for job in jobs])
+        return speeches
 
     def generate_streaming(self, *args, **kwargs) -> Iterator[np.ndarray]:
         """Speaks one text patch by patch; takes `generate`'s arguments, does not retry bad cases.
@@ -190,7 +189,7 @@ class VoxCPM:
             yield audio_A
 
     def _decode_patch(self, patch_PC, state):
-        audio_BA, state = _decode_step(self._vae_params, self.vae_config, patch_PC[None], state, self.sample_rate)
+        audio_BA, state = streaming.decode_step(self._vae_params, self.vae_config, patch_PC[None], state, self.sample_rate)
         return np.asarray(audio_BA[0]), state
 
     def _lay_out(self, request: Request) -> _Job:
@@ -198,14 +197,18 @@ class VoxCPM:
         text = re.sub(r"\s+", " ", request.text)
         num_tokens = len(self.tokenizer.encode(text))
         reference_MPC = prompt_MPC = None
+        # A longer recording has more patches than the model has slots. It is refused before it takes memory.
+        patch_samples = self.config.patch_size * self.vae_config.encoder_hop
+        max_sec = self.config.max_length * patch_samples / self.vae_config.sample_rate
         if request.reference_wav_path is not None:
-            reference_MPC = self.encode_file(request.reference_wav_path, pad="right")
+            reference_MPC = self.encode_file(request.reference_wav_path, pad="right", max_sec=max_sec)
         if request.prompt_wav_path is not None:
-            prompt_MPC = self.encode_file(request.prompt_wav_path, pad="left")
+            prompt_MPC = self.encode_file(request.prompt_wav_path, pad="left", max_sec=max_sec)
         text_ids = self.tokenizer.encode((request.prompt_text or "") + text)
         prefix = sequence.lay_out(text_ids, reference_MPC=reference_MPC, prompt_MPC=prompt_MPC)
         bad_case_patches = num_tokens * request.retry_badcase_ratio_threshold
         may_retry = request.retry_badcase and request.noise is None
+        max_tries = request.retry_badcase_max_times if may_retry else 1
         row = decode.Row(
             prefix,
             seed=secrets.randbits(31) if request.seed is None else int(request.seed),
@@ -218,7 +221,7 @@ class VoxCPM:
         context_MPC = np.zeros((0, self.config.patch_size, self.config.feat_dim), np.float32)
         if prompt_MPC is not None:
             context_MPC = prefix.patches_MPC[-CONTEXT_PATCHES:]
-        return _Job(request, row, context_MPC, bad_case_patches if may_retry else np.inf)
+        return _Job(request, row, context_MPC, bad_case_patches, max_tries)
 
     def _noise(self, request: Request) -> np.ndarray | None:
         if request.noise is None:
@@ -229,44 +232,32 @@ class VoxCPM:
             raise UserError(f"noise must have shape [patches, {shape[0]}, {shape[1]}], got {list(noise.shape)}")
         return noise
 
-    def encode_file(self, path: str | os.PathLike, *, pad: str, start_sec=None, end_sec=None) -> np.ndarray:
+    def encode_file(
+        self, path: str | os.PathLike, *, pad: str, start_sec=None, end_sec=None, max_sec: float = math.inf
+    ) -> np.ndarray:
         """Latents [M, P, C] of an audio file.
 
         Args:
             pad: "left" or "right": the side that is padded with silence to whole patches.
             start_sec, end_sec: the part of the file to encode; None: from its start, to its end.
+            max_sec: the longest accepted recording.
         Raises:
-            UserError: the file has no audio, or less than one patch.
+            UserError: the file has no audio, less than one patch, or more than `max_sec`.
         """
         from voxcpm2_jax.data import audio
 
         P, hop = self.config.patch_size, self.vae_config.encoder_hop
-        audio_A = audio.load(path, self.vae_config.sample_rate, start_sec, end_sec, min_samples=P * hop)
+        part = {"start_sec": start_sec, "end_sec": end_sec, "max_sec": max_sec}
+        audio_A = audio.load(path, self.vae_config.sample_rate, min_samples=P * hop, **part)
         audio_A = audio.pad_to_patches(audio_A, P * hop, pad)
-        num_frames = len(audio_A) // hop
-        # The encoder is causal, so padding to a bucket at the end does not change the clip's latents.
-        padded_A = np.pad(audio_A, (0, decode.bucket(num_frames) * hop - len(audio_A)))
-        latents_BTC = _encode(self._vae_params, self.vae_config, padded_A[None])
-        return np.asarray(latents_BTC[0, :num_frames]).reshape(-1, P, self.vae_config.latent_dim)
+        return streaming.encode(self._vae_params, self.vae_config, audio_A).reshape(-1, P, self.vae_config.latent_dim)
 
     def decode(self, utterances: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Audio [samples] of each utterance's latents [M, P, C], decoded in one batch."""
-        C, hop = self.config.feat_dim, self.vae_config.decoder_hop
-        whole = [patches_MPC.reshape(-1, C) for patches_MPC in utterances]
-        if not whole:
-            return []
-        # The decoder is causal, so padding at the end does not change an utterance's audio.
-        latents_BTC = np.zeros((len(whole), decode.bucket(max(map(len, whole))), C), np.float32)
-        for b, x_TC in enumerate(whole):
-            latents_BTC[b, : len(x_TC)] = x_TC
-        audio_BA = np.asarray(_decode(self._vae_params, self.vae_config, latents_BTC, self.sample_rate))
-        return [audio_A[: len(x_TC) * hop] for audio_A, x_TC in zip(audio_BA, whole)]
+        """Audio [samples] of each utterance's latents [M, P, C]; they are decoded one after the other."""
+        C, hz = self.config.feat_dim, self.sample_rate
+        return [streaming.decode(self._vae_params, self.vae_config, x_MPC.reshape(-1, C), hz) for x_MPC in utterances]
 
-    def _with_audio(self, speeches: list[Speech], contexts: list[np.ndarray]) -> list[Speech]:
-        """Decodes every utterance after its context, and cuts the context's audio off."""
-        patch_samples = self.config.patch_size * self.vae_config.decoder_hop
-        decoded = self.decode([np.concatenate([c, s.patches_MPC]) for s, c in zip(speeches, contexts)])
-        return [
-            dataclasses.replace(s, audio_A=audio_A[len(c) * patch_samples :])
-            for s, c, audio_A in zip(speeches, contexts, decoded)
-        ]
+    def _audio(self, context_MPC: np.ndarray, patches_MPC: np.ndarray) -> np.ndarray:
+        """Decodes patches after their context, and cuts the context's audio off."""
+        (audio_A,) = self.decode([np.concatenate([context_MPC, patches_MPC])])
+        return audio_A[len(context_MPC) * self.config.patch_size * self.vae_config.decoder_hop :]

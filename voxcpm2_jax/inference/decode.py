@@ -4,8 +4,9 @@
     step      noise -> LocDiT -> patch; stop head; patch -> LocEnc -> TSLM -> RALM
     loop      `while_loop` over `step` until every row is done; `stream` calls the same step once per patch
 
-A row's result does not depend on the other rows: patch i of a row is drawn with `fold_in(row's key, i)`. Shapes are rounded
-up to powers of two, so that few programs are compiled.
+A row's result does not depend on the other rows: patch i of a row is drawn with `fold_in(row's key, i)`. So many rows are
+drawn in several batches, of BATCH_SLOTS cache slots at most, and memory does not depend on their number. Shapes are rounded up
+to powers of two, so that few programs are compiled.
 """
 
 import dataclasses
@@ -24,6 +25,9 @@ from voxcpm2_jax.models import generation
 
 # Why a row ended: the stop head, the request's max_len (or the end of its noise), or the model's max_length.
 STOP, MAX_LEN, NO_ROOM = "stop head", "max_len", "max_length"
+
+# Rows x slots of the KV caches of a batch, unless one row needs more. In the release a slot takes 37 kB in bfloat16: 1.2 GB.
+BATCH_SLOTS = 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,25 +128,31 @@ def bucket(n: int, *, least: int = 32) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def _limit(config: ModelConfig, row: Row) -> int:
+    """The most patches of a row: its own limit, the model's room, and the length of its noise.
+
+    Raises:
+        UserError: the prefix leaves no slot for a patch.
+    """
+    n = row.prefix.num_slots
+    if n >= config.max_length:
+        raise UserError(f"text and prompt audio take {n} slots of the model's {config.max_length} (max_length); shorten them")
+    return min(row.max_len, config.max_length - n, len(row.noise_MPC) if row.noise_MPC is not None else row.max_len)
+
+
+def _cache_slots(rows: Sequence[Row], limits: Sequence[int]) -> int:
+    return bucket(bucket(max(row.prefix.num_slots for row in rows)) + max(limits))
+
+
 def _start(params, config: ModelConfig, rows: Sequence[Row]) -> tuple[State, RowArrays]:
-    """Prefills the rows. `RowArrays.max_len_B` also respects the model's room and the length of the noise."""
-    slots = [row.prefix.num_slots for row in rows]
-    for n in slots:
-        if n >= config.max_length:
-            raise UserError(
-                f"text and prompt audio take {n} slots of the model's {config.max_length} (max_length); shorten them"
-            )
-    limits = [
-        min(row.max_len, config.max_length - n, len(row.noise_MPC) if row.noise_MPC is not None else row.max_len)
-        for row, n in zip(rows, slots)
-    ]
+    """Prefills the rows."""
+    limits = [_limit(config, row) for row in rows]
     batch = sequence.pack(
         [[row.prefix] for row in rows],
-        num_slots=bucket(max(slots)),
+        num_slots=bucket(max(row.prefix.num_slots for row in rows)),
         num_patches=bucket(max(row.prefix.num_patches for row in rows), least=8),
         patch_shape=(config.patch_size, config.feat_dim),
     )
-    cache_slots = bucket(batch.tokens_BT.shape[1] + max(limits))
     noise_BMPC = None
     if any(row.noise_MPC is not None for row in rows):
         assert all(row.noise_MPC is not None for row in rows), "either all rows or none have noise"
@@ -156,7 +166,7 @@ def _start(params, config: ModelConfig, rows: Sequence[Row]) -> tuple[State, Row
         max_len_B=np.array(limits, np.int32),
         cfg_B=np.array([row.cfg_value for row in rows], np.float32),
     )
-    return prefill(params, config, batch, cache_slots=cache_slots), arrays
+    return prefill(params, config, batch, cache_slots=_cache_slots(rows, limits)), arrays
 
 
 def _stopped_by(config: ModelConfig, row: Row, num_patches: int, is_stopped: bool) -> str:
@@ -175,18 +185,38 @@ def no_room(config: ModelConfig) -> UserError:
 
 
 def generate(params, config: ModelConfig, rows: Sequence[Row], *, num_steps: int) -> list[Drawn]:
-    """Draws all rows in one batch.
+    """Draws all rows, in as few batches as BATCH_SLOTS allows.
 
     Args:
         params: of the unrolled form (`voxcpm2.unrolled_params`).   num_steps: Euler steps per patch.
     Raises:
         UserError: a prefix leaves no slot for a patch.
     """
+    drawn: dict[int, Drawn] = {}
+    for group in _batches(config, rows):
+        drawn |= zip(group, _generate(params, config, [rows[i] for i in group], num_steps=num_steps))
+    return [drawn[i] for i in range(len(rows))]
+
+
+def _batches(config: ModelConfig, rows: Sequence[Row]) -> list[list[int]]:
+    """Numbers of the rows of each batch; rows of about the same length share one."""
+    limits = [_limit(config, row) for row in rows]
+    batches: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: (rows[i].prefix.num_slots + limits[i], i)):
+        more = [*batches[-1], i] if batches else [i]
+        if len(more) > 1 and len(more) * _cache_slots([rows[j] for j in more], [limits[j] for j in more]) > BATCH_SLOTS:
+            batches.append([i])
+        else:
+            batches[-1:] = [more]
+    return [sorted(batch) for batch in batches]
+
+
+def _generate(params, config: ModelConfig, rows: Sequence[Row], *, num_steps: int) -> list[Drawn]:
     state, arrays = _start(params, config, rows)
     buffer_patches = bucket(max(arrays.max_len_B.tolist()))
     results = jax.device_get(decode(params, config, state, arrays, num_steps=num_steps, buffer_patches=buffer_patches))
     return [
-        Drawn(patches_MPC[:n], _stopped_by(config, row, int(n), bool(is_stopped)))
+        Drawn(patches_MPC[:n].copy(), _stopped_by(config, row, int(n), bool(is_stopped)))
         for row, patches_MPC, n, is_stopped in zip(rows, *results)
     ]
 

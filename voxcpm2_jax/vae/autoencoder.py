@@ -6,8 +6,8 @@
     encoder block    three residual units, Snake, strided convolution that doubles the channels
     decoder block    target-rate scale and bias, Snake, transposed convolution that halves the channels, three residual units
 
-Everything is float32 and causal: latent frame t depends on no sample after (t + 1) encoder_hop, and streaming equals offline
-decoding. `target_hz` is the sample rate that the audio is wanted for. Its bucket, the interval between two of the config's
+Everything is float32 and causal: latent frame t depends on no sample after (t + 1) encoder_hop, and streaming equals offline,
+both ways. `target_hz` is the sample rate that the audio is wanted for. Its bucket, the interval between two of the config's
 `sr_bin_boundaries`, selects a learned scale and bias per channel; the output always has the decoder's own rate.
 
 Parameter paths here, and names in the released state dict. There, a convolution's kernel, gain and bias are weight_v, weight_g
@@ -42,7 +42,8 @@ import jax.numpy as jnp
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.vae.conv import Conv, DownConv, Snake, UpConv
 
-_WINDOW = 7  # of every convolution that is neither pointwise nor strided; those of mu and logvar have 3
+_WINDOW = 7  # of every convolution that is neither pointwise nor strided, except those of mu and logvar
+_LATENT_WINDOW = 3
 _DILATIONS = (1, 3, 9)  # of a block's three residual units
 
 
@@ -68,29 +69,37 @@ class EncoderBlock(nn.Module):
     is_depthwise: bool
 
     @nn.compact
-    def __call__(self, x_BAE):
+    def __call__(self, x_BAE, state):
+        next_state = {}
         for j, dilation in enumerate(_DILATIONS):
-            x_BAE, _ = ResidualUnit(dilation, self.is_depthwise, name=f"unit_{j}")(x_BAE)
+            name = f"unit_{j}"
+            x_BAE, next_state[name] = ResidualUnit(dilation, self.is_depthwise, name=name)(x_BAE, state.get(name))
         x_BAE = Snake(name="snake")(x_BAE)
-        return DownConv(self.features, self.stride, name="down")(x_BAE)[0]
+        x_BAE, next_state["down"] = DownConv(self.features, self.stride, name="down")(x_BAE, state.get("down"))
+        return x_BAE, next_state
 
 
 class Encoder(nn.Module):
-    """audio_BA (whole hops) -> mu_BTC, logvar_BTC."""
+    """audio_BA (whole hops), state -> mu_BTC, logvar_BTC, next state. An empty state is the start of a signal."""
 
     config: AudioVAEConfig
     use_remat: bool = False  # recompute each block in the backward pass
 
     @nn.compact
-    def __call__(self, audio_BA):
+    def __call__(self, audio_BA, state):
         c = self.config
         Block = nn.remat(EncoderBlock) if self.use_remat else EncoderBlock
-        x_BAE, _ = Conv(c.encoder_dim, _WINDOW, initial_gain=10.0, name="conv_in")(audio_BA[:, :, None])
+        next_state = {}
+        conv_in = Conv(c.encoder_dim, _WINDOW, initial_gain=10.0, name="conv_in")
+        x_BAE, next_state["conv_in"] = conv_in(audio_BA[:, :, None], state.get("conv_in"))
         for i, stride in enumerate(c.encoder_rates):
-            x_BAE = Block(c.encoder_dim * 2 ** (i + 1), stride, c.depthwise, name=f"block_{i}")(x_BAE)
-        mu_BTC, _ = Conv(c.latent_dim, 3, name="mu")(x_BAE)
-        logvar_BTC, _ = Conv(c.latent_dim, 3, initial_gain=0.1, initial_bias=-4.0, name="logvar")(x_BAE)
-        return mu_BTC, logvar_BTC
+            name = f"block_{i}"
+            block = Block(c.encoder_dim * 2 ** (i + 1), stride, c.depthwise, name=name)
+            x_BAE, next_state[name] = block(x_BAE, state.get(name, {}))
+        mu_BTC, next_state["mu"] = Conv(c.latent_dim, _LATENT_WINDOW, name="mu")(x_BAE, state.get("mu"))
+        logvar = Conv(c.latent_dim, _LATENT_WINDOW, initial_gain=0.1, initial_bias=-4.0, name="logvar")
+        logvar_BTC, _ = logvar(x_BAE, state.get("mu"))  # the same input, so the same left context
+        return mu_BTC, logvar_BTC, next_state
 
 
 class Rate(nn.Module):
@@ -156,17 +165,15 @@ def init(key, vae_config: AudioVAEConfig):
     encoder_key, decoder_key = jax.random.split(key)
     audio_BA = jnp.zeros((1, vae_config.encoder_hop))
     latents_BTC = jnp.zeros((1, 1, vae_config.latent_dim))
-    encoder = Encoder(vae_config).init(encoder_key, audio_BA)
+    encoder = Encoder(vae_config).init(encoder_key, audio_BA, {})
     decoder = Decoder(vae_config).init(decoder_key, latents_BTC, jnp.zeros(1, jnp.int32), {})
     return {"encoder": encoder["params"], "decoder": decoder["params"]}
 
 
 def posterior(vae_params, vae_config: AudioVAEConfig, audio_BA, *, use_remat=False):
     """Mean and log variance of the latents, each [B, T, C]; audio is padded right with zeros to whole hops."""
-    audio_BA = jnp.asarray(audio_BA, jnp.float32)
-    audio_BA = jnp.pad(audio_BA, ((0, 0), (0, -audio_BA.shape[1] % vae_config.encoder_hop)))
-    encoder = Encoder(vae_config, use_remat)
-    return encoder.apply({"params": _float32(vae_params["encoder"])}, audio_BA)
+    audio_BA = jnp.pad(jnp.asarray(audio_BA, jnp.float32), ((0, 0), (0, -audio_BA.shape[1] % vae_config.encoder_hop)))
+    return _encode(vae_params, vae_config, audio_BA, {}, use_remat)[:2]
 
 
 def encode(vae_params, vae_config: AudioVAEConfig, audio_BA):
@@ -190,25 +197,53 @@ def reconstruct(vae_params, vae_config: AudioVAEConfig, latents_BTC, target_hz=4
     return _decode(vae_params, vae_config, latents_BTC, target_hz, {}, use_remat)[0]
 
 
-def decode_state(vae_config: AudioVAEConfig, batch: int):
-    """The streaming decoder's state at the start of a signal: zeros, the left context of every convolution."""
+# ---- streaming -------------------------------------------------------------------------------------------------------
 
-    def left(samples, features):
-        return jnp.zeros((batch, samples, features))
 
+def encode_state(vae_config: AudioVAEConfig, batch: int):
+    """The streaming encoder's state at the start of a signal: zeros, the left context of every convolution."""
     c = vae_config
-    state = {"conv_in": left(_WINDOW - 1, c.latent_dim)}
+    state = {"conv_in": _left(batch, _WINDOW - 1, 1)}
+    for i, stride in enumerate(c.encoder_rates):
+        E = c.encoder_dim * 2**i
+        state[f"block_{i}"] = {"down": _left(batch, stride, E)} | _left_of_units(batch, E)
+    return state | {"mu": _left(batch, _LATENT_WINDOW - 1, c.encoder_dim * 2 ** len(c.encoder_rates))}
+
+
+def decode_state(vae_config: AudioVAEConfig, batch: int):
+    """The same for the streaming decoder."""
+    c = vae_config
+    state = {"conv_in": _left(batch, _WINDOW - 1, c.latent_dim)}
     for i in range(len(c.decoder_rates)):
         E = c.decoder_dim // 2 ** (i + 1)
-        units = {f"unit_{j}": left((_WINDOW - 1) * dilation, E) for j, dilation in enumerate(_DILATIONS)}
-        state[f"block_{i}"] = {"up": left(1, c.decoder_dim // 2**i)} | units
-    return state | {"conv_out": left(_WINDOW - 1, E)}
+        state[f"block_{i}"] = {"up": _left(batch, 1, c.decoder_dim // 2**i)} | _left_of_units(batch, E)
+    return state | {"conv_out": _left(batch, _WINDOW - 1, E)}
+
+
+def _left_of_units(batch, features):
+    return {f"unit_{j}": _left(batch, (_WINDOW - 1) * dilation, features) for j, dilation in enumerate(_DILATIONS)}
+
+
+def _left(batch, samples, features):
+    return jnp.zeros((batch, samples, features))
+
+
+def encode_step(vae_params, vae_config: AudioVAEConfig, audio_BA, state):
+    """Latents of the next whole hops of audio and the state after them; any chunking gives what `encode` gives."""
+    with jax.default_matmul_precision("float32"):
+        mu_BTC, _, state = _encode(vae_params, vae_config, audio_BA, state, False)
+        return mu_BTC, state
 
 
 def decode_step(vae_params, vae_config: AudioVAEConfig, latents_BTC, state, target_hz=48000):
     """Audio of the next T frames and the state after them; any chunking gives what `decode` gives."""
     with jax.default_matmul_precision("float32"):
         return _decode(vae_params, vae_config, latents_BTC, target_hz, state, False)
+
+
+def _encode(vae_params, vae_config, audio_BA, state, use_remat):
+    audio_BA = jnp.asarray(audio_BA, jnp.float32)
+    return Encoder(vae_config, use_remat).apply({"params": _float32(vae_params["encoder"])}, audio_BA, state)
 
 
 def _decode(vae_params, vae_config, latents_BTC, target_hz, state, use_remat):
