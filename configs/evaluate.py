@@ -9,6 +9,9 @@ digits    share of English digits heard right (for the demo corpus)
 tiny      digits, three Euler steps per patch: for tests
 loss      the two training losses with standard errors, by flow time, dataset, language and mode; nothing is spoken
 
+Speech is scored at its first try ("generated"); beside it stands the score with bad cases drawn again ("retried"), as
+`generate` does. However many texts there are, the speech of `batch_texts` of them is in memory at once.
+
 Hardware: any that the model runs on; the judge of speech, Whisper-base, runs on two CPU cores. Wall time: unmeasured.
 """
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -32,11 +33,17 @@ def judge(monkeypatch, tmp_path):
 
     class Judge:
         answers, languages, seconds = [], [], []
+        most_alive = 0  # waveforms of a set that are in memory at the same time
 
     def transcribe(waves, rate, languages):
         Judge.languages.append(list(languages))
-        Judge.seconds.append([len(x) / rate for x in waves])
-        return Judge.answers.pop(0) if Judge.answers else ["one"] * len(waves)
+        Judge.seconds.append([])
+        seen = []
+        for wave_A in waves:
+            seen.append(weakref.ref(wave_A))
+            Judge.seconds[-1].append(len(wave_A) / rate)
+            Judge.most_alive = max(Judge.most_alive, sum(ref() is not None for ref in seen))
+        return Judge.answers.pop(0) if Judge.answers else ["one"] * len(languages)
 
     monkeypatch.setattr(report.whisper, "whisper_directory", lambda: tmp_path)
     monkeypatch.setattr(report.whisper, "transcribe", transcribe)
@@ -51,13 +58,37 @@ def test_three_sets_one_judge(judge, released_dir, tmp_path):
     result = report.evaluate(config, released_dir, manifest, tmp_path / "out")
     scores = {name: values["digits right"] for name, values in result["scores"].items()}
     # Of five digits: all; one of "one two" and, one too many, one of "four five"; the three.
-    assert scores == pytest.approx({"recordings": 1.0, "reconstructions": 2 / 5, "generated": 1 / 5})
+    assert scores == pytest.approx({"recordings": 1.0, "reconstructions": 2 / 5, "generated": 1 / 5, "retried": 1 / 5})
+    assert judge.most_alive == 1
     assert result["scores"]["generated"]["strings right"] == pytest.approx(1 / 3)
     assert judge.languages == [["en"] * 3] * 3 and result["texts_without_language"] == 3
     assert result["languages"] == {"en": {"texts": 3, "unit": "digit"}} and "by_language" not in result
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
     assert len(list((tmp_path / "out" / "audio").glob("*.wav"))) == 3
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
+
+
+def test_scores_are_of_first_tries_with_retries_beside_them(judge, released_dir, tmp_path, monkeypatch):
+    """Text 1 is a bad case; its retries are heard as well, and only they."""
+    asked = []
+    speak = report.VoxCPM.speak
+
+    def speak_with_a_bad_case(self, requests):
+        asked.extend((r.text, r.seed, r.retry_badcase, r.retry_badcase_max_times) for r in requests)
+        return [dataclasses.replace(s, is_bad_case=r.seed == 8) for r, s in zip(requests, speak(self, requests))]
+
+    monkeypatch.setattr(report.VoxCPM, "speak", speak_with_a_bad_case)
+    judge.answers += [["one", "two"], ["one", "two"], ["one", "nine"], ["two"]]
+    config = EvaluateConfig(measure="digits", inference_timesteps=1, num_pictures=0, seed=7)
+    result = report.evaluate(config, released_dir, write(tmp_path, ["one", "two"]), tmp_path / "out")
+    assert sorted(asked) == [("one", 7, False, 3), ("two", 8, False, 3), ("two", 9, True, 2)]
+    right = {name: values["digits right"] for name, values in result["scores"].items()}
+    assert right == {"recordings": 1.0, "reconstructions": 1.0, "generated": 0.5, "retried": 1.0}
+    assert (result["retried"], result["bad_after_retries"]) == (1, 0)
+    assert [row["retried"] for row in result["rows"]] == ["one", "two"]
+    audio = tmp_path / "out" / "audio"
+    names = sorted(path.relative_to(audio).as_posix() for path in audio.rglob("*.wav"))
+    assert names == ["0000.wav", "0001.wav", "retried/0001.wav"]
 
 
 def test_each_text_is_heard_and_scored_in_its_language(judge, released_dir, tmp_path, capsys):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -67,6 +68,22 @@ def test_each_clip_is_heard_in_its_own_language(tmp_path, monkeypatch):
     assert asked == ["hi", "en", "zh"]
     with pytest.raises(ValueError):
         whisper.transcribe(clips, 16000, ["en"], num_processes=1)
+
+
+def test_few_clips_wait_for_the_judge(monkeypatch):
+    """Transcripts come in order, and clips are taken as they are heard."""
+    taken = []
+    monkeypatch.setattr(whisper, "_hear", lambda clip: str(clip))
+
+    def clips():
+        for i in range(20):
+            taken.append(i)
+            yield i
+
+    with ThreadPoolExecutor(2) as pool:
+        for i, transcript in enumerate(whisper._in_order(pool, clips(), 4)):
+            assert transcript == str(i) and len(taken) <= i + 4
+    assert i == 19
 
 
 def test_the_judge_refuses_other_weights(tmp_path, monkeypatch):

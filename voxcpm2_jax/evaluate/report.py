@@ -2,18 +2,22 @@
 
     recordings        the real speech: the best score that this judge gives
     reconstructions   recordings through the codec: the best that a backbone can reach with this codec
-    generated         the texts, spoken by the model
+    generated         the texts, spoken by the model: the first try of each
+    retried           the same, where bad cases (speech far too long for its text) are drawn again, as `generate` does
 
-The judge (whisper.py) transcribes all three in the same way, in the language that the manifest names for each recording,
-and scores.py counts the errors. A recording without a language is taken for English.
+The judge (whisper.py) transcribes all in the same way, in the language that the manifest names for each recording, and
+scores.py counts the errors. A recording without a language is taken for English. Speech is judged as it lies in audio/, in 16
+bits. Audio is loaded or decoded when the judge takes it, so few clips are in memory at once, however many texts there are.
 """
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,11 +30,28 @@ from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.data import audio
 from voxcpm2_jax.data.text import normal_text
 from voxcpm2_jax.evaluate import pictures, scores, whisper
-from voxcpm2_jax.inference.api import Speech, VoxCPM
+from voxcpm2_jax.inference.api import VoxCPM
 
 RESULT_FILE = "result.json"
-SETS = ("recordings", "reconstructions", "generated")
+SETS = ("recordings", "reconstructions", "generated", "retried")
 DEFAULT_LANGUAGE = "en"
+
+
+class Spoken(NamedTuple):
+    """Speech on disk."""
+
+    path: pathlib.Path
+    sec: float
+    stopped_by: str
+    is_bad_case: bool
+
+
+class AllSpoken(NamedTuple):
+    """All speech, by number of the text."""
+
+    first: dict[int, Spoken]
+    retried: dict[int, Spoken]  # of the texts whose first try was a bad case
+    first_tries_sec: float  # how long the first tries took
 
 
 def evaluate(
@@ -58,25 +79,31 @@ def evaluate(
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error})") from None
 
-    start = time.monotonic()
-    spoken = _speak(model, config, [normal_text(r.full_text) for r in recordings])  # as in training
-    speaking_sec = time.monotonic() - start
-    parts = [{"start_sec": r.start_sec, "end_sec": r.end_sec} for r in recordings]
-    coded = [model.encode_file(r.audio, pad="right", **part) for r, part in zip(recordings, parts)]
-    sets = {
-        "recordings": [audio.load(r.audio, model.sample_rate, **part) for r, part in zip(recordings, parts)],
-        "reconstructions": model.decode(coded),
-        "generated": [s.audio_A for s in spoken],
-    }
-    texts = [r.text for r in recordings]
-    heard = {name: whisper.transcribe(waves, model.sample_rate, languages) for name, waves in sets.items()}
-    for i, speech in enumerate(spoken):
-        audio.save(output / "audio" / f"{i:04d}.wav", speech.audio_A, model.sample_rate)
+    rate, texts = model.sample_rate, [r.text for r in recordings]
+
+    def recording(i: int) -> np.ndarray:
+        return audio.load(recordings[i].audio, rate, recordings[i].start_sec, recordings[i].end_sec)
+
+    def reconstruction(i: int) -> np.ndarray:
+        r = recordings[i]
+        return model.decode([model.encode_file(r.audio, pad="right", start_sec=r.start_sec, end_sec=r.end_sec)])[0]
+
+    def judge(waveform, numbers: Sequence[int]) -> list[str]:
+        return whisper.transcribe(map(waveform, numbers), rate, [languages[i] for i in numbers])
+
+    everything = range(len(texts))
+    heard = {"recordings": judge(recording, everything), "reconstructions": judge(reconstruction, everything)}
+    spoken = _speak(model, config, [normal_text(r.full_text) for r in recordings], output / "audio")  # as in training
+    heard["generated"] = judge(lambda i: _read(spoken.first[i].path), everything)
+    again = sorted(spoken.retried)
+    heard_again = dict(zip(again, judge(lambda i: _read(spoken.retried[i].path), again))) if again else {}
+    heard["retried"] = [heard_again.get(i, transcript) for i, transcript in enumerate(heard["generated"])]
     for i in _spread(len(texts), config.num_pictures):
-        pair = sets["recordings"][i], sets["generated"][i]
         titles = f"recording: {texts[i]}", f"generated, heard as: {heard['generated'][i]}"
-        pictures.draw_spectrograms(output / f"spectrogram_{i:04d}.png", *pair, model.sample_rate, titles)
-    seconds = sum(len(x) for x in sets["generated"]) / model.sample_rate
+        picture = output / f"spectrogram_{i:04d}.png"
+        pictures.draw_spectrograms(picture, recording(i), _read(spoken.first[i].path), rate, titles)
+    first = [spoken.first[i] for i in everything]
+    seconds = sum(speech.sec for speech in first)
     result = {
         "checkpoint": str(checkpoint),
         "manifest": str(manifest),
@@ -85,9 +112,10 @@ def evaluate(
         **_all_scores(config, texts, heard, languages),
         "texts_without_language": sum(not r.language for r in recordings),
         "generated_sec": round(seconds, 2),
-        "real_time_factor": round(speaking_sec / seconds, 3),  # compilation included
-        "stopped_by_stop_head": sum(s.stopped_by == "stop head" for s in spoken),
-        "retried": sum(s.num_tries > 1 for s in spoken),
+        "real_time_factor": round(spoken.first_tries_sec / seconds, 3),  # compilation included
+        "stopped_by_stop_head": sum(speech.stopped_by == "stop head" for speech in first),
+        "retried": len(again),
+        "bad_after_retries": sum(speech.is_bad_case for speech in spoken.retried.values()),
         "rows": [
             {"text": text, "language": languages[i]} | {name: heard[name][i] for name in SETS} for i, text in enumerate(texts)
         ],
@@ -133,16 +161,44 @@ def _languages(config: EvaluateConfig, recordings: Sequence[Recording], manifest
     return languages
 
 
-def _speak(model: VoxCPM, config: EvaluateConfig, texts: list[str]) -> list[Speech]:
-    settings = {"cfg_value": config.cfg_value, "inference_timesteps": config.inference_timesteps}
+def _speak(model: VoxCPM, config: EvaluateConfig, texts: list[str], directory: pathlib.Path) -> AllSpoken:
+    """Speaks text 7 into 0007.wav, and again into retried/0007.wav if that is a bad case."""
+    settings = {"cfg_value": config.cfg_value, "inference_timesteps": config.inference_timesteps, "retry_badcase": False}
     requests = [Request(text, seed=config.seed + i, **settings) for i, text in enumerate(texts)]
     # A batch runs until its longest row ends, so texts of similar length share one.
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    spoken: dict[int, Speech] = {}
-    for first in range(0, len(order), config.batch_texts):
-        group = order[first : first + config.batch_texts]
-        spoken |= zip(group, model.speak([requests[i] for i in group]))
-    return [spoken[i] for i in range(len(texts))]
+    first, retried, seconds = {}, {}, 0.0
+    for start in range(0, len(order), config.batch_texts):
+        group = order[start : start + config.batch_texts]
+        begin = time.monotonic()
+        first |= _into_files(model, {i: requests[i] for i in group}, directory)
+        seconds += time.monotonic() - begin
+        bad = {i: _again(requests[i]) for i in group if first[i].is_bad_case}
+        retried |= _into_files(model, bad, directory / "retried")
+    return AllSpoken(first, retried, seconds)
+
+
+def _again(request: Request) -> Request:
+    """The tries that `generate` makes after the first."""
+    more = request.retry_badcase_max_times - 1
+    return dataclasses.replace(request, seed=request.seed + 1, retry_badcase=True, retry_badcase_max_times=more)
+
+
+def _into_files(model: VoxCPM, requests: Mapping[int, Request], directory: pathlib.Path) -> dict[int, Spoken]:
+    spoken = {}
+    for i, speech in zip(requests, model.speak(list(requests.values()))):
+        path = directory / f"{i:04d}.wav"
+        directory.mkdir(exist_ok=True)
+        audio.save(path, speech.audio_A, model.sample_rate)
+        sec = len(speech.audio_A) / model.sample_rate
+        spoken[i] = Spoken(path, sec, speech.stopped_by, speech.is_bad_case)
+    return spoken
+
+
+def _read(path: pathlib.Path) -> np.ndarray:
+    import soundfile
+
+    return soundfile.read(path, dtype="float32")[0]
 
 
 def _all_scores(config: EvaluateConfig, texts: list[str], heard: dict[str, list[str]], languages: list[str]) -> dict:

