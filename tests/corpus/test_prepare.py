@@ -265,17 +265,38 @@ def test_the_last_host_writes_the_header_whoever_was_slow(tmp_path, recordings, 
     held = {"heldout": str(tmp_path / "h.jsonl")}
     really, results = shard.make_missing, []
 
-    def slow(directory, corpora, encoder, config):
+    def slow(directory, corpora, encoder, config, check):
         if directory.name != "heldout" and config.host == 0:
             other = config_of(tmp_path, tokenizer_dir, host=1, num_hosts=2, **held)
             results.append(make_shards(other, tmp_path / "out", vae_params, VAE))
-        really(directory, corpora, encoder, config)
+        really(directory, corpora, encoder, config, check)
 
     monkeypatch.setattr(shard, "make_missing", slow)
     config = config_of(tmp_path, tokenizer_dir, host=0, num_hosts=2, **held)
     header = make_shards(config, tmp_path / "out", vae_params, VAE)
     assert results == [None] and header == shards.read_header(tmp_path / "out")
     assert shards.read_header(tmp_path / "out" / "heldout").num_clips == 5
+
+
+def test_a_second_process_of_the_same_host_is_refused(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):
+    """It used to delete the half-made shard of the first."""
+    config = config_of(tmp_path, tokenizer_dir)
+    really, refusals = encode.ClipEncoder.clips, []
+
+    def meanwhile(self, *args):
+        yield from really(self, *args)
+        if not refusals:  # the shard is written, but not renamed
+            for share in ({}, {"host": 1, "num_hosts": 3}):
+                with pytest.raises(UserError) as refusal:
+                    make_shards(dataclasses.replace(config, **share), tmp_path / "out", vae_params, VAE)
+                refusals.append(str(refusal.value))
+
+    monkeypatch.setattr(encode.ClipEncoder, "clips", meanwhile)
+    header = make_shards(config, tmp_path / "out", vae_params, VAE)
+    assert len(refusals) == 2 and all("out: host 0 of 1, process" in refusal for refusal in refusals)
+    monkeypatch.undo()
+    assert header == make_shards(config, tmp_path / "alone", vae_params, VAE)
+    assert content(tmp_path / "out") == content(tmp_path / "alone")
 
 
 def test_a_mistake_on_the_way_costs_no_finished_shard(tmp_path, recordings, tokenizer_dir, vae_params, monkeypatch):

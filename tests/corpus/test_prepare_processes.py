@@ -93,9 +93,16 @@ def test_killed_at_random_moments_it_loses_and_repeats_nothing(corpus_dir, tmp_p
     assert shards.read_header(output) == shards.read_header(corpus_dir / "straight")
 
 
-def test_two_processes_share_the_work(corpus_dir, tmp_path):
+def test_two_processes_share_the_work_and_a_third_is_refused(corpus_dir, tmp_path):
     output = tmp_path / "out"
     both = [start(corpus_dir, output, f"host={i}", "num_hosts=2") for i in range(2)]
+    while not list(output.glob(".host-0-of-2.*.claim")):
+        time.sleep(0.01)
+    third = start(corpus_dir, output, "host=0", "num_hosts=2")
+    assert third.wait(120) == 2
+    message = third.stderr.read().decode()
+    third.stderr.close()
+    assert message.startswith(f"error: {output}: host 0 of 2, process {both[0].pid} on ") and message.count("\n") == 1
     for process in both:
         assert process.wait(120) == 0, process.stderr.read().decode()
         process.stderr.close()

@@ -8,13 +8,15 @@
     OUTPUT/heldout                           shards of the held-out clips, in the same layout
 
 A run that was stopped continues with the missing shards. Several hosts share the work without communicating: host i of n
-makes shards i, i + n, ..., and a host that finds all shards complete writes the header. Recordings that cannot be used are
+makes shards i, i + n, ..., and a host that finds all shards complete writes the header. A second process that would make
+some of the same shards is refused (claim.py). Recordings that cannot be used are
 skipped, counted by reason in the header and listed in skipped.jsonl.
 
 Memory holds half an hour of audio and 24 bytes per recording, whatever the size of the corpus; while pairs are chosen, at
 most 1 GB of embeddings and 150 bytes per recording.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +31,7 @@ from voxcpm2_jax.config.corpus import DataConfig
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.corpus import debian, demo, header, manifest, shard, sources, speaker, trim
+from voxcpm2_jax.corpus.claim import claim
 from voxcpm2_jax.corpus.encode import ClipEncoder
 from voxcpm2_jax.data.identity import IDENTITY, Known
 from voxcpm2_jax.data.shards import Header
@@ -88,41 +91,56 @@ def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_c
     if MAKING_FILE not in found and found - {config.source}:
         raise UserError(f"{output}: already there; choose a directory that is absent or empty")
     try:
-        if config.source == "manifest":
-            train, heldout = sources.open_corpora(config.manifest), sources.open_corpora(config.heldout)
-        else:
-            files.once(output / config.source, lambda temporary: _make_recordings(config, temporary / config.source))
-            train, heldout = _recordings_in(output / config.source)
-        if same := [corpus.name for corpus in heldout if corpus.sha256 in {corpus.sha256 for corpus in train}]:
-            raise UserError(f"heldout {same[0]}: the same recordings as manifest; expected others, which are not trained on")
-        codec_hash = workdir.codec_sha256(vae_params, vae_config)
-        speaker_encoder = speaker.load_encoder(config.pairs.encoder) if config.pairs.encoder else None
-        models = {"vad": trim.load_vad()} if config.trim == "vad" else {}
-        models |= {"speaker": {"name": config.pairs.encoder, "sha256": speaker_encoder.sha256}} if speaker_encoder else {}
-        # Before anything is written, because the settings of the vocabulary are often wrong.
-        new_tokenizer = None if (output / "tokenizer").exists() else _tokenizer(config, train)
-        _claim(output, _making(config, train, heldout, codec_hash, models))
-        files.once(output / "codec", lambda temporary: workdir.save_codec(temporary, vae_config, vae_params))
-        if new_tokenizer:
-            files.once(output / "tokenizer", lambda temporary: new_tokenizer.save(temporary / "tokenizer"))
-        tokenizer = load_tokenizer(output / "tokenizer")
-        tokenizer_hash = hashlib.sha256((output / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
-        made_by = header.Provenance(config, vae_config, codec_hash, tokenizer_hash, tokenizer.vocab_size, models)
-        known = Known(np.array([r.identity for corpus in heldout for r in corpus], IDENTITY))
-        sets = [(output / HELDOUT, heldout, None)] * bool(heldout) + [(output, train, known)]
-        for directory, corpora, held_out in sets:
-            encoder = ClipEncoder(config, vae_params, vae_config, tokenizer, speaker_encoder, held_out)
-            shard.make_missing(directory, corpora, encoder, config)
-        # Only after all of its own shards can a host know that it is the last.
-        headers = [header.finish(directory, corpora, made_by) for directory, corpora, _ in sets]
-        return None if None in headers else headers[-1]
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error})") from None
+    try:
+        with claim(output, config.host, config.num_hosts) as check:
+            try:
+                return _make_shards(config, output, vae_params, vae_config, check)
+            except UserError:
+                check()  # what another process has taken over is not removed
+                if not found and config.num_hosts == 1 and not list(output.glob("**/*.array_record")):
+                    for path in output.glob("[!.]*"):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                raise
     except UserError:
-        if not found and config.num_hosts == 1 and output.exists() and not list(output.glob("**/*.array_record")):
-            for path in output.glob("[!.]*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if not was_there:
+        if not was_there:
+            with contextlib.suppress(OSError):  # of another process, or with shards in it
                 output.rmdir()
         raise
+
+
+def _make_shards(config: DataConfig, output: pathlib.Path, vae_params, vae_config: AudioVAEConfig, check) -> Header | None:
+    """make_shards in a directory that this process has a claim on."""
+    if config.source == "manifest":
+        train, heldout = sources.open_corpora(config.manifest), sources.open_corpora(config.heldout)
+    else:
+        files.once(output / config.source, lambda temporary: _make_recordings(config, temporary / config.source))
+        train, heldout = _recordings_in(output / config.source)
+    if same := [corpus.name for corpus in heldout if corpus.sha256 in {corpus.sha256 for corpus in train}]:
+        raise UserError(f"heldout {same[0]}: the same recordings as manifest; expected others, which are not trained on")
+    codec_hash = workdir.codec_sha256(vae_params, vae_config)
+    speaker_encoder = speaker.load_encoder(config.pairs.encoder) if config.pairs.encoder else None
+    models = {"vad": trim.load_vad()} if config.trim == "vad" else {}
+    models |= {"speaker": {"name": config.pairs.encoder, "sha256": speaker_encoder.sha256}} if speaker_encoder else {}
+    # Before anything is written, because the settings of the vocabulary are often wrong.
+    new_tokenizer = None if (output / "tokenizer").exists() else _tokenizer(config, train)
+    _keep_making(output, _making(config, train, heldout, codec_hash, models))
+    files.once(output / "codec", lambda temporary: workdir.save_codec(temporary, vae_config, vae_params))
+    if new_tokenizer:
+        files.once(output / "tokenizer", lambda temporary: new_tokenizer.save(temporary / "tokenizer"))
+    tokenizer = load_tokenizer(output / "tokenizer")
+    tokenizer_hash = hashlib.sha256((output / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
+    made_by = header.Provenance(config, vae_config, codec_hash, tokenizer_hash, tokenizer.vocab_size, models)
+    known = Known(np.array([r.identity for corpus in heldout for r in corpus], IDENTITY))
+    sets = [(output / HELDOUT, heldout, None)] * bool(heldout) + [(output, train, known)]
+    for directory, corpora, held_out in sets:
+        encoder = ClipEncoder(config, vae_params, vae_config, tokenizer, speaker_encoder, held_out)
+        shard.make_missing(directory, corpora, encoder, config, check)
+    # Only after all of its own shards can a host know that it is the last.
+    headers = [header.finish(directory, corpora, made_by) for directory, corpora, _ in sets]
+    return None if None in headers else headers[-1]
 
 
 # ---- what shards are made from ---------------------------------------------------------------------------------------
@@ -159,7 +177,7 @@ def _making(config: DataConfig, train, heldout, codec_hash: str, models: dict) -
     }
 
 
-def _claim(output: pathlib.Path, making: dict) -> None:
+def _keep_making(output: pathlib.Path, making: dict) -> None:
     """Makes the output directory, or checks that the shards in it are made from the same."""
     file = output / MAKING_FILE
     text = json.dumps(making, ensure_ascii=False, indent=1, sort_keys=True) + "\n"

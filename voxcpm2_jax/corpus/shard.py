@@ -9,7 +9,7 @@ A shard depends on its recordings alone, so it makes no difference which host ma
 import math
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from voxcpm2_jax.corpus import speaker
 from voxcpm2_jax.corpus.encode import ClipEncoder, Skipped
 from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.corpus.moments import MOMENTS, Moments
-from voxcpm2_jax.corpus.sources import Corpus
+from voxcpm2_jax.corpus.sources import Corpus, Joined
 from voxcpm2_jax.data.clips import LENGTHS, as_lengths
 from voxcpm2_jax.data.identity import IDENTITY
 from voxcpm2_jax.data.records import ReadError
@@ -81,28 +81,25 @@ def shard_names(corpora: list[Corpus], shard_clips: int) -> list[str]:
     return [f"shard-{i:05d}-of-{num_shards:05d}" for i in range(num_shards)]
 
 
-def make_missing(directory: pathlib.Path, corpora: list[Corpus], encoder: ClipEncoder, config: DataConfig) -> None:
-    """Makes those of this host's shards of a directory that are not complete."""
+def make_missing(
+    directory: pathlib.Path, corpora: list[Corpus], encoder: ClipEncoder, config: DataConfig, check: Callable[[], None]
+) -> None:  # fmt: skip
+    """Makes those of this host's shards of a directory that are not complete; `check` raises if the host lost its claim."""
     directory.mkdir(exist_ok=True)
     names, size = shard_names(corpora, config.shard_clips), config.shard_clips
-    starts = np.cumsum([0, *map(len, corpora)])
+    recordings = Joined(corpora)
     mine = range(config.host, len(names), config.num_hosts)
     todo = [i for i in mine if not part_file(directory, names[i]).exists()]
     bar = _bar("encoding", len(mine) * size)
     with bar, ThreadPoolExecutor() as pool:
         bar.advance(0, (len(mine) - len(todo)) * size)
         for i in todo:
-            recordings = (
-                recording
-                for corpus, start in zip(corpora, starts)
-                for recording in corpus[max(0, i * size - start) : max(0, (i + 1) * size - start)]
-            )
-            make_shard(directory, names[i], recordings, encoder, config, pool, bar)
+            make_shard(directory, names[i], recordings.part(i * size, (i + 1) * size), encoder, config, check, pool, bar)
 
 
 def make_shard(
     directory: pathlib.Path, name: str, recordings: Iterable[Recording], encoder: ClipEncoder, config: DataConfig,
-    pool: ThreadPoolExecutor, bar,
+    check: Callable[[], None], pool: ThreadPoolExecutor, bar,
 ) -> None:  # fmt: skip
     """Writes one shard, then its part file."""
     lengths: list[tuple[int, ...]] = []
@@ -126,11 +123,13 @@ def make_shard(
             moments.add(clip.patches_MPC)
             yield clip
 
+    check()
     for leftover in directory.glob(f".{name}.*"):  # of this host, which was killed while it made this shard
         leftover.unlink(missing_ok=True)
     try:
         with files.aside(directory / f"{name}.array_record") as temporary:
             write_shard(temporary, clips(), config.latent_dtype)
+            check()
         part = Part(
             np.array(lengths, LENGTHS), np.array(list(groups), str).reshape(-1, 2), moments.table,
             np.array(moments.num_frames), np.array(skipped, str).reshape(-1, 4),
@@ -138,6 +137,7 @@ def make_shard(
         )  # fmt: skip
         with files.aside(part_file(directory, name)) as temporary:
             np.savez(temporary, **part._asdict(), **{_EMBEDDINGS: np.array(embeddings, np.float16)})
+            check()
     except ReadError:  # of a recording
         raise
     except OSError as error:

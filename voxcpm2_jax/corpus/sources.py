@@ -6,9 +6,11 @@
 The embedded corpora (demo.py, debian.py) are read through the manifests that they write.
 """
 
+import bisect
 import collections
+import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -44,6 +46,26 @@ def open_corpus(name: str | os.PathLike) -> Corpus:
 def open_corpora(names: str) -> list[Corpus]:
     """The corpora of several names separated by commas; raises as `open_corpus`."""
     return [open_corpus(name) for name in names.split(",") if name]
+
+
+class Joined(Sequence):
+    """The recordings of several corpora, one after the other."""
+
+    def __init__(self, corpora: Sequence[Corpus]):
+        self._corpora = corpora
+        self._starts = list(itertools.accumulate(map(len, corpora), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Recording:
+        i = bisect.bisect_right(self._starts, index) - 1
+        return self._corpora[i][int(index) - self._starts[i]]
+
+    def part(self, start: int, end: int) -> Iterator[Recording]:
+        """Recordings start .. end - 1."""
+        for corpus, first in zip(self._corpora, self._starts):
+            yield from corpus[max(0, start - first) : max(0, end - first)]
 
 
 def in_threads(pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int = 64) -> Iterator[tuple]:
