@@ -1,9 +1,10 @@
 """Measures what a large corpus costs the plan of its rows: time, memory, and how full the rows are.
 
-    python tests/measure_mixing.py [CLIPS ...]      default: 1,000,000
+    python tests/measure_mixing.py [CLIPS[:FROM:TO] ...]      default: 1,000,000
 
-Durations are log-normal (median 7 s, sigma 0.6, 1 to 30 s), text has 3.2 tokens per second, in 15 languages of different
-size; 256 rows of 4,096 slots per step. Prints one JSON object for each corpus, measured in a process of its own:
+Durations are log-normal (median 7 s, sigma 0.6, 1 to 30 s), or even from FROM to TO seconds. Text has 3.2 tokens per second, in
+15 languages of different size; 256 rows of 4,096 slots per step. Prints one JSON object for each corpus, measured in a process
+of its own. Times are those of its CPU, on which other processes have no influence:
 
     start_sec            until the plan is ready                   first_step_sec   rows of the first step: packs an epoch
     first_far_step_sec   then step 10^6: makes all packings that are left
@@ -28,11 +29,14 @@ from voxcpm2_jax.data.clips import LENGTHS, Index
 SLOTS, ROWS, FAR = 4096, 256, 10**6
 
 
-def index_of(num_clips: int) -> Index:
+def index_of(num_clips: int, bounds_sec: list[float]) -> Index:
     rng = np.random.default_rng(0)
     lengths = np.zeros(num_clips, LENGTHS)
     for part in np.array_split(np.arange(num_clips), max(1, num_clips // 100_000)):
-        sec = (7 * np.exp(0.6 * rng.standard_normal(len(part)))).clip(1, 30)
+        if bounds_sec:
+            sec = rng.uniform(*bounds_sec, len(part))
+        else:
+            sec = (7 * np.exp(0.6 * rng.standard_normal(len(part)))).clip(1, 30)
         lengths["text"][part] = np.maximum(1, rng.poisson(3.2 * sec))
         lengths["patches"][part] = np.ceil(6.25 * sec)
         lengths["group"][part] = rng.integers(0, 30, len(part)) ** 2 // 60
@@ -46,21 +50,22 @@ def memory_mb() -> tuple[float, float]:
     return now / 1e6, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def measure(num_clips: int) -> None:
-    index = index_of(num_clips)
+def measure(corpus: str) -> None:
+    num_clips, *bounds_sec = map(float, corpus.split(":"))
+    index = index_of(int(num_clips), bounds_sec)
     patches = packing.recommend_patches(packing.sizes(index.lengths[:100_000]), SLOTS)
     before, _ = memory_mb()
 
     def seconds(function, *args) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         function(*args)
-        return round(time.perf_counter() - start, 4)
+        return round(time.process_time() - start, 4)
 
-    start = time.perf_counter()
+    start = time.process_time()
     mix = mixing.Mix(0, index, 0.16, BatchConfig(rows=ROWS, slots=SLOTS, patches=patches))
     result = {
-        "clips": num_clips,
-        "start_sec": round(time.perf_counter() - start, 2),
+        "corpus": corpus,
+        "start_sec": round(time.process_time() - start, 2),
         "first_step_sec": seconds(mix.rows, 0),
         "first_far_step_sec": seconds(mix.rows, FAR),
         "step_sec": max(seconds(mix.rows, int(step)) for step in np.random.default_rng(0).integers(0, 10**7, 20)),
@@ -78,6 +83,6 @@ def measure(num_clips: int) -> None:
 
 if __name__ == "__main__":
     for argument in sys.argv[1:] or ["1e6"]:
-        process = multiprocessing.get_context("spawn").Process(target=measure, args=(int(float(argument)),))
+        process = multiprocessing.get_context("spawn").Process(target=measure, args=(argument,))
         process.start()
         process.join()

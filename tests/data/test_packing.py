@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -48,6 +50,39 @@ def test_no_budget_is_exceeded(rows, deal_from):
         assert (sizes[start:end].sum(axis=0) <= BUDGETS).all()
         if following is not None:  # the next one really had no room
             assert (sizes[start : end + 1].sum(axis=0) > BUDGETS).any()
+
+
+def best_fit_of_one_window(fractions, most_open):
+    """Best fit as a plain loop over items and open rows."""
+    rooms, row_of_item, num_rows = {}, [], 0  # the room of each open row by its number, the first opened first
+    for item in fractions:
+        left = {number: (room - item).min() for number, room in rooms.items()}
+        left = {number: least for number, least in left.items() if least >= -packing._SLACK}
+        if left:
+            number = min(left, key=left.get)  # of several, the first
+        else:
+            rooms = {n: room for n, room in rooms.items() if (room >= fractions.min(axis=0) - packing._SLACK).all()}
+            rooms = dict(list(rooms.items())[-most_open + 1 :])
+            number, num_rows = num_rows, num_rows + 1
+            rooms[number] = np.ones(fractions.shape[1])
+        rooms[number] = rooms[number] - item
+        row_of_item.append(number)
+    return row_of_item, num_rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(clips, min_size=1, max_size=5), st.sampled_from([2, 3, 64]), st.sampled_from([20, 25]), st.booleans())
+def test_windows_are_packed_together_as_one_after_the_other(windows, most_open, targets, with_references):
+    """Of different lengths, with many ties, whichever budgets decide."""
+    budgets = np.array(packing.Budgets(T, M, targets, clips=4))
+    reference = None if with_references else 0
+    fractions = [packing.sizes(lengths_of(rows), reference_patches=reference) / budgets for rows in windows]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_OPEN_ROWS", most_open)
+        patch.setattr(packing, "_WINDOWS_AT_ONCE", 3)
+        patch.setattr(packing, "_DEAL_FROM_CLIPS_PER_ROW", math.inf)
+        found = [(rows.tolist(), num_rows) for rows, num_rows in packing.share_windows(fractions)]
+    assert found == [best_fit_of_one_window(window, most_open) for window in fractions]
 
 
 @pytest.mark.parametrize("num_slots", [1024, 2048, 4096, 8192])

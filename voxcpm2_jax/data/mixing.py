@@ -17,9 +17,10 @@ Needs only numpy.
 """
 
 import functools
+import itertools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,13 +65,14 @@ class Mix:
                 rows = (config.first_step - last.first_step) * last.batch.rows
                 used |= {key: offset + n for key, offset, n in zip(last.keys, last.offsets, last.order.before(rows))}
             groups = _groups(index, config, patch_sec)
-            keys = []
+            keys, new = [], _Together()
             for group, (clips, _) in groups.items():
                 # A stage continues the epochs of an earlier one if it wants the same of the group; otherwise it begins anew.
                 key = (group, config.min_sec, config.max_sec, config.reference, config.described, *budgets)
                 if key not in streams:
-                    streams[key] = _Stream((seed, len(streams)), index, clips, config, budgets)
+                    streams[key] = _Stream((seed, len(streams)), index, clips, config, budgets, new)
                 keys.append(key)
+            new.measure()
             # The shares are of hours. A group with much text, many reference clips or clips that leave rows half empty needs
             # more rows for an hour.
             rows = np.array([hours * streams[key].rows_per_patch for key, (_, hours) in zip(keys, groups.values())])
@@ -234,9 +236,15 @@ class _Packing(NamedTuple):
 
 
 class _Stream:
-    """The endless sequence of packed rows of some clips, with random access; safe to share between threads."""
+    """The endless sequence of packed rows of some clips, with random access; safe to share between threads.
 
-    def __init__(self, seed, index: Index, clips: np.ndarray, stage: StageConfig, budgets: Budgets):
+    Attributes:
+        rows_per_patch: what a patch of a clip takes of a row, room that stays empty included; set by `_Together.measure`.
+    """
+
+    rows_per_patch: float
+
+    def __init__(self, seed, index: Index, clips: np.ndarray, stage: StageConfig, budgets: Budgets, together: "_Together"):
         self._seed, self._index, self._clips, self._stage = seed, index, clips, stage
         self._budgets = np.array(budgets)
         smallest = packing.sizes(index.lengths.take(clips), reference_patches=0, is_described=False)
@@ -248,27 +256,31 @@ class _Stream:
                 f"{budgets.targets} target patches; the largest take {slots}, {patches} and {targets}: raise the budgets or "
                 "set max_sec of the stage"
             )
-        self._is_small = (smallest / self._budgets).sum(axis=0).max() < _FEW_ROWS
-        self._num_packings = 1 if self._is_small else min(max(_MAX_DRAWS // len(index.lengths), 2), 16)
+        self.is_small = (smallest / self._budgets).sum(axis=0).max() < _FEW_ROWS
+        self._num_packings = 1 if self.is_small else min(max(_MAX_DRAWS // len(index.lengths), 2), 16)
         self._packings: list[_Packing] = []  # made when they are first needed
         self._row_order = functools.lru_cache(4)(self._row_order)
-        self._lock = threading.Lock()
+        self._together, self._lock = together, together.lock
+        together.streams.append(self)
 
     @property
     def clips(self) -> np.ndarray:
         """Numbers of the clips, each once."""
         return self._clips
 
-    @functools.cached_property
-    def rows_per_patch(self) -> float:
-        """Rows that a patch takes, room that stays empty included; of a large group, measured on a window of its clips."""
-        measured, clips = self, self._clips
-        if len(clips) > packing.WINDOW_CLIPS:
-            clips = np.random.default_rng((*self._seed, 2)).choice(clips, packing.WINDOW_CLIPS, replace=False)
-            measured = _Stream((*self._seed, 2), self._index, clips, self._stage, self._budgets)
-        measured._find(0)
-        packed = measured._packings[0]
-        return packed.num_rows / float(packed.heard[..., 1].sum())
+    def sample(self, together: "_Together") -> "_Stream":
+        """A stream of one window of its clips."""
+        clips = np.random.default_rng((*self._seed, 2)).permutation(self._clips)[: packing.WINDOW_CLIPS]
+        return _Stream((*self._seed, 2), self._index, clips, self._stage, Budgets(*self._budgets), together)
+
+    def packing(self, number: int) -> _Packing:
+        """A packing by its number."""
+        if number == len(self._packings):
+            if self.is_small:
+                self._pack_in_turn()
+            else:
+                self._together.pack(number)
+        return self._packings[number]
 
     def row(self, i: int) -> list[Draw]:
         """The i-th row."""
@@ -293,9 +305,7 @@ class _Stream:
         """Row i of the stream -> (epoch, row of that epoch)."""
         first = 0
         for number in range(self._num_packings):
-            if number == len(self._packings):
-                self._packings.append(self._pack_in_turn() if self._is_small else self._pack(number))
-            num_rows = self._packings[number].num_rows
+            num_rows = self.packing(number).num_rows
             if i < first + num_rows:
                 return number, i - first
             first += num_rows
@@ -305,23 +315,31 @@ class _Stream:
 
     def _row_order(self, epoch: int) -> np.ndarray:
         num_rows = self._packings[epoch % self._num_packings].num_rows
-        if self._is_small:
+        if self.is_small:
             return np.arange(num_rows)
         return np.random.default_rng((*self._seed, 1, epoch)).permutation(num_rows)
 
-    def _pack(self, number: int) -> _Packing:
-        """One epoch of a large group, packed in windows."""
+    def draw(self, number: int) -> tuple[_Draws, Iterator[np.ndarray]]:
+        """The draws of a packing, and what they take of a row, in windows of [draws, budgets]."""
         draws, sizes = self._draw(np.random.default_rng((*self._seed, 0, number)))
-        order, starts, first = [], [np.zeros(1, np.int64)], 0
-        num_windows = math.ceil(len(sizes) / packing.WINDOW_CLIPS)
-        for window in np.array_split(np.arange(len(sizes)), num_windows):
-            row_of_clip, num_rows = packing.share_rows(sizes[window] / self._budgets)
-            order.append(window[np.argsort(row_of_clip, kind="stable")])
-            starts.append(first + np.cumsum(np.bincount(row_of_clip, minlength=num_rows)))
-            first += len(window)
-        return self._packed(draws.take(np.concatenate(order)), np.concatenate(starts))
+        return draws, (sizes[window] / self._budgets for window in self.windows())
 
-    def _pack_in_turn(self) -> _Packing:
+    def windows(self) -> list[slice]:
+        """The windows of clips that are packed together; their lengths differ by one at most."""
+        count = math.ceil(len(self._clips) / packing.WINDOW_CLIPS)
+        length, longer = divmod(len(self._clips), count)
+        bounds = [length * i + min(i, longer) for i in range(count + 1)]
+        return [slice(*pair) for pair in itertools.pairwise(bounds)]
+
+    def add(self, draws: _Draws, found: Iterable[tuple[np.ndarray, int]]) -> None:
+        """Adds a packing of these draws; `found` is what packing.share_rows returns for each window."""
+        order, starts = [], [np.zeros(1, np.int64)]
+        for window, (row_of_clip, num_rows) in zip(self.windows(), found):
+            order.append(window.start + np.argsort(row_of_clip, kind="stable"))
+            starts.append(window.start + np.cumsum(np.bincount(row_of_clip, minlength=num_rows)))
+        self._packings.append(self._packed(draws.take(np.concatenate(order)), np.concatenate(starts)))
+
+    def _pack_in_turn(self) -> None:
         """Epochs of a small group one after the other, until there are enough rows; only the very last row may stay short."""
         epochs, sizes, rows = [], [], 0.0
         while rows < _FEW_ROWS and len(epochs) < 512:
@@ -330,7 +348,7 @@ class _Stream:
             sizes.append(sizes_of_epoch)
             rows += (sizes_of_epoch / self._budgets).sum(axis=0).max()
         draws = _Draws(*(np.concatenate(column) for column in zip(*epochs)))
-        return self._packed(draws, packing.fill_in_turn(np.concatenate(sizes), self._budgets))
+        self._packings.append(self._packed(draws, packing.fill_in_turn(np.concatenate(sizes), self._budgets)))
 
     def _draw(self, rng) -> tuple[_Draws, np.ndarray]:
         """All clips once, in a new order and with modes drawn for them; and their `sizes`."""
@@ -370,3 +388,33 @@ class _Stream:
         )
         heard = np.stack([clips, patches], axis=-1).astype(np.int64).reshape(num_rows, num_modes, 2)
         return _Packing(draws, starts, heard)
+
+
+class _Together:
+    """Streams of one stage. The large ones make their packings at the same time, which takes far less time."""
+
+    def __init__(self):
+        self.streams: list[_Stream] = []
+        self.lock = threading.Lock()
+
+    def pack(self, number: int) -> None:
+        """Adds a packing to every large stream."""
+        large, draws = [stream for stream in self.streams if not stream.is_small], []
+
+        def windows() -> Iterator[np.ndarray]:
+            for stream in large:
+                of_stream, fractions = stream.draw(number)
+                draws.append(of_stream)
+                yield from fractions
+
+        found = packing.share_windows(windows())
+        for stream in large:
+            of_stream = list(itertools.islice(found, len(stream.windows())))
+            stream.add(draws.pop(0), of_stream)
+
+    def measure(self) -> None:
+        """Sets rows_per_patch of every stream, that of a large one from a window of its clips."""
+        windows = _Together()
+        measured = [stream if stream.is_small else stream.sample(windows) for stream in self.streams]
+        for stream, packed in zip(self.streams, [stream.packing(0) for stream in measured]):
+            stream.rows_per_patch = packed.num_rows / float(packed.heard[..., 1].sum())

@@ -6,12 +6,14 @@ Two methods fill rows:
 
     deal        where rows hold many clips: the longest clips first, each to the row that is least full; over 98 % of the
                 slots are used, about a million clips are packed per second (tests/measure_mixing.py)
-    best fit    where rows hold few: each clip goes into the open row where it leaves the least room
+    best fit    where rows hold few: each clip goes into the open row where it leaves the least room; about as fast
 
 Needs only numpy.
 """
 
+import itertools
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +24,7 @@ WINDOW_CLIPS = 16384  # clips that are packed together
 _DEAL_FROM_CLIPS_PER_ROW = 24  # rows of fewer clips are filled by best fit
 _DEAL_ROWS_AT_ONCE = 4  # 1 in 4 rows gets a clip at a time: as full as one row at a time, and five times as fast
 _OPEN_ROWS = 64  # best fit looks at the rows opened last, which have nearly all of the room
+_WINDOWS_AT_ONCE = 128  # by best fit; more are hardly faster
 _SLACK = 1e-9  # rounding of summed fractions
 
 SLOTS, PATCHES, TARGETS, CLIPS = range(4)  # columns of `sizes`, in the order of Budgets
@@ -77,9 +80,25 @@ def share_rows(fractions: np.ndarray) -> tuple[np.ndarray, int]:
     Args:
         fractions: [items, budgets], the fraction of each budget of a row that an item takes.
     """
+    return next(share_windows([fractions]))
+
+
+def share_windows(windows: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
+    """`share_rows` of each of some windows, faster than one after the other."""
+    windows = iter(windows)
+    while some := list(itertools.islice(windows, _WINDOWS_AT_ONCE)):
+        packed = [_dealt(fractions) for fractions in some]
+        left = [i for i, found in enumerate(packed) if found is None]
+        for i, found in zip(left, _best_fit([some[i] for i in left]) if left else ()):
+            packed[i] = found
+        yield from packed
+
+
+def _dealt(fractions: np.ndarray) -> tuple[np.ndarray, int] | None:
+    """One window dealt to as few rows as possible; None if rows hold few items, or full ones would be 5 % fewer."""
     total = fractions.sum(axis=0).max()
     if len(fractions) < _DEAL_FROM_CLIPS_PER_ROW * total:
-        return _best_fit(fractions)
+        return None
     longest_first = np.argsort(-fractions.max(axis=1), kind="stable")
     fewest = math.ceil(total)
     for num_rows in range(fewest, math.floor(1.05 * fewest + 1) + 1):
@@ -88,7 +107,7 @@ def share_rows(fractions: np.ndarray) -> tuple[np.ndarray, int]:
             rows = np.zeros_like(dealt)
             rows[longest_first] = dealt
             return rows, num_rows
-    return _best_fit(fractions)
+    return None
 
 
 def _deal(fractions: np.ndarray, num_rows: int) -> np.ndarray | None:
@@ -108,28 +127,55 @@ def _deal(fractions: np.ndarray, num_rows: int) -> np.ndarray | None:
     return row_of_item
 
 
-def _best_fit(fractions: np.ndarray) -> tuple[np.ndarray, int]:
-    """Puts each item into the open row where it leaves the least of the budget that is then fullest -> as `share_rows`."""
-    row_of_item = np.zeros(len(fractions), np.int64)
-    num_rows = 0
-    room = np.zeros((0, fractions.shape[1]))  # [open rows, budgets]
-    open_rows = np.zeros(0, np.int64)
-    smallest = fractions.min(axis=0)
-    for item, fraction in enumerate(fractions):
-        room_left = (room - fraction).min(axis=1)
-        fits = room_left >= -_SLACK
-        if fits.any():
-            chosen = int(np.where(fits, room_left, np.inf).argmin())
-        else:
-            is_full = (room < smallest - _SLACK).any(axis=1)
-            keep = np.flatnonzero(~is_full)[-_OPEN_ROWS + 1 :]
-            room = np.concatenate([room[keep], np.ones((1, room.shape[1]))])
-            open_rows = np.append(open_rows[keep], num_rows)
-            num_rows += 1
-            chosen = len(open_rows) - 1
-        room[chosen] -= fraction
-        row_of_item[item] = open_rows[chosen]
-    return row_of_item, num_rows
+def _best_fit(windows: Sequence[np.ndarray]) -> list[tuple[np.ndarray, int]]:
+    """Puts each item into the open row where it leaves the least of the budget that is then fullest -> as `share_rows`.
+
+    All windows place their next item at the same time, because numpy is slow on small arrays. Each has `_OPEN_ROWS` places for
+    open rows, the first opened first; -inf marks a place without a row.
+    """
+    binding, num_windows = _binding(windows), len(windows)
+    items = np.zeros((max(map(len, windows)), len(binding), num_windows))  # zeros after the end of a window do no harm
+    for w, window in enumerate(windows):
+        items[: len(window), :, w] = window[:, binding]
+    smallest = np.stack([window[:, binding].min(axis=0) for window in windows], axis=1)[..., None]
+    room = np.full((len(binding), num_windows, _OPEN_ROWS), -np.inf)
+    room_left, least, is_too_small = np.empty_like(room), np.empty(room.shape[1:]), np.empty(room.shape[1:], bool)
+    number = np.zeros((num_windows, _OPEN_ROWS), np.int64)  # of the row at each place
+    places = np.zeros(num_windows, np.int64)  # that are taken
+    num_rows = np.zeros(num_windows, np.int64)
+    row_of_item = np.zeros((len(items), num_windows), np.int64)
+    first_place = np.arange(num_windows) * _OPEN_ROWS
+    room_flat, least_flat, number_flat = room.reshape(len(binding), -1), least.reshape(-1), number.reshape(-1)
+    for i, item in enumerate(items):
+        np.subtract(room, item[..., None], out=room_left).min(axis=0, out=least)
+        np.copyto(least, np.inf, where=np.less(least, -_SLACK, out=is_too_small))
+        place = least.argmin(axis=1)
+        place += first_place
+        new = (least_flat[place] == np.inf).nonzero()[0]  # windows in which it fits no open row
+        if len(new):
+            for w in new[places[new] == _OPEN_ROWS].tolist():
+                keep = np.flatnonzero((room[:, w] >= smallest[:, w] - _SLACK).all(axis=0))[-_OPEN_ROWS + 1 :]
+                places[w] = len(keep)
+                room[:, w, : len(keep)], number[w, : len(keep)] = room[:, w, keep], number[w, keep]
+                room[:, w, len(keep) :] = -np.inf
+            place[new] = first_place[new] + places[new]
+            room_flat[:, place[new]] = 1.0
+            number_flat[place[new]] = num_rows[new]
+            places[new] += 1
+            num_rows[new] += 1
+        room_flat[:, place] -= item
+        row_of_item[i] = number_flat[place]
+    return [(row_of_item[: len(window), w], int(num_rows[w])) for w, window in enumerate(windows)]
+
+
+def _binding(windows: Sequence[np.ndarray]) -> list[int]:
+    """The budgets that decide: not those of which every item takes no more than of another one."""
+    budgets = list(range(windows[0].shape[1]))
+    for budget in reversed(budgets):
+        others = [other for other in budgets if other != budget]
+        if any(all((window[:, budget] <= window[:, other]).all() for window in windows) for other in others):
+            budgets = others
+    return budgets
 
 
 def fill_in_turn(item_sizes: np.ndarray, budgets: np.ndarray) -> np.ndarray:
