@@ -101,10 +101,21 @@ def librispeech(root):
     features = {"speech": sound(16000, fileFormat="flac"), "text": TEXT, "speaker_id": tensor("int64"),
                 "chapter_id": tensor("int64"), "id": tensor("string")}  # fmt: skip
     examples = [
-        {"speech": wave(i, 16000), "text": f"HELLO {i}", "speaker_id": 7, "chapter_id": 100 + i, "id": "a"} for i in range(3)
+        {
+            "speech": wave(i, 16000),
+            "text": f"HELLO {i}",
+            "speaker_id": 7,
+            "chapter_id": 100 + i,
+            "id": f"7-{100 + i}-00{20 - i}",
+        }
+        for i in range(3)
     ]
     write_set(root / "librispeech/default/2.1.2", "librispeech", features, examples, "train_clean100", configName="default")
-    return "librispeech@train_clean100", 16000, {"text": "HELLO 1", "speaker": "7", "session": "101", "language": "en"}
+    return (
+        "librispeech@train_clean100",
+        16000,
+        {"text": "HELLO 1", "speaker": "7", "session": "101", "language": "en", "order": 19},
+    )
 
 
 def librispeech_as_files(root):
@@ -116,41 +127,48 @@ def librispeech_as_files(root):
         examples.append({"speech": file.getvalue(), "text": f"HELLO {i}", "speaker_id": 7})
     path = root / "librispeech/lazy_decode/2.1.2"
     write_set(path, "librispeech", features, examples, configName="lazy_decode")
-    return "librispeech/lazy_decode", 16000, {"text": "HELLO 1", "speaker": "7", "session": None, "language": "en"}
+    return "librispeech/lazy_decode", 16000, {"text": "HELLO 1", "speaker": "7", "session": None, "language": "en",
+                                             "order": None}  # fmt: skip
 
 
 def libritts(root):
     features = {"speech": sound(24000, "int64", fileFormat="wav"), "text_original": TEXT, "text_normalized": TEXT,
-                "speaker_id": tensor("int64"), "chapter_id": tensor("int64")}  # fmt: skip
+                "speaker_id": tensor("int64"), "chapter_id": tensor("int64"), "id": tensor("string")}  # fmt: skip
     examples = [
-        {"speech": wave(i, 24000), "text_original": "1", "text_normalized": f"one {i}", "speaker_id": 5, "chapter_id": 6}
+        {"speech": wave(i, 24000), "text_original": "1", "text_normalized": f"one {i}", "speaker_id": 5, "chapter_id": 6,
+         "id": f"5_6_00000{8 - i}_000002"}
         for i in range(3)
-    ]
+    ]  # fmt: skip
     write_set(root / "libritts/1.0.1", "libritts", features, examples)
-    return "libritts:1.0.1", 24000, {"text": "one 1", "speaker": "5", "session": "6", "language": "en"}
+    return "libritts:1.0.1", 24000, {"text": "one 1", "speaker": "5", "session": "6", "language": "en", "order": 7000002}
 
 
 def ljspeech(root):
     features = {"id": tensor("string"), "speech": sound(22050), "text": TEXT, "text_normalized": TEXT}
-    examples = [{"id": "a", "speech": wave(i, 22050), "text": "1", "text_normalized": f"one {i}"} for i in range(3)]
+    examples = [
+        {"id": f"LJ00{3 - i}-0017", "speech": wave(i, 22050), "text": "1", "text_normalized": f"one {i}"} for i in range(3)
+    ]
     write_set(root / "ljspeech/1.1.1", "ljspeech", features, examples)
-    return "ljspeech", 22050, {"text": "one 1", "speaker": "linda", "language": "en"}
+    return "ljspeech", 22050, {"text": "one 1", "speaker": "linda", "language": "en", "order": 20017}
 
 
 def vctk(root):
     path = root / "vctk/mic1/1.0.1"
     speakers = labels(path, "speaker", ["p225", "p226"])
     features = {"id": tensor("string"), "text": TEXT, "speech": sound(48000), "speaker": speakers}
-    examples = [{"id": "a", "text": f"please {i}", "speech": wave(i, 48000), "speaker": i % 2} for i in range(3)]
+    examples = [{"id": f"p225_00{i}", "text": f"please {i}", "speech": wave(i, 48000), "speaker": i % 2} for i in range(3)]
     write_set(path, "vctk", features, examples, configName="mic1")
-    return "vctk/mic1", 48000, {"text": "please 1", "speaker": "p226", "language": "en"}
+    return "vctk/mic1", 48000, {"text": "please 1", "speaker": "p226", "language": "en", "order": 1}
 
 
 def tedlium(root):
     features = {"speech": sound(16000, "int64"), "text": TEXT, "speaker_id": tensor("string"), "id": tensor("string")}
-    examples = [{"speech": wave(i, 16000), "text": f"so {i}", "speaker_id": "Al", "id": "a"} for i in range(3)]
+    examples = [
+        {"speech": wave(i, 16000), "text": f"so {i}", "speaker_id": "Al", "id": f"Al_2006-{9 - i}.5-12.75-<o,f0,male>"}
+        for i in range(3)
+    ]
     write_set(root / "tedlium/release3/1.0.1", "tedlium", features, examples, configName="release3")
-    return "tedlium/release3", 16000, {"text": "so 1", "speaker": "Al", "language": "en"}
+    return "tedlium/release3", 16000, {"text": "so 1", "speaker": "Al", "language": "en", "order": 8.5}
 
 
 def user_libri_audio(root):
@@ -164,7 +182,7 @@ def common_voice(root):
     features = {"client_id": TEXT, "sentence": TEXT, "voice": sound(None, "int64"), "age": TEXT}
     examples = [{"client_id": "c", "sentence": f"你好 {i}", "voice": wave(i, 48000), "age": ""} for i in range(3)]
     write_set(root / "common_voice/zh-CN/2.0.0", "common_voice", features, examples, configName="zh-CN")
-    return "common_voice/zh-CN", 48000, {"text": "你好 1", "speaker": "c", "language": "zh"}
+    return "common_voice/zh-CN", 48000, {"text": "你好 1", "speaker": "c", "language": "zh", "order": None}
 
 
 def fleurs(root):
@@ -213,6 +231,13 @@ def test_language_codes(data_dir):
     assert [r.language for r in sources.open_corpus(f"tfds:{name}")] == ["zh", "en", "zh"]
     tags = {"de": "de", "sv-SE": "sv", "fleurs.yue_hant_hk": "yue", "cmn_hans_cn": "zh", "pa-IN": "pa"}
     assert {tag: datasets._base(tag) for tag in tags} == tags
+
+
+def test_an_id_without_numbers_says_nothing_of_the_order(data_dir):
+    features = {"id": TEXT, "speech": sound(22050), "text_normalized": TEXT}
+    examples = [{"id": id_, "speech": wave(0, 22050), "text_normalized": "one"} for id_ in ("LJ001-0002", "LJ3", "", "a")]
+    write_set(data_dir / "ljspeech/1.1.1", "ljspeech", features, examples)
+    assert [r.order for r in sources.open_corpus("tfds:ljspeech")] == [10002, None, None, None]
 
 
 def test_every_known_set_is_tried():

@@ -101,7 +101,7 @@ def test_references_are_of_the_voice_and_session_and_sound_alike(make, manifest,
     assert references(tmp_path / "out") == EXPECTED
     assert header.models == {"speaker": {"name": f"{__name__}:Bands", "sha256": Bands.sha256}}
     settings = {"encoder": f"{__name__}:Bands", "min_cosine": 0.7, "references": 4, "min_sec": 1.0, "max_sec": 30.0}
-    assert header.pairs == settings | {"need_session": False, "seed": 0, "clips": 9, "compared": 11}
+    assert header.pairs == settings | {"need_session": False, "seed": 0, "clips": 9, "compared": 11, "order_unknown": 11}
     assert header == read_header(tmp_path / "out")
     # Audio is not stored twice: the records are those of a run without pairs.
     make("without")

@@ -120,6 +120,41 @@ def test_directly_before_is_by_time_within_a_file_and_the_same_part_is_one():
     assert references(pairs) == [{1, 2, 5}, {2, 3, 4, 5}, {0, 1, 3, 4, 5}, {0, 1, 5}, {0, 1, 5}, {0, 2, 3, 4}]
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_directly_before_in_a_shuffled_set_is_by_order(is_known):
+    """Eight sessions of 25 clips, listed in any order, as TensorFlow's data sets are."""
+    recorded = np.random.default_rng(0).permutation(200)
+    origins = [
+        (f"set#{i}", None, None, ("d", "ann", str(n // 25)), float(n) if is_known else None) for i, n in enumerate(recorded)
+    ]
+    pairs = choose(origins, [ALIKE] * 200)
+    assert (pairs >= 0).all()
+    before = recorded[:, None] - recorded[pairs] == 1
+    assert not before.any() if is_known else before.mean() > 0.02
+    table = np.array([speaker.origin(*one) for one in origins], speaker.ORIGIN)
+    assert speaker.count_unordered(table) == (0 if is_known else 200)
+
+
+def test_the_order_counts_before_the_place_in_the_list():
+    """Parts of two files that were recorded in turn; a clip without an order comes first; parts of a file need none."""
+    parts = [("a", 0.0, 1.0, 1), ("a", 1.0, 2.0, 3), ("b", 0.0, 1.0, 2), ("b", 1.0, 2.0, 4), ("c", None, None, None)]
+    origins = [(*part[:3], VOICE, part[3]) for part in parts]
+    assert references(choose(origins, [ALIKE] * 5, references=5)) == [{1, 2, 3}, {0, 3, 4}, {1, 3, 4}, {0, 2, 4}, {0, 1, 2, 3}]
+    without = [(*part[:3], VOICE) for part in (*parts, ("d", 0.5, None), ("d", None, 0.5))]
+    assert speaker.count_unordered(np.array([speaker.origin(*one) for one in without], speaker.ORIGIN)) == 1
+
+
+def test_origins_of_earlier_versions_have_no_order():
+    origins = np.array([speaker.origin("a", 1.0, None, VOICE, 7.0), speaker.origin("b", None, None, None)], speaker.ORIGIN)
+    assert speaker.as_origins(origins) is origins
+    earlier = np.zeros(2, speaker.ORIGIN.descr[:-1])
+    for name in earlier.dtype.names:
+        earlier[name] = origins[name]
+    found = speaker.as_origins(earlier)
+    assert np.isnan(found["order"]).all() and found.dtype == speaker.ORIGIN
+    assert all((found[name] == origins[name]).all() for name in earlier.dtype.names)
+
+
 def test_parts_that_overlap_are_no_pair():
     parts = [("a", None, None), ("b", None, None), ("a", 5.0, 6.0), ("c", None, None)]
     assert references(choose([(*part, VOICE) for part in parts], [ALIKE] * 4)) == [{1, 3}, {0, 3}, {1, 3}, {0, 2}]

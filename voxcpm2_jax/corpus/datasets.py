@@ -71,6 +71,8 @@ class Fields(NamedTuple):
     session: str | None = None
     description: str | None = None
     language: str | None = None
+    id: str | None = None
+    order: Callable[[str], float | None] | None = None  # place in the order of recording, from the field `id`
     code: Callable[[str], str] | None = None  # language code from the field `language`, or without one from the config's name
     rate: int | None = None  # Hz, for sets that do not state it
     one_speaker: str | None = None  # for sets of one speaker, who is not named in them
@@ -85,13 +87,29 @@ def _base(tag: str) -> str:
     return {"cmn": "zh"}.get(code := re.split("[-_]", tag.rpartition(".")[2])[0], code)
 
 
+def _last_numbers(count: int) -> Callable[[str], float | None]:
+    """The last numbers of an id as one; they have leading zeros: 2 of "LJ001-0017" -> 10017."""
+
+    def order(id_: str) -> float | None:
+        numbers = re.findall(r"\d+", id_)[-count:]
+        return float("".join(numbers)) if len(numbers) == count else None
+
+    return order
+
+
+def _begin_of_part(id_: str) -> float | None:
+    """SPEAKER-BEGIN-END-LABEL, in seconds."""
+    found = re.search(r"-(\d+(?:\.\d+)?)-\d+(?:\.\d+)?-", id_)
+    return float(found[1]) if found else None
+
+
 FIELDS = {
-    "librispeech": Fields("speech", "text", "speaker_id", "chapter_id", code=_english),  # in capitals
-    "libritts": Fields("speech", "text_normalized", "speaker_id", "chapter_id", code=_english),
-    "ljspeech": Fields("speech", "text_normalized", code=_english, one_speaker="linda"),
-    "vctk": Fields("speech", "text", "speaker", code=_english),
-    "tedlium": Fields("speech", "text", "speaker_id", code=_english),
-    "user_libri_audio": Fields("audio", "transcript", "speaker_id", "book_id", code=_english),
+    "librispeech": Fields("speech", "text", "speaker_id", "chapter_id", id="id", order=_last_numbers(1), code=_english),
+    "libritts": Fields("speech", "text_normalized", "speaker_id", "chapter_id", id="id", order=_last_numbers(2), code=_english),
+    "ljspeech": Fields("speech", "text_normalized", id="id", order=_last_numbers(2), code=_english, one_speaker="linda"),
+    "vctk": Fields("speech", "text", "speaker", id="id", order=_last_numbers(1), code=_english),
+    "tedlium": Fields("speech", "text", "speaker_id", id="id", order=_begin_of_part, code=_english),
+    "user_libri_audio": Fields("audio", "transcript", "speaker_id", "book_id", id="id", order=_last_numbers(2), code=_english),
     "common_voice": Fields("voice", "sentence", "client_id", code=_base, rate=48000),  # the rate of its mp3 files
     "xtreme_s": Fields("audio", "raw_transcription", language="lang_id", code=_base),  # FLEURS
     "voxcpm2_demo": Fields("audio", "text", "speaker", None, "description", "language"),
@@ -105,7 +123,7 @@ def _fields_of(dataset: str, features: tfds.features.FeaturesDict) -> Fields:
             f"tfds:{dataset}: its fields are {', '.join(sorted(features))}; known are those of {', '.join(FIELDS)}, "
             f"and any set that has {fields.audio} and {fields.text}"
         )
-    others = ("speaker", "session", "description", "language")
+    others = ("speaker", "session", "description", "language", "id")
     return fields._replace(**{name: None for name in others if getattr(fields, name) not in features})
 
 
@@ -135,7 +153,7 @@ class Dataset(Sequence):
         self._fields = _fields_of(info.name, info.features)
         self._sound = tfds.features.FeaturesDict({self._fields.audio: info.features[self._fields.audio]})
         self._words = tfds.features.FeaturesDict(
-            {name: info.features[name] for name in self._fields[1:6] if name is not None and name in info.features}
+            {name: info.features[name] for name in self._fields[1:7] if name is not None and name in info.features}
         )
         self._rate = self._rate_of(info)
         digest = hashlib.sha256(info.as_json.encode())
@@ -183,6 +201,7 @@ class Dataset(Sequence):
             speaker=text(fields.speaker) or fields.one_speaker,
             session=text(fields.session),
             description=text(fields.description),
+            order=fields.order(text(fields.id) or "") if fields.order else None,
         )
 
     def __iter__(self) -> Iterator[Recording]:

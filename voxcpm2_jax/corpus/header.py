@@ -88,8 +88,9 @@ def finish(directory: pathlib.Path, corpora: list[Corpus], made_by: Provenance) 
         arrays[IDENTITY_FILE] = np.concatenate(identities)
     pairs = {}
     if config.pairs.encoder:
+        origins_of_all = np.concatenate(origins)
         table = speaker.choose(
-            np.concatenate(origins),
+            origins_of_all,
             lengths["patches"] * made_by.patch_sec,
             num_embeddings,
             lambda shard: read_embeddings(directory, names[shard]),
@@ -97,6 +98,7 @@ def finish(directory: pathlib.Path, corpora: list[Corpus], made_by: Provenance) 
         )
         arrays[PAIRS_FILE] = table
         pairs = to_dict(config.pairs) | {"clips": int((table[:, 0] >= 0).sum()), "compared": sum(num_embeddings)}
+        pairs["order_unknown"] = speaker.count_unordered(origins_of_all)
     for name, array in arrays.items():
         save_array(directory / name, array)
     if skipped:

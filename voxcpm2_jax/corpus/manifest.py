@@ -4,7 +4,7 @@ Fine-tuning manifests of the PyTorch package are read as they are; the keys from
 
     {"audio": "wav/00001.wav", "text": "three seven two", "ref_audio": "wav/00007.wav", "duration": 1.2,
      "ref_duration": 1.0, "dataset_id": 0, "is_prompt": false, "dataset": "demo", "language": "en", "speaker": "heart",
-     "session": "a", "description": "a calm woman", "start_sec": 0.5, "end_sec": 1.7}
+     "session": "a", "description": "a calm woman", "start_sec": 0.5, "end_sec": 1.7, "order": 17}
 
 Only `audio` and `text` are required. Paths are relative to the manifest. Unknown keys are ignored, unless they look like a
 misspelt known one.
@@ -50,6 +50,7 @@ class Recording:
     description: str | None = None  # of voice or style; put in parentheses before the text
     start_sec: float | None = None  # the clip is this part of the file; None: its beginning, its end
     end_sec: float | None = None
+    order: float | None = None  # grows from clip to clip of a speaker and session, in the order of recording
 
     @property
     def full_text(self) -> str:
@@ -65,7 +66,7 @@ class Recording:
 
 _KEYS = {field.name: field for field in dataclasses.fields(Recording)}
 _TYPES = {"audio": str, "text": str, "ref_audio": str, "dataset_id": int, "is_prompt": bool, "duration": float,
-          "ref_duration": float, "start_sec": float, "end_sec": float}  # fmt: skip
+          "ref_duration": float, "start_sec": float, "end_sec": float, "order": float}  # fmt: skip
 
 
 class Manifest(Sequence):

@@ -67,7 +67,7 @@ def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLik
         "clips": made.num_clips,
         "hours": round(made.hours, 4),
         "skipped": made.skipped,
-        **({"clips_with_pairs": made.pairs["clips"]} if made.pairs else {}),
+        **({"clips_with_pairs": made.pairs["clips"], "order_unknown": made.pairs["order_unknown"]} if made.pairs else {}),
         "vocab_size": made.vocab_size,
         "latent_std": [round(min(made.latent_std), 4), round(max(made.latent_std), 4)],
         "wall_sec": round(time.monotonic() - start, 1),

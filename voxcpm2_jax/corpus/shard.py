@@ -59,7 +59,7 @@ def read_part(directory: pathlib.Path, name: str) -> Part:
     with load_array(part_file(directory, name)) as file:
         part = Part(**{field: _array(file, field) for field in Part._fields})
     moments = part.moments if part.moments.dtype == MOMENTS else np.ascontiguousarray(part.moments.T).view(MOMENTS)[:, 0]
-    return part._replace(lengths=as_lengths(part.lengths), moments=moments)
+    return part._replace(lengths=as_lengths(part.lengths), moments=moments, origins=speaker.as_origins(part.origins))
 
 
 def read_embeddings(directory: pathlib.Path, name: str) -> np.ndarray:
@@ -114,7 +114,8 @@ def make_shard(
         for recording, clip, embedding in encoder.clips(recordings, skipped, pool, bar):
             if config.pairs.encoder:
                 voice = None if embedding is None else (clip.dataset, clip.speaker, clip.session)
-                origins.append(speaker.origin(str(recording.audio), recording.start_sec, recording.end_sec, voice))
+                part = (recording.start_sec, recording.end_sec)
+                origins.append(speaker.origin(str(recording.audio), *part, voice, recording.order))
                 embeddings.extend([] if embedding is None else [embedding.astype(np.float16)])
             reference, described = (0 if x is None else len(x) for x in (clip.reference_MPC, clip.described_ids))
             group = groups.setdefault((clip.dataset, clip.language or "unknown"), len(groups))

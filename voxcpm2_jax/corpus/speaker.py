@@ -5,6 +5,8 @@
 
 A reference clip is another clip of the voice, with a cosine of the two embeddings above a threshold. It is never the clip
 directly before, which would teach the model to continue instead of to clone, and never the same or overlapping audio.
+The order of recording is that of `Recording.order`, of the parts of a file that of time; clips without either count as recorded
+in the order of the manifest or set, and the header says how many they are.
 
 The encoder is GE2E (arXiv 1710.10467) with the weights in the package resemblyzer (Apache-2.0). The package itself is not
 imported, because it needs a C extension that drops pauses. Here pauses stay; everything else is the same (tested).
@@ -182,6 +184,7 @@ ORIGIN = np.dtype(
         ("start_sec", "f4"),  # the part of the file
         ("end_sec", "f4"),
         ("has_session", "?"),
+        ("order", "f8"),  # in the order of recording; NaN: not known
     ]
 )
 
@@ -189,15 +192,35 @@ _POOL = 256  # candidates that each clip of a large voice is compared with
 _MAX_EMBEDDINGS = 1 << 20  # read at once: 0.5 GB, of which two are in memory; a larger voice is split into stretches
 
 
-def origin(file: str, start_sec: float | None, end_sec: float | None, voice: Sequence[str | None] | None) -> tuple:
+def origin(
+    file: str, start_sec: float | None, end_sec: float | None, voice: Sequence[str | None] | None, order: float | None = None
+) -> tuple:  # fmt: skip
     """The ORIGIN of one clip.
 
     Args:
-        voice: dataset, speaker, session; None: the clip takes no part in pairs.
+        voice: dataset, speaker, session; None: the clip takes no part in pairs.   order: as in Recording.
     """
     number = 0 if voice is None else hash_name(*voice)
     has_session = bool(voice and voice[2])
-    return number, hash_name(file), start_sec or 0.0, math.inf if end_sec is None else end_sec, has_session
+    end_sec, order = math.inf if end_sec is None else end_sec, math.nan if order is None else order
+    return number, hash_name(file), start_sec or 0.0, end_sec, has_session, order
+
+
+def as_origins(array: np.ndarray) -> np.ndarray:
+    """ORIGIN [clips] of a stored array; earlier ones have no order."""
+    if array.dtype == ORIGIN:
+        return array
+    origins = np.zeros(len(array), ORIGIN)
+    origins["order"] = math.nan
+    for name in array.dtype.names:
+        origins[name] = array[name]
+    return origins
+
+
+def count_unordered(origins: np.ndarray) -> int:
+    """Clips that take part in pairs and of which neither `order` nor the place in a file says when they were recorded."""
+    is_part = (origins["start_sec"] > 0) | np.isfinite(origins["end_sec"])
+    return int(((origins["voice"] != 0) & np.isnan(origins["order"]) & ~is_part).sum())
 
 
 def choose(
@@ -220,10 +243,11 @@ def choose(
     if not len(chosen):
         return pairs
     origins = origins[clips[chosen]]
-    # The order of recording: files in the order of the manifest, parts of a file by time.
+    # The order of recording; without one files in the order of the manifest, parts of a file by time.
     _, first, number = np.unique(origins["file"], return_index=True, return_inverse=True)
-    order = np.lexsort((origins["start_sec"], first[number], origins["voice"]))
-    del first, number
+    known = np.nan_to_num(origins["order"], nan=-math.inf)
+    order = np.lexsort((origins["start_sec"], first[number], known, origins["voice"]))
+    del first, number, known
     origins, chosen = origins[order], chosen[order]
     clips = clips[chosen]
     sec = clip_sec[clips]
