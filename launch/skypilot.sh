@@ -6,13 +6,14 @@
 #
 # Needs `sky` with a cloud account set up. The machine runs this copy of the repository.
 #   ACCELERATORS     what to train on, such as tpu-v6e-8 or H100:8
-#   BUCKET           bucket for shards and checkpoints; it is mounted at /mnt/voxcpm2
+#   BUCKET           bucket for shards and checkpoints; it is mounted at /mnt/voxcpm2, through a cache on the machine's disk
 #   NAME             of the job (default voxcpm2)
 #   SPOT             true (default) or false
 #   MAX_FAILURES     restarts after a failure, on one machine (default 10)
 #
 # After the loss of the machine, or exit code 75, SkyPilot looks for a machine again, in other regions too, and training
-# resumes from the last checkpoint. To stop: sky jobs cancel --name NAME
+# resumes from the last checkpoint in the bucket. What a lost machine had not uploaded yet is lost.
+# To stop: sky jobs cancel --name NAME
 set -euo pipefail
 # shellcheck source=launch/arguments.sh
 . "$(dirname "$0")/arguments.sh"
@@ -33,6 +34,8 @@ check_training "$devices"
 
 # SkyPilot cannot leave exit code 2 alone and restart after other failures. So the loop below restarts after failures on the
 # machine itself, and SkyPilot restarts after 75 only.
+# MOUNT_CACHED, for MOUNT does not append to files. SkyPilot appends commands to `run` that wait until everything is uploaded:
+# so `run` does not exit, but has the trap give its exit code after them.
 task() {
   cat << YAML
 name: $NAME
@@ -44,22 +47,22 @@ resources:
     max_restarts_on_errors: 0
     recover_on_exit_codes: [75]
 file_mounts:
-  /mnt/voxcpm2: {source: "$BUCKET", mode: MOUNT}
+  /mnt/voxcpm2: {source: "$BUCKET", mode: MOUNT_CACHED}
 setup: |
   python3 -m pip install --quiet --user uv
   python3 -m uv venv --quiet --allow-existing --python=3.12 ~/voxcpm2
   python3 -m uv pip install --quiet --python ~/voxcpm2/bin/python --editable '.[$extra]'
 run: |
+  trap 'exit \$code' EXIT
   for ((failures = 0; failures <= $MAX_FAILURES; failures++)); do
     code=0
     ~/voxcpm2/bin/$(quoted voxcpm2-jax train "${train[@]}") || code=\$?
     case \$code in
-      0 | 2 | 75) exit \$code ;;
+      0 | 2 | 75) break ;;
     esac
     echo "exit code \$code, failure \$((failures + 1)); at most $MAX_FAILURES restarts" >&2
     sleep 10
   done
-  exit \$code
 YAML
 }
 

@@ -4,7 +4,8 @@
 #   NODES=4 launch/slurm.sh [--dry-run] -- --config=configs/backbone.py:2b --data=/shared/shards --workdir=/shared/run
 #
 # Start it from an environment that has the package with the extra "cuda", on a file system that all nodes mount. Other
-# options of the site are Slurm's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_QOS ...
+# options of the site are Slurm's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_QOS ... The job
+# asks for all memory of its nodes (--mem=0); where a site refuses that, SBATCH_MEM_PER_NODE says how much.
 #   NODES            number of nodes
 #   GPUS             GPUs per node (default 8)
 #   NAME             of the job (default voxcpm2); the log is NAME-JOBID.log in the current directory
@@ -24,7 +25,8 @@ check_training "$((NODES * GPUS))"
 
 # JAX expects one process per GPU in a Slurm job, and that each process sees all GPUs of its node: no --gpus-per-task.
 # srun must not kill the other processes when one exits, because they may still be saving (--kill-on-bad-exit=0), nor bind a
-# process to one core, because reading data takes more (--cpu-bind=none).
+# process to one core, because reading data takes more (--cpu-bind=none). --exclusive gives all cores of a node, but only the
+# site's default of memory, a few GB per core; --mem=0 asks for all of it.
 batch() {
   cat << SCRIPT
 #!/usr/bin/env bash
@@ -35,6 +37,7 @@ batch() {
 #SBATCH --gpus-per-node=$GPUS
 #SBATCH --ntasks-per-node=$GPUS
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --requeue
 #SBATCH --signal=TERM@$GRACE_SEC
 trap : TERM # the processes get the signal too; this script has to wait for them

@@ -18,7 +18,8 @@
 #
 # When VMs are preempted, the processes get SIGTERM and have about 30 s for saving. The script then deletes what is left of
 # the resources and requests new ones, and training resumes from the last checkpoint. Stopping the script does not stop the
-# training: the same command attaches to it again. To stop both:
+# training: the same command attaches to it again. With other arguments, IMAGE or SHARE the command lets the running training
+# save, ends it and starts the new one on the same hosts. To stop both:
 # gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail
 # shellcheck source=launch/arguments.sh
@@ -35,13 +36,20 @@ case "$chip" in
   v5p) RUNTIME="${RUNTIME:-v2-alpha-tpuv5}" ;;
   v6e) RUNTIME="${RUNTIME:-v2-alpha-tpuv6e}" ;;
 esac
-# On every host: start the existing container again, which does nothing if it is running; if there is none, make it.
-start="sudo mkdir -p /mnt/voxcpm2"
+# On every host: start the existing container again, which does nothing if it is running; if there is none, make it. The label
+# tells whether it is the container of these arguments. Another one is stopped, which lets it save, and removed; its share is
+# unmounted. If it cannot be removed, the new one finds its name taken.
+label="arguments=$(printf '%s\0' "$IMAGE" "$SHARE" "${train[@]}" | cksum | cut -d' ' -f1)"
+start="same=\$(sudo docker ps --all --quiet --filter=name=^$NAME\$ --filter=label=$label)"
+start+="; [ -n \"\$same\" ] || { { sudo docker stop $NAME && sudo docker rm $NAME; } > /dev/null 2>&1"
+start+="; ! mountpoint -q /mnt/voxcpm2 || sudo umount /mnt/voxcpm2; }"
+start+=" && sudo mkdir -p /mnt/voxcpm2"
 start+=" && { mountpoint -q /mnt/voxcpm2 || {"
 start+=" sudo apt-get -qq install -y nfs-common && sudo mount -t nfs $(quoted "$SHARE") /mnt/voxcpm2; }; }"
 [[ "$IMAGE" != *.pkg.dev/* ]] || start+=" && sudo gcloud auth configure-docker ${IMAGE%%/*} --quiet"
-start+=" && { sudo docker start $NAME 2> /dev/null || sudo docker run --detach --name=$NAME --init --stop-timeout=600"
-start+=" --privileged --user=0 --network=host --volume=/mnt/voxcpm2:/mnt/voxcpm2 $(quoted "$IMAGE" train "${train[@]}"); }"
+start+=" && if [ -n \"\$same\" ]; then sudo docker start $NAME"
+start+="; else sudo docker run --detach --name=$NAME --label=$label --pull=always --init --stop-timeout=600"
+start+=" --privileged --user=0 --network=host --volume=/mnt/voxcpm2:/mnt/voxcpm2 $(quoted "$IMAGE" train "${train[@]}"); fi"
 
 create() {
   local nodes=(--node-id="$NAME")

@@ -84,6 +84,7 @@ class Site:
         return self.run(f"launch/{site}.sh", *options, "--", *train, **(NEEDED[site] | env))
 
     def dry_run(self, site, *options, **env):
+        """What would be submitted; `env` may also hold `train`."""
         done = self.launch(site, "--dry-run", *options, **env)
         assert done.returncode == 0 and done.stderr == "" and self.calls == []
         return done.stdout
@@ -221,7 +222,7 @@ def test_slurm_submits_what_the_dry_run_shows(site):
     asked = options([line.removeprefix("#SBATCH ") for line in shown.splitlines() if line.startswith("#SBATCH ")])
     assert asked == {
         "job-name": "voxcpm2", "output": "voxcpm2-%j.log", "open-mode": "append", "nodes": "4", "gpus-per-node": "8",
-        "ntasks-per-node": "8", "exclusive": "", "requeue": "", "signal": "TERM@120",
+        "ntasks-per-node": "8", "exclusive": "", "mem": "0", "requeue": "", "signal": "TERM@120",
     }  # fmt: skip
 
 
@@ -285,21 +286,55 @@ def test_tpu_vm_trains_on_all_hosts(site, tmp_path):
         "node-prefix": "voxcpm2", "spot": "",
     }  # fmt: skip
     assert "--force" in delete and options(wait[6:])["node"] == options(start[6:])["worker"] == "all"
-    # The command for each host is run here: first without a container, then with one.
+
+
+HOST = """#!/bin/sh
+# Stands in for sudo and mountpoint: a host that may have a container and a mount; its state is files.
+cd {state}
+name=$(basename "$0")
+echo "$name $*" >> calls
+case "$name $1 $2" in
+  "sudo docker ps") for word; do case $word in *label=*) label=${{word##*label=}} ;; esac; done
+                    if [ -e container ] && grep -qxF "$label" container; then echo 1; fi ;;
+  "sudo docker start") [ -e container ] ;;
+  "sudo docker stop") [ -e container ] ;;
+  "sudo docker rm") rm container ;;
+  "sudo docker run") [ ! -e container ] || exit 125
+                     for word; do case $word in --label=*) echo "${{word#--label=}}" > container ;; esac; done
+                     printf '%s\\0' "$@" > run ;;
+  "sudo mount "*) touch mount ;;
+  "sudo umount "*) rm mount ;;
+  "mountpoint "*) [ -e mount ] ;;
+esac
+"""
+
+
+def test_tpu_vm_starts_the_container_again_unless_its_arguments_changed(site, tmp_path):
+    """The command for each host is run here: without a container, with it, and with another one of the same name."""
+    state = tmp_path / "state"
+    state.mkdir()
     for name in ("sudo", "mountpoint"):
-        site._program(name, STAND_IN.format(python=sys.executable))
-    site.answer("mountpoint", (1, ""), (0, ""))
-    command = options(start[6:])["command"]
-    site.answer("sudo", (0, ""), (0, ""), (0, ""), (1, "No such container"), (0, ""))
-    assert site.run("bash", "-ec", command).returncode == 0
-    *_, install, mount, found, ran = site.calls_of("sudo")
-    assert install[0] == "apt-get" and mount == ["mount", "-t", "nfs", "10.0.0.2:/share", "/mnt/voxcpm2"]
-    assert found == ["docker", "start", "voxcpm2"] and ran[:2] == ["docker", "run"]
-    image = ran.index("registry.invalid/a/b:1")
-    assert is_ours(["voxcpm2-jax", *ran[image + 1 :]])
-    assert {"--detach", "--name=voxcpm2", "--network=host", "--volume=/mnt/voxcpm2:/mnt/voxcpm2"} < set(ran[:image])
-    assert site.run("bash", "-ec", command).returncode == 0
-    assert site.calls_of("sudo") == [["mkdir", "-p", "/mnt/voxcpm2"], ["docker", "start", "voxcpm2"]]
+        site._program(name, HOST.format(state=state))
+    site._program("voxcpm2-jax", "#!/bin/sh\n")
+
+    def start(**env):
+        command = options(shlex.split(site.dry_run("tpu_vm", **env).splitlines()[2])[6:])["command"]
+        (state / "calls").write_text("")
+        done = site.run("bash", "-ec", command)
+        assert done.returncode == 0, done.stderr
+        calls = [line.removeprefix("sudo ").split() for line in (state / "calls").read_text().splitlines()]
+        calls = [" ".join(words[:2]) if words[0] == "docker" else words[0] for words in calls]
+        return [call for call in calls if call not in ("docker ps", "mountpoint", "mkdir")]
+
+    assert start() == ["docker stop", "apt-get", "mount", "docker run"]
+    words = (state / "run").read_text().split("\0")[:-1]
+    image = words.index("registry.invalid/a/b:1")
+    assert is_ours(["voxcpm2-jax", *words[image + 1 :]])
+    assert {"--detach", "--name=voxcpm2", "--network=host", "--volume=/mnt/voxcpm2:/mnt/voxcpm2"} < set(words[:image])
+    assert start() == ["docker start"]
+    for change in ({"IMAGE": "registry.invalid/a/b:2"}, {"SHARE": "10.0.0.2:/other"}, {"train": [*TRAIN, "--config.seed=3"]}):
+        assert start(**change) == ["docker stop", "docker rm", "umount", "apt-get", "mount", "docker run"]
+        assert start(**change) == ["docker start"]
 
 
 @pytest.mark.parametrize(
@@ -358,14 +393,17 @@ def test_skypilot(site, tmp_path, codes, runs):
             "accelerators": "tpu-v6e-8", "use_spot": True,
             "job_recovery": {"max_restarts_on_errors": 0, "recover_on_exit_codes": [75]},
         },
-        "file_mounts": {"/mnt/voxcpm2": {"source": "gs://b", "mode": "MOUNT"}},
+        # MOUNT refuses to append to a file, which metrics.jsonl needs.
+        "file_mounts": {"/mnt/voxcpm2": {"source": "gs://b", "mode": "MOUNT_CACHED"}},
     }  # fmt: skip
     assert "'.[tpu]'" in setup and "'.[cuda]'" in site.dry_run("skypilot", ACCELERATORS="H100:8")
     installed = tmp_path / "voxcpm2" / "bin"
     installed.mkdir(parents=True)
     shutil.copy(site.bin / "sky", installed / "voxcpm2-jax")
     site.answer("voxcpm2-jax", *[(code, "") for code in codes])
-    assert site.run("bash", "-c", run).returncode == codes[-1]
+    # SkyPilot appends commands that wait until everything is uploaded, and takes the exit code of the whole.
+    done = site.run("bash", "-c", run + "\necho uploaded")
+    assert done.returncode == codes[-1] and done.stdout == "uploaded\n"
     assert len(site.calls_of("voxcpm2-jax")) == runs
     assert all(is_ours(["voxcpm2-jax", *words]) for words in site.calls_of("voxcpm2-jax"))
 

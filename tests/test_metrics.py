@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 
 import jax
@@ -135,6 +136,15 @@ def test_writer_writes_rows_and_tensorboard(tmp_path, capsys):
     (file,) = (tmp_path / "tensorboard").iterdir()
     for tag in (b"loss", b"heard", b"seen"):
         assert tag in file.read_bytes()
+
+
+def test_writer_closes_the_file_after_every_row(tmp_path):
+    """A bucket that is mounted through a cache gets a file when it is closed; a preempted run never closes it at its end."""
+    with metrics.Writer(tmp_path, start_step=0, num_steps=10) as writer:
+        writer.write(1, {"loss": 2.0})
+        open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        assert str(tmp_path / "metrics.jsonl") not in open_files
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2.0}
 
 
 def test_writer_continues_after_a_resume_and_works_without_tensorboard(tmp_path, monkeypatch):

@@ -202,11 +202,11 @@ class Writer:
         workdir = pathlib.Path(workdir)
         self.last_row: dict | None = None
         self._num_steps = num_steps
-        self._file = self._board = self._progress = None
+        self._path = self._board = self._progress = None
         if jax.process_index() != 0:
             return
         self.last_row = heal(workdir / "metrics.jsonl", start_step)
-        self._file = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._path = workdir / "metrics.jsonl"
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
@@ -221,11 +221,13 @@ class Writer:
         media = {k: v for k, v in figures.items() if isinstance(v, Audio | Image)}
         row = {"step": step} | {k: number(v) for k, v in figures.items() if k not in media}
         self.last_row = row
-        if self._file is None:
+        if self._path is None:
             return
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        # Closed after every row: a bucket that is mounted through a cache gets a file when it is closed.
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         if self._board:
             self._write_board(step, row, media)
         if self._progress:
@@ -253,9 +255,8 @@ class Writer:
         return self
 
     def __exit__(self, *_):
-        for part in (self._file, self._board):
-            if part is not None:
-                part.close()
+        if self._board:
+            self._board.close()
         if self._progress:
             self._progress.stop()
 
