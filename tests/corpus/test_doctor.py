@@ -7,7 +7,9 @@ import pytest
 import soundfile
 
 from voxcpm2_jax.cli import main
-from voxcpm2_jax.corpus import doctor
+from voxcpm2_jax.config.run import BatchConfig
+from voxcpm2_jax.corpus import comparison, doctor, faults
+from voxcpm2_jax.corpus import report as reporting
 from voxcpm2_jax.data.tokenizer import train_tokenizer
 
 RATE = 16000
@@ -90,7 +92,7 @@ def test_a_planted_fault_is_found(tmp_path, sane, kind):
     assert kinds.keys() == {kind}
     finding = kinds[kind]
     assert finding["count"] == 1 and "new.wav" in finding["examples"][0] and finding["meaning"]
-    assert report["ok"] == (doctor.KINDS[kind][0] == doctor.LOOK)
+    assert report["ok"] == (faults.KINDS[kind][0] == faults.LOOK)
 
 
 def test_references_are_opened(tmp_path, sane):
@@ -109,7 +111,7 @@ def test_words_are_shown_as_they_are_and_counted_as_prepare_does(tmp_path, sane,
     kinds, _ = found(tmp_path, [*sane, clip(text="e\u0301cole " * 3)], tokenizer=tokenizer)
     assert not kinds
     kinds, report = found(tmp_path, [*sane, clip(text="[NOISE] HELLO [/NOISE] THERE", speaker="[/b]")])
-    doctor.show(report)
+    reporting.show(report)
     assert "upper case" in kinds and "[/NOISE]" in capsys.readouterr().err.replace("\n", "")
 
 
@@ -143,12 +145,12 @@ def test_characters_that_the_vocabulary_does_not_cover(tmp_path, sane):
 
 
 def test_forecast(tmp_path, sane):
-    batch = doctor.BatchConfig(rows=2, slots=64, patches=40)
+    batch = BatchConfig(rows=2, slots=64, patches=40)
     _, report = found(tmp_path, sane, batch=batch)
     forecast = report["forecast"]
     assert forecast["steps_per_epoch"] == forecast["rows_per_epoch"] / 2 > 3
     assert 0.5 < forecast["slots_used"] <= 1 and forecast["clips_that_fit_no_row"] == 0
-    _, report = found(tmp_path, sane, batch=doctor.BatchConfig(rows=2, slots=12, patches=8))
+    _, report = found(tmp_path, sane, batch=BatchConfig(rows=2, slots=12, patches=8))
     assert report["forecast"]["clips_that_fit_no_row"] == 40 and "rows_per_epoch" not in report["forecast"]
 
 
@@ -184,6 +186,8 @@ def test_samples_that_are_no_numbers(tmp_path, sane):
 
 def test_characters_without_a_piece(tmp_path, sane):
     class Small:
+        sha256 = "small"
+
         def encode(self, text):
             return [0] * len(text)
 
@@ -197,4 +201,89 @@ def test_characters_without_a_piece(tmp_path, sane):
 
 def test_every_kind_is_planted_somewhere():
     planted = FAULTS.keys() | {"several channels", "low rate", "mixed rates", "not finite", "unknown characters", "bytes"}
-    assert planted | {"audio in validation", "speaker in validation"} == doctor.KINDS.keys()
+    assert planted | {"audio in validation", "speaker in validation"} == faults.KINDS.keys()
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def faulty(tmp_path, sane):
+    """Forty-four clips, in parts of seven, of which some are at fault; two are held out."""
+    for name, seed in (("new", 50), ("other", 51)):
+        soundfile.write(tmp_path / f"{name}.wav", sound(1, seed), RATE)
+    more = [clip(), clip(text="SHOUTED WORDS"), clip(audio="gone.wav"), clip(audio="other.wav", speaker="lonely")]
+    heldout = [clip(audio="other.wav", speaker="c"), clip(audio="new.wav", speaker="a", text="held out")]
+    return [save(tmp_path, [*more[:2], *sane, *more[2:]])], [save(tmp_path, heldout, "h.jsonl")]
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "findings.jsonl").read_text().splitlines()]
+
+
+def test_hosts_and_stops_change_nothing_and_no_recording_is_opened_twice(tmp_path, faulty, monkeypatch):
+    monkeypatch.setattr(doctor, "_PART", 7)
+    expected = doctor.examine(*faulty, output=tmp_path / "alone")
+    assert expected == doctor.examine(*faulty) and not expected["ok"]
+    opened, really = [], doctor._open
+
+    def opens(recording, limits):
+        if len(opened) == 16:
+            opened.append(None)
+            raise KeyboardInterrupt
+        opened.append(str(recording.audio))
+        return really(recording, limits)
+
+    monkeypatch.setattr(doctor, "_open", opens)
+    monkeypatch.setattr(doctor.sources.in_threads, "__defaults__", (0,))  # opens none ahead
+    shared = {"output": tmp_path / "shared", "num_hosts": 2}
+    with pytest.raises(KeyboardInterrupt):
+        doctor.examine(*faulty, host=1, **shared)
+    assert len(list((tmp_path / "shared").glob("parts-*/*.npz"))) == 2
+    assert doctor.examine(*faulty, host=1, **shared) is None
+    assert doctor.examine(*faulty, host=0, **shared) == expected
+    assert len(opened) - 1 == 46 + 2  # the part that was stopped is opened again
+    assert lines(tmp_path / "shared") == lines(tmp_path / "alone")
+    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"findings.jsonl", "report.json", "distributions.png"}
+
+
+def test_every_finding_is_in_the_file_and_the_first_of_a_kind_is_told_at_once(tmp_path, sane, capfd, monkeypatch):
+    monkeypatch.setattr(doctor, "_PART", 16)
+    missing = [clip(audio=f"gone{i}.wav") for i in range(20)]
+    report = doctor.examine([save(tmp_path, [*missing, *sane, *sane[:3]])], output=tmp_path / "out")
+    found = lines(tmp_path / "out")
+    assert {f["kind"]: f["count"] for f in report["findings"]} == {"missing": 20, "duplicate text": 3, "duplicate audio": 3}
+    assert [line["where"] for line in found if line["kind"] == "missing"] == [f"{tmp_path}/gone{i}.wav" for i in range(20)]
+    repeated = [line for line in found if line["kind"] == "duplicate audio"]
+    assert repeated[1] == {"kind": "duplicate audio", "where": f"{tmp_path}/1.wav", "note": f"as {tmp_path}/1.wav"}
+    assert capfd.readouterr().err.splitlines() == [f"missing: {tmp_path}/gone0.wav"]
+
+
+def test_parts_of_another_manifest_are_not_taken(tmp_path, sane, monkeypatch):
+    monkeypatch.setattr(doctor, "_PART", 16)
+    output = {"output": tmp_path / "out", "num_hosts": 2}
+    assert doctor.examine([save(tmp_path, sane)], host=0, **output) is None
+    assert doctor.examine([save(tmp_path, [*sane[1:], clip()])], host=1, **output) is None
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_repeats_and_matches():
+    rng = np.random.default_rng(0)
+    for size in (0, 1, 2, 30):
+        values, among = (rng.integers(0, 12, n).astype(np.uint64) for n in (size, 17))
+        values_l, among_l = values.tolist(), among.tolist()
+        repeats = [(i, values_l.index(x)) for i, x in enumerate(values_l) if values_l.index(x) < i]
+        assert list(zip(*map(np.ndarray.tolist, comparison._repeats(values)))) == repeats
+        matches = [(i, among_l.index(x)) for i, x in enumerate(values_l) if x in among_l]
+        assert list(zip(*map(np.ndarray.tolist, comparison._matches(values, among)))) == matches
+        assert not len(comparison._matches(values, among[:0])[0])
+
+
+def test_several_hosts_need_a_directory(tmp_path, sane, capsys):
+    manifest = save(tmp_path, sane)
+    for arguments, message in ((["--num-hosts=2"], "needs --output"), (["--host=1"], "--host=1: expected 0 to 0")):
+        assert main.main(["doctor", f"--manifest={manifest}", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    shared = [f"--manifest={manifest}", "--num-hosts=2", f"--output={tmp_path}/out"]
+    assert main.main(["doctor", *shared, "--host=0"]) == 0
+    assert json.loads(capsys.readouterr().out)["clips"] == 40  # one part: the other host has nothing to do

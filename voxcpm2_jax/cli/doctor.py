@@ -28,12 +28,17 @@ def add(commands) -> None:
     ):
         default = getattr(SPEECH_BATCH, name)
         parser.add_argument(f"--{name}", type=int, default=default, metavar=metavar, help=f"{help} (default {default})")
-    parser.add_argument("--output", type=local_path, metavar="DIR", help="where report.json and plots go")
+    parser.add_argument(
+        "--output", type=local_path, metavar="DIR",
+        help="where all findings, report.json and plots go; a run that was stopped continues there",
+    )  # fmt: skip
+    parser.add_argument("--host", type=int, default=0, metavar="I", help="which of several hosts this is (default 0)")
+    parser.add_argument("--num-hosts", type=int, default=1, metavar="N", help="hosts that share one --output (default 1)")
 
 
 def run(args, overrides) -> int:
     from voxcpm2_jax import files
-    from voxcpm2_jax.corpus import doctor
+    from voxcpm2_jax.corpus import doctor, report
     from voxcpm2_jax.data.tokenizer import load_tokenizer
 
     manifests, heldout = ([name for name in names.split(",") if name] for names in (args.manifest, args.heldout))
@@ -41,11 +46,19 @@ def run(args, overrides) -> int:
         raise UserError(f"--manifest={args.manifest}: names no recordings; expected {RECORDINGS}")
     if args.output:
         files.check_directory(args.output)
+    if not 0 <= args.host < args.num_hosts:
+        raise UserError(f"--host={args.host}: expected 0 to {args.num_hosts - 1}, one less than --num-hosts")
+    if args.num_hosts > 1 and not args.output:
+        raise UserError(f"--num-hosts={args.num_hosts} needs --output, a directory that all hosts share")
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     batch = BatchConfig(rows=args.rows, slots=args.slots, patches=args.patches)
-    report = doctor.examine(manifests, heldout, tokenizer=tokenizer, batch=batch)
-    if args.output:
-        doctor.write(report, args.output)
-    doctor.show(report)
-    print_result({name: value for name, value in report.items() if name != "distributions"})
-    return DONE if report["ok"] else NO
+    found = doctor.examine(
+        manifests, heldout, tokenizer=tokenizer, batch=batch, output=args.output, host=args.host, num_hosts=args.num_hosts
+    )
+    if found is None:
+        left = "other hosts still have recordings to open; the last one writes the report"
+        print_result({"output": str(args.output), "host": args.host, "num_hosts": args.num_hosts, "left": left})
+        return DONE
+    report.show(found)
+    print_result(found)
+    return DONE if found["ok"] else NO

@@ -101,11 +101,18 @@ class Manifest(Sequence):
         return len(self._begins)
 
     def __getitem__(self, index):
+        begins = self._begins[index]
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return self._read(begins) if len(begins) else []
+        return self._read([begins])[0]
+
+    def _read(self, begins: Iterable[int]) -> list[Recording]:
+        found = []
         with self.path.open("rb") as file:
-            file.seek(self._begins[index])
-            return _recording(file.readline(), self.path.parent, str(self.path))
+            for begin in begins:
+                file.seek(begin)
+                found.append(_recording(file.readline(), self.path.parent, str(self.path)))
+        return found
 
     def __iter__(self) -> Iterator[Recording]:
         with self.path.open("rb") as file:
