@@ -5,7 +5,8 @@
 Trains configs/backbone.py:tiny in blocks of 100 steps; every second block begins with a save. It reports how long `save`
 blocks the loop, and how much processor time a save takes in all threads, background work included, both as shares of a
 block without a save. Then it writes and verifies the checksums of 1 GB in files of 128 MB. At last four processes save 1 GB
-that is split over them, twice, and each counts the bytes that it reads for checksums.
+that is split over them, twice, and each counts the bytes that it reads for checksums, and in a restore onto one replica of four
+devices and onto two replicas of two.
 """
 
 import json
@@ -98,7 +99,7 @@ import dataclasses, json, sys
 import jax, numpy as np
 from typing import Any
 from voxcpm2_jax import processes
-from voxcpm2_jax.checkpoint import integrity
+from voxcpm2_jax.checkpoint import arrays, integrity
 from voxcpm2_jax.checkpoint.manager import Checkpoints
 
 @jax.tree_util.register_dataclass
@@ -110,6 +111,10 @@ processes.connect()
 crc32, read = integrity._crc32, []
 integrity._crc32 = lambda path: read.append(path.stat().st_size) or crc32(path)
 num = jax.process_count()
+
+def characters_read():  # by this process, from disk or page cache
+    return int(open("/proc/self/io").readline().removeprefix("rchar: "))
+
 split = jax.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), ("data",)), jax.P("data"))
 
 def array(i):  # 256 MB
@@ -121,7 +126,15 @@ checkpoints = Checkpoints(sys.argv[1], keep=2, every_steps=1)
 for step in (1, 2):
     checkpoints.save(step, state, {"config": {}})
 checkpoints.close()
-print(json.dumps(sum(read) / 2))
+figures = {"sum": sum(read) / 2}
+for replicas in (1, 2):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(replicas, num // replicas), ("replica", "data"))
+    place = jax.NamedSharding(mesh, jax.P("data"))
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    begin = characters_read()
+    arrays.restore(checkpoints.directory / "2", wanted)
+    figures[f"restore_{replicas}"] = characters_read() - begin
+print(json.dumps(figures))
 """
 
 
@@ -129,7 +142,8 @@ def shared_cost(directory: pathlib.Path, num: int = 4) -> dict:
     results = run_processes([directory], num, program=("-c", _SAVE), timeout_sec=600)
     assert not any(result.code for result in results), results
     print(results[0].stderr.splitlines()[-1], file=sys.stderr)
-    return {"processes_sum_gb": [round(float(result.stdout.splitlines()[-1]) / 1e9, 3) for result in results]}
+    figures = [json.loads(result.stdout.splitlines()[-1]) for result in results]
+    return {f"processes_{name}_gb": [round(of[name] / 1e9, 3) for of in figures] for name in figures[0]}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Damaged checkpoints: every kind of file, every kind of damage; each is named, and the step before is used."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 
@@ -8,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.checkpoint.states import assert_equal, begin, kept
+from tests.checkpoint.states import State, assert_equal, begin, kept
 from voxcpm2_jax.checkpoint import arrays, integrity
 from voxcpm2_jax.checkpoint.manager import Checkpoints
 from voxcpm2_jax.config.plain import UserError
@@ -71,6 +73,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(saved, tmp_pat
     checkpoints.save(2, state, {"config": {}})
     checkpoints.close()
     assert checkpoints.verified_step() == 2 and (checkpoints.directory / "2.damaged").is_dir()
+
+
+def test_a_file_that_cannot_be_read_is_not_called_altered(saved, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(integrity, "_crc32", refuse)
+    with pytest.raises(UserError, match=r"params/_METADATA cannot be read \(Input/output error\)"):
+        integrity.verify(saved[0], "params")
+
+
+def test_everything_is_flushed_to_disk_before_a_step_counts_as_saved(tmp_path, monkeypatch):
+    """Files and directories that TensorStore did not flush itself, and at last the directory that holds the step's number."""
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    checkpoints = Checkpoints(tmp_path, keep=1, every_steps=1)
+    checkpoints.save(1, State(np.int32(1), {"kernel": np.ones(3)}, {}), {"config": {}})
+    checkpoints.close()
+    step = checkpoints.directory / "1"
+    names = {name.replace(".orbax-checkpoint-tmp", "") for name in flushed}  # where it is after the renames
+    for path in (step, *step.rglob("*")):
+        assert str(path) in names or path.name == integrity.CHECKSUMS_FILE, path
+    assert pathlib.Path(flushed[-1]) == checkpoints.directory
 
 
 def test_a_run_with_only_damaged_checkpoints_does_not_start_afresh(saved, tmp_path, capsys):
