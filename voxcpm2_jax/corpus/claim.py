@@ -2,9 +2,9 @@
 
     OUTPUT/.host-0-of-4.0f3a....claim    who holds it, and a number that grows every five seconds
 
-Hosts share nothing but the disk, and their clocks may differ. So a process that finds a claim on the same shards watches it:
-if the number grows, its holder works, and the newcomer is refused; if it stands for a minute, its holder was killed, and the
-claim is removed. Whether a holder on the same machine was killed is known at once. A holder that stood still for so long
+Hosts share nothing but the disk, and their clocks may differ. So a process that finds a claim on the same shards watches it.
+If the number grows, its holder works, and the newcomer is refused. If it stands for three minutes, its holder was killed, and
+the claim is removed. Whether a holder on the same machine was killed is known at once. A holder that stood still for so long
 that its claim was removed ends before it renames another file.
 """
 
@@ -25,7 +25,7 @@ from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
 
 _BEAT_SEC = 5.0
-_EXPIRY_SEC = 60.0
+_EXPIRY_SEC = 180.0  # network disks and mounted buckets show what another host wrote up to a minute late
 _NAME = re.compile(r"\.host-(\d+)-of-(\d+)\.\w+\.claim")
 
 

@@ -12,8 +12,8 @@ makes shards i, i + n, ..., and a host that finds all shards complete writes the
 some of the same shards is refused (claim.py). Recordings that cannot be used are
 skipped, counted by reason in the header and listed in skipped.jsonl.
 
-Memory holds half an hour of audio and 24 bytes per recording, whatever the size of the corpus; while pairs are chosen, at
-most 1 GB of embeddings and 150 bytes per recording.
+Memory holds half an hour of audio and 24 bytes per recording, whatever the size of the corpus; while the header is written,
+100 bytes per recording, and to choose pairs 150 more and at most 1 GB of embeddings.
 """
 
 import contextlib
