@@ -1,10 +1,13 @@
+import errno
 import hashlib
 import json
+import pathlib
 
 import pytest
 
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.corpus import manifest, sources
+from voxcpm2_jax.data import records
 
 pytestmark = pytest.mark.fast
 
@@ -75,6 +78,26 @@ def test_manifest_that_is_none(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             manifest.read_manifest(path)
+
+
+def test_a_disk_that_fails_for_a_while_makes_no_faulty_manifest(tmp_path, monkeypatch):
+    path = written(tmp_path, {"audio": "a.wav", "text": "a"}, {"audio": "b.wav", "text": "b", "order": 3})
+    errors, really = [], pathlib.Path.open
+
+    def opened(self, *args):
+        if errors:
+            raise errors.pop()
+        return really(self, *args)
+
+    monkeypatch.setattr(pathlib.Path, "open", opened)
+    monkeypatch.setattr(records.time, "sleep", lambda _: None)
+    errors += [OSError(errno.EIO, "Input/output error")] * 2
+    found = manifest.Manifest(path)
+    errors += [OSError(errno.ESTALE, "Stale file handle")] * 2
+    assert (found[1].text, found[1].order, found[0].order) == ("b", 3.0, None) and not errors
+    errors += [OSError(errno.EIO, "Input/output error")] * 100
+    with pytest.raises(records.ReadError, match="Input/output error"):
+        manifest.Manifest(path)
 
 
 def test_a_name_that_is_no_tfds_name_is_a_manifest(tmp_path):

@@ -27,6 +27,7 @@ from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.data import audio
 from voxcpm2_jax.data.identity import identity
+from voxcpm2_jax.data.records import ReadError, patiently
 
 TFDS = "tfds:"  # a name that begins with it is a TensorFlow data set, not a manifest
 TRAIN, HELDOUT = "train.jsonl", "heldout.jsonl"  # manifests of an embedded corpus
@@ -75,27 +76,33 @@ class Manifest(Sequence):
     Attributes:
         name: its path.   sha256: of the file.
     Raises:
-        UserError: no such file, or a faulty line, with its number.
+        UserError: no such file, or a faulty line, with its number.   ReadError: the machine fails to read it.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path, self.name = pathlib.Path(path), str(path)
-        digest, begins, at = hashlib.sha256(), array.array("q"), 0
         try:
-            with self.path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    digest.update(line)
-                    if line.strip():
-                        _recording(line, self.path.parent, f"{path}:{number}")
-                        begins.append(at)
-                    at += len(line)
+            self._begins, self.sha256 = patiently(self._scan)
         except FileNotFoundError:
             raise UserError(f"{path}: no such manifest") from None
+        except ReadError:
+            raise
         except OSError as error:
             raise UserError(f"{path}: not a manifest ({error}); expected JSON lines in UTF-8") from None
-        if not begins:
+        if not len(self._begins):
             raise UserError(f"{path}: empty manifest")
-        self._begins, self.sha256 = np.array(begins), digest.hexdigest()
+
+    def _scan(self) -> tuple[np.ndarray, str]:
+        """Where each line begins, and the hash of the file."""
+        digest, begins, at = hashlib.sha256(), array.array("q"), 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                digest.update(line)
+                if line.strip():
+                    _recording(line, self.path.parent, f"{self.path}:{number}")
+                    begins.append(at)
+                at += len(line)
+        return np.array(begins), digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._begins)
@@ -103,8 +110,8 @@ class Manifest(Sequence):
     def __getitem__(self, index):
         begins = self._begins[index]
         if isinstance(index, slice):
-            return self._read(begins) if len(begins) else []
-        return self._read([begins])[0]
+            return patiently(lambda: self._read(begins)) if len(begins) else []
+        return patiently(lambda: self._read([begins]))[0]
 
     def _read(self, begins: Iterable[int]) -> list[Recording]:
         found = []
