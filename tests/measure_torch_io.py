@@ -34,17 +34,17 @@ def released_shape() -> ModelConfig:
     )
 
 
-def write_random(directory: pathlib.Path) -> None:
-    model, vae = released_shape(), AudioVAEConfig()
+def write_random(directory: pathlib.Path, model: ModelConfig, vae: AudioVAEConfig, dtype: str) -> int:
+    """Writes a released directory of random bits -> the bytes of its tensors. `dtype`: of the backbone, a name of DTYPES."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(to_released(model, vae), indent=2) + "\n")
     train_tokenizer(["one two three four"] * 4, 300).save(directory)
     rng = np.random.default_rng(0)
-    for name, table, dtype in (
-        (files.BACKBONE_FILE, tables.backbone_table(model), "BF16"),
+    for name, table, kind in (
+        (files.BACKBONE_FILE, tables.backbone_table(model), dtype),
         (files.VAE_FILE, tables.vae_table(vae), "F32"),
     ):
-        header = {row.name: (files.DTYPES[dtype if row.path else "I32"], row.torch_shape) for row in table}
+        header = {row.name: (files.DTYPES[kind if row.path else "I32"], row.torch_shape) for row in table}
 
         def tensors(header=header):
             for tensor_name, (kind, shape) in header.items():
@@ -54,6 +54,14 @@ def write_random(directory: pathlib.Path) -> None:
                     yield tensor_name, np.frombuffer(rng.bytes(kind.itemsize * int(np.prod(shape))), kind).reshape(shape)
 
         files.write_safetensors(directory / name, header, tensors())
+    return sum((directory / name).stat().st_size for name in (files.BACKBONE_FILE, files.VAE_FILE))
+
+
+def anonymous_gb() -> float:
+    """The anonymous memory of this process."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 @dataclasses.dataclass
@@ -76,14 +84,12 @@ class Peak:
 
     def _sample(self):
         while not self._stop.wait(0.01):
-            status = pathlib.Path("/proc/self/status").read_text()
-            (line,) = [line for line in status.splitlines() if line.startswith("RssAnon")]
-            self.gigabytes = max(self.gigabytes, int(line.split()[1]) * 1024 / 1e9)
+            self.gigabytes = max(self.gigabytes, anonymous_gb())
 
 
 def main(directory: pathlib.Path) -> None:
     source, workdir, back = directory / "source", directory / "workdir", directory / "back"
-    write_random(source)
+    write_random(source, released_shape(), AudioVAEConfig(), "BF16")
     figures = {}
     for what, convert, *paths in (
         ("import", import_torch, source, workdir),

@@ -20,7 +20,7 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ from voxcpm2_jax.torch_io.files import (
     stack_layers,
     write_codec,
 )
-from voxcpm2_jax.torch_io.released import Loaded, OpenDirectory, load, with_boundaries
+from voxcpm2_jax.torch_io.released import Loaded, OpenDirectory, with_boundaries
 from voxcpm2_jax.torch_io.tables import backbone_table, by_path, param_shapes, vae_table
 
 # ---- what a path is --------------------------------------------------------------------------------------------------
@@ -103,19 +103,53 @@ def load_params(path: str | os.PathLike) -> tuple[dict, dict, int]:
     return meta["config"], params, meta["step"]
 
 
-def load_model(path: str | os.PathLike) -> Loaded:
-    """Reads model, codec and the place of the tokenizer from any CKPT.
+class OpenModel(NamedTuple):
+    """Like `Loaded`, but the backbone's parameters are still on disk."""
+
+    config: ModelConfig
+    weights: Weights  # checked; averaged weights, if the checkpoint has them
+    vae_config: AudioVAEConfig
+    vae_params: dict
+    raw: dict[str, Any] | None
+    tokenizer_dir: pathlib.Path
+
+
+def open_model(path: str | os.PathLike) -> OpenModel:
+    """Opens the model of any CKPT; reads its codec and finds its tokenizer.
 
     Raises:
         UserError: not a checkpoint, or a workdir without codec/ or tokenizer/.
     """
     if kind(path) == RELEASED:
-        return load(path)
+        source = OpenDirectory(path)
+        vae_params = nest(assemble(source.vae, source.vae_rows))
+        return OpenModel(
+            source.released.model, _weights_of_released(source), source.vae_config, vae_params, source.released.raw,
+            source.directory,
+        )  # fmt: skip
     work = Workdir(path)
-    _, params, _ = load_params(path)
-    check_params(flatten(params), by_path(backbone_table(work.config)), str(path))
     vae_params = nest(assemble(work.vae, vae_table(work.vae_config)))
-    return Loaded(work.config, params, work.vae_config, vae_params, work.raw, work.tokenizer_dir)
+    weights = _weights_of_training(path, work.config)
+    return OpenModel(work.config, weights, work.vae_config, vae_params, work.raw, work.tokenizer_dir)
+
+
+def load_model(path: str | os.PathLike) -> Loaded:
+    """`open_model`, with the backbone's parameters read into memory."""
+    opened = open_model(path)
+    params = nest({key: opened.weights.read(key) for key in opened.weights.shapes})
+    return Loaded(opened.config, params, opened.vae_config, opened.vae_params, opened.raw, opened.tokenizer_dir)
+
+
+def _weights_of_released(source: OpenDirectory) -> Weights:
+    groups = by_path(source.backbone_rows)
+    return Weights(param_shapes(groups), lambda key: stack_layers(source.backbone, groups[key]))
+
+
+def _weights_of_training(path: str | os.PathLike, config: ModelConfig) -> Weights:
+    path = step_directory(path)  # of now: the run may save a newer step while this one is read
+    groups = by_path(backbone_table(config))
+    check_params(array_specs(path), groups, str(path))
+    return Weights(param_shapes(groups), functools.partial(read_array, path))
 
 
 class Workdir:
@@ -147,18 +181,15 @@ def open_weights(path: str | os.PathLike, config: ModelConfig) -> Weights:
     """
     if kind(path) == RELEASED:
         source = OpenDirectory(path)
-        theirs, groups = source.released.model, by_path(source.backbone_rows)
-        read = lambda key: stack_layers(source.backbone, groups[key])  # noqa: E731
+        theirs, weights = source.released.model, _weights_of_released(source)
     else:
         saved = _saved_config(path)
         if "model" not in saved:
             raise UserError(f"{path}: a checkpoint of a codec; expected one of a backbone")
         theirs = from_dict(ModelConfig, saved["model"], where=f"{path}: config.model")
-        groups = by_path(backbone_table(theirs))
-        check_params(array_specs(path), groups, str(path))
-        read = functools.partial(read_array, path)
+        weights = _weights_of_training(path, theirs)
     _check_same_model(path, theirs, config)
-    return Weights(param_shapes(groups), read)
+    return weights
 
 
 # Fields in which a checkpoint's model may differ from the run's: the weights mean the same in both.

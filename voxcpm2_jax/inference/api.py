@@ -21,10 +21,11 @@ import jax
 import numpy as np
 
 from voxcpm2_jax import sequence
+from voxcpm2_jax.checkpoint.arrays import Weights
 from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.request import Request
-from voxcpm2_jax.inference import decode
+from voxcpm2_jax.inference import decode, load
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.vae import autoencoder, streaming
 
@@ -67,7 +68,8 @@ class VoxCPM:
     """A backbone, its codec and its tokenizer.
 
     Args:
-        params: backbone parameters as in training.   tokenizer: has `encode(text) -> ids` and `vocab_size`.
+        params: backbone parameters as in training; or Weights, which are read one by one.
+        tokenizer: has `encode(text) -> ids` and `vocab_size`.
     Raises:
         UserError: the tokenizer has ids that the model has no embedding for.
     """
@@ -81,7 +83,10 @@ class VoxCPM:
         self.config = config
         self.vae_config = vae_config
         self.tokenizer = tokenizer
-        self._params = jax.jit(voxcpm2.unrolled_params)(params)
+        if isinstance(params, Weights):
+            self._params = load.unrolled(params, config.dtype)
+        else:
+            self._params = jax.jit(voxcpm2.unrolled_params)(params)
         self._vae_params = jax.device_put(vae_params)
 
     @classmethod
@@ -94,8 +99,8 @@ class VoxCPM:
         from voxcpm2_jax import workdir
         from voxcpm2_jax.data.tokenizer import load_tokenizer
 
-        loaded = workdir.load_model(path)
-        return cls(loaded.config, loaded.params, loaded.vae_config, loaded.vae_params, load_tokenizer(loaded.tokenizer_dir))
+        opened = workdir.open_model(path)
+        return cls(opened.config, opened.weights, opened.vae_config, opened.vae_params, load_tokenizer(opened.tokenizer_dir))
 
     @property
     def sample_rate(self) -> int:

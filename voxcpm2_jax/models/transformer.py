@@ -217,18 +217,27 @@ def run_layers(config: TransformerConfig, compute: Compute, x_BTD, position_BT, 
     return RMSNorm(config.rms_norm_eps, name="norm")(x_BTD), cache
 
 
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}  # kernel of the unrolled form: those that it is made of
+
+
+def fuse(name: str, kernels, xp=jnp):
+    """A kernel of one layer of the unrolled form, from the kernels that FUSED names.
+
+    Args:
+        xp: numpy or jax.numpy.
+    """
+    return {"qkv": xp.concatenate, "gate_up": xp.stack}[name](kernels, axis=1)
+
+
 def unstack(stack: dict) -> dict:
     """Parameters of a stack -> parameters of its unrolled form: `layers_i` with fused q/k/v and gate/up."""
+
+    def unrolled(layer: dict) -> dict:
+        parts = {part for parts in FUSED.values() for part in parts}
+        fused = {name: {"kernel": fuse(name, [layer[part]["kernel"] for part in parts])} for name, parts in FUSED.items()}
+        return {name: of for name, of in layer.items() if name not in parts} | fused
+
     layers = stack["layers"]
-    kernel = {name: layers[name]["kernel"] for name in ("q", "k", "v", "o", "gate", "up", "down")}
-    fused = {
-        "attn_norm": layers["attn_norm"],
-        "mlp_norm": layers["mlp_norm"],
-        "qkv": {"kernel": jnp.concatenate([kernel["q"], kernel["k"], kernel["v"]], axis=2)},
-        "o": {"kernel": kernel["o"]},
-        "gate_up": {"kernel": jnp.stack([kernel["gate"], kernel["up"]], axis=2)},
-        "down": {"kernel": kernel["down"]},
-    }
-    num_layers = kernel["o"].shape[0]
+    num_layers = layers["o"]["kernel"].shape[0]
     rest = {k: v for k, v in stack.items() if k != "layers"}
-    return rest | {f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], fused) for i in range(num_layers)}
+    return rest | {f"layers_{i}": unrolled(jax.tree.map(lambda x, i=i: x[i], layers)) for i in range(num_layers)}
