@@ -1,13 +1,16 @@
 """The held-out loss: a figure that depends on the weights and the clips, and on nothing else.
 
     clip -> (by a hash of its content) layout, flow times, noise -> loss of each of its patches -> sums over the clip
-    loss = sum over clips / count over clips, with its standard error over clips
+    loss = sum over clips / count over clips, with its standard error over speakers
 
 A clip always gets the same draws: whichever other clips there are, in whichever batch and row it stands, on any mesh, in any
 run and after any resume. Its flow times are stratified: the training distribution is cut into as many equally likely
 intervals as the clip has target patches, and each patch gets a time from another interval. Conditioning is never dropped,
 and mean mode (flow.py) is evaluated at r = t. A clip that can be laid out in several ways
 (with a reference clip, with its description) gets one of them. Prompt clips bear no loss and are skipped.
+
+Clips of one speaker are alike, so they are no independent samples: the standard error is that of clusters, one for each speaker
+of a dataset. A clip without a named speaker is a cluster of its own.
 
 Devices compute sums per patch; the host adds them up in float64.
 """
@@ -54,6 +57,7 @@ class Item(NamedTuple):
     """A held-out clip with its layout and draws, which never change."""
 
     label: int  # dataset, language and mode, see `clips.label`
+    speaker: tuple[str | None, str] | None  # dataset and speaker; None: not named
     sequence: Sequence
     time_M: np.ndarray  # float32
     noise_MPC: np.ndarray  # float32
@@ -82,7 +86,7 @@ class Validation:
         scheduler = model.dit_config.cfm_config.t_scheduler
         items = [make_item(source, number, config.seed, scheduler) for number in _chosen(source.index, config.max_clips)]
         limits = np.array([budgets.slots, budgets.patches, budgets.target_patches or budgets.patches])
-        sizes = np.array([(s.num_slots, s.num_patches, s.num_targets) for _, s, _, _ in items]).reshape(-1, 3)
+        sizes = np.array([(s.num_slots, s.num_patches, s.num_targets) for _, _, s, _, _ in items]).reshape(-1, 3)
         fits = (sizes <= limits).all(axis=1)
         if not fits.any():
             slots, patches, targets = limits
@@ -97,6 +101,7 @@ class Validation:
             label_names(source.index),
             np.bincount([item.label for item in self._items], minlength=len(source.index.groups) * len(MODES)),
         )
+        self._cluster_of_item = _clusters([item.speaker for item in self._items])
         row_of_item, num_rows = packing.share_rows(sizes[fits] / limits)
         shards = mesh.shape["replica"] * mesh.shape["data"]
         self._num_rows = shards * math.ceil(min(budgets.rows, num_rows) / shards)
@@ -116,10 +121,15 @@ class Validation:
     def num_clips(self) -> int:
         return len(self._items)
 
+    @property
+    def num_clusters(self) -> int:
+        """Over how many speakers, and clips without a named one, standard errors are computed."""
+        return len(np.unique(self._cluster_of_item))
+
     def figures(self, params) -> dict[str, float | None]:
         """Losses and their standard errors ("loss_diff_se"), overall and by flow time, dataset, language and mode.
 
-        Also precision and recall of the stop head. None where nothing was counted, and for errors over fewer than two clips.
+        Also precision and recall of the stop head. None where nothing was counted, and for errors over fewer than two speakers.
         """
         totals: dict[str, np.ndarray] = {}  # [2, clips]: sums and counts
         by_time = np.zeros((2, len(metrics.TIME_BINS)))
@@ -138,15 +148,15 @@ class Validation:
     def _divided(self, totals, by_time) -> dict[str, float | None]:
         found = {}
         for name in LOSSES:
-            found |= {name: _mean(totals[name]), f"{name}_se": standard_error(totals[name])}
+            found |= {name: _mean(totals[name]), f"{name}_se": standard_error(totals[name], self._cluster_of_item)}
         found |= {name: _mean(totals[name]) for name in ("stop_precision", "stop_recall")}
         found |= {f"loss_diff/time/{name}": _mean(pair) for name, pair in zip(metrics.TIME_BINS, by_time.T[..., None])}
         groups = np.array(self._labels.members)[[item.label for item in self._items]]  # [clips, 3]
         for number, group in enumerate(self._labels.names):
             is_member = (groups == number).any(axis=1)
             for name in LOSSES:
-                pair = totals[name][:, is_member]
-                found |= {f"{name}/{group}": _mean(pair), f"{name}_se/{group}": standard_error(pair)}
+                pair, cluster_of_item = totals[name][:, is_member], self._cluster_of_item[is_member]
+                found |= {f"{name}/{group}": _mean(pair), f"{name}_se/{group}": standard_error(pair, cluster_of_item)}
         return found
 
     def _pack(self, rows: list[list[int]], budgets: BatchConfig, patch_shape) -> Rows:
@@ -199,7 +209,8 @@ def evaluate(
         params = jax.device_put(loaded.params, sharding.param_shardings(loaded.params, mesh))
         figures = validation.figures(params)
     result = {
-        "checkpoint": str(checkpoint), "data": str(shards), "clips": validation.num_clips, "config": to_dict(config)
+        "checkpoint": str(checkpoint), "data": str(shards), "clips": validation.num_clips,
+        "clusters": validation.num_clusters, "config": to_dict(config),
     } | {name: metrics.number(value) for name, value in figures.items()}  # fmt: skip
     files.replace_file(output / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
@@ -226,7 +237,8 @@ def make_item(source: Source, number: int, seed: int, scheduler: str) -> Item:
     time_M = np.zeros(sequence.num_patches, np.float32)
     n = sequence.num_targets
     time_M[sequence.target_M] = _quantile((rng.permutation(n) + rng.random(n)) / n, scheduler)
-    return Item(label(source.index, draw), sequence, time_M, noise_MPC)
+    speaker = (clip.dataset, clip.speaker) if clip.speaker else None
+    return Item(label(source.index, draw), speaker, sequence, time_M, noise_MPC)
 
 
 def _ways(index: Index, number: int) -> list[Draw]:
@@ -255,10 +267,22 @@ def _mean(pair: np.ndarray) -> float | None:
     return float(total / count) if count else None
 
 
-def standard_error(pair: np.ndarray) -> float | None:
-    """Of the ratio sum / count of a pair [2, clips], from how far each clip's sum is from the ratio times its count."""
-    (sums, counts), num_clips = pair, pair.shape[1]
-    if num_clips < 2:
+def _clusters(speakers: list) -> np.ndarray:
+    """The number of each clip's cluster: clips of one speaker share it, None is a cluster of its own."""
+    keys = [("", i) if speaker is None else ("speaker", speaker) for i, speaker in enumerate(speakers)]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.array([numbers[key] for key in keys])
+
+
+def standard_error(pair: np.ndarray, cluster_of_clip: np.ndarray) -> float | None:
+    """Of the ratio sum / count of a pair [2, clips], if the clusters are independent and the clips of a cluster are not.
+
+    From how far each cluster's sum is from the ratio times its count (the cluster-robust, or sandwich, estimate).
+    None for fewer than two clusters.
+    """
+    sums, counts = (np.bincount(cluster_of_clip, x) for x in pair)
+    num_clusters = len(np.unique(cluster_of_clip))
+    if num_clusters < 2:
         return None
-    residuals = sums - sums.sum() / counts.sum() * counts
-    return float(np.sqrt(num_clips / (num_clips - 1) * np.sum(residuals**2)) / counts.sum())
+    residuals = sums - sums.sum() / counts.sum() * counts  # 0 for numbers that no clip has
+    return float(np.sqrt(num_clusters / (num_clusters - 1) * np.sum(residuals**2)) / counts.sum())
