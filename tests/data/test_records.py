@@ -139,6 +139,10 @@ def test_an_error_that_stays_is_the_machines(directory, monkeypatch):
     with pytest.raises(ReadError, match=r"Input/output error.*; 8 attempts in 127 s"):
         source[100]
     assert failing.left == 1000 - len(records.PAUSES_SEC) - 1
+    with pytest.raises(ReadError, match="1 attempts in 0 s"):
+        source[7]
+    failing.left = 0
+    same(source[7], CLIPS[7])
     assert sum(records.PAUSES_SEC) < WatchdogConfig().min_sec / 2
 
 

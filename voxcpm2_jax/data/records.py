@@ -44,20 +44,23 @@ class ReadError(OSError):
     """The machine failed to read, in several attempts. It is no mistake of the user: commands end with exit code 1."""
 
 
-def patiently(read: Callable[[], T]) -> T:
+def patiently(read: Callable[[], T], pauses_sec: Sequence[float] | None = None) -> T:
     """What `read` returns. While it raises an OSError, it is called again after growing pauses, each of which is reported.
 
+    Args:
+        pauses_sec: default PAUSES_SEC.
     Raises:
         ReadError: the last attempt failed too.   OSError: the path is wrong or forbidden.
     """
-    for pause in (*PAUSES_SEC, None):
+    pauses_sec = PAUSES_SEC if pauses_sec is None else pauses_sec
+    for pause in (*pauses_sec, None):
         try:
             return read()
         except OSError as error:
             if error.errno in _OF_THE_PATH:
                 raise
             if pause is None:
-                raise ReadError(f"cannot read: {error}; {len(PAUSES_SEC) + 1} attempts in {sum(PAUSES_SEC)} s") from None
+                raise ReadError(f"cannot read: {error}; {len(pauses_sec) + 1} attempts in {sum(pauses_sec)} s") from None
             print(f"cannot read: {error}; next attempt in {pause} s", file=sys.stderr, flush=True)
             time.sleep(pause)
     raise AssertionError
@@ -84,7 +87,7 @@ class Records(Sequence):
     """
 
     def __init__(self, parts: Sequence[Part], advice: str):
-        self._parts, self._advice = parts, advice
+        self._parts, self._advice, self._has_given_up = parts, advice, False
         most = _most_open(len(parts))
         self._reader = functools.lru_cache(most)(_reader)  # one that is evicted is closed after its last use
         with ThreadPoolExecutor(min(most, _OPENERS)) as pool:
@@ -126,7 +129,11 @@ class Records(Sequence):
                 self._reader.cache_clear()  # frees descriptors; and after an error a file has to be opened anew
                 raise OSError(str(error)) from None  # it names the file
 
-        return patiently(once)
+        try:
+            return patiently(once, () if self._has_given_up else None)
+        except ReadError:
+            self._has_given_up = True  # queued reads of other threads do not keep the process from ending
+            raise
 
 
 def _reader(path: str):
