@@ -29,6 +29,7 @@ import numpy as np
 import scipy.special
 
 from voxcpm2_jax import files, metrics, processes, sharding
+from voxcpm2_jax.checkpoint.arrays import Weights, flatten, nest
 from voxcpm2_jax.config.evaluate import EvaluateConfig
 from voxcpm2_jax.config.model import ModelConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
@@ -194,9 +195,9 @@ def evaluate(
     from voxcpm2_jax import workdir
     from voxcpm2_jax.data.shards import Shards, check_fit
 
-    loaded = workdir.load_model(checkpoint)
+    opened = workdir.open_model(checkpoint)
     source = Shards(shards)
-    check_fit(source, loaded.config, where=str(shards))
+    check_fit(source, opened.config, where=str(shards))
     workdir.check_provenance(checkpoint, source.header)
     output = pathlib.Path(output)
     try:
@@ -205,15 +206,21 @@ def evaluate(
         raise UserError(f"{output}: cannot be written ({error})") from None
     mesh = sharding.make_mesh((1, -1, 1))
     with jax.set_mesh(mesh):
-        validation = Validation(loaded.config, source, config.batch, config.validation, mesh)
-        params = jax.device_put(loaded.params, sharding.param_shardings(loaded.params, mesh))
-        figures = validation.figures(params)
+        validation = Validation(opened.config, source, config.batch, config.validation, mesh)
+        figures = validation.figures(_on_devices(opened.weights, mesh))
     result = {
         "checkpoint": str(checkpoint), "data": str(shards), "clips": validation.num_clips,
         "clusters": validation.num_clusters, "config": to_dict(config),
     } | {name: metrics.number(value) for name, value in figures.items()}  # fmt: skip
     files.replace_file(output / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
+
+
+def _on_devices(weights: Weights, mesh) -> dict:
+    """The parameters, read one by one, so that the host holds no second copy of them."""
+    shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in weights.shapes.items()}
+    layouts = flatten(sharding.param_shardings(nest(shapes), mesh))
+    return nest({path: jax.device_put(weights.read(path), layouts[path]) for path in shapes})
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
