@@ -50,7 +50,7 @@ class Speech:
     seed: int
     stopped_by: str
     num_tries: int
-    is_bad_case: bool
+    is_bad_case: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
