@@ -93,6 +93,8 @@ class VoxCPM:
     def from_pretrained(cls, path: str | os.PathLike) -> "VoxCPM":
         """Loads a training workdir, one step of it, or a directory in the released PyTorch layout.
 
+        Weights that are wider than the model's `dtype` are cast to it. They are read group by group (load.py).
+
         Raises:
             UserError: not such a directory, or a file in it is missing or does not fit.
         """
@@ -141,12 +143,13 @@ class VoxCPM:
         return speech.audio_A
 
     def generate_batch(self, requests: Sequence[Request | Mapping]) -> list[np.ndarray]:
-        """Speaks several requests in one batch -> the audio of each; see `speak`."""
+        """Speaks several requests together -> the audio of each; see `speak`."""
         return [speech.audio_A for speech in self.speak(requests)]
 
     def speak(self, requests: Sequence[Request | Mapping]) -> list[Speech]:
-        """Speaks several requests in one batch; none depends on the others.
+        """Speaks several requests together; none depends on the others.
 
+        They are drawn in as few batches as `decode.BATCH_SLOTS` allows, so memory does not grow with their number.
         Speech that does not end within the model's `max_length` is cut off there; `stopped_by` says so.
 
         Args:

@@ -4,8 +4,8 @@
            -> joined, the padding's result cut off
 
 The codec is causal, so the result is that of the whole signal at once, up to rounding. Beside the signal itself, memory does
-not depend on its length. On CPUs a program of the released decoder has 180 MB of temporaries, which are the weights with their
-gains multiplied in, and 85 MB per second of audio in a chunk.
+not depend on its length. For the CPU, XLA reports 180 MB of temporaries in `decode_step` of the release, which are the weights
+with their gains multiplied in, and 85 MB per second of audio in the chunk (`compile().memory_analysis()`, jax 0.10.2).
 """
 
 from functools import partial
