@@ -1,6 +1,7 @@
 """The assembled model on packed batches: traps of the architecture, packed == separate, budgets, frozen paths."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -243,6 +244,21 @@ def test_bfloat16_runs_and_stays_near(params, terms):
     assert ours["diff_BMP"].dtype == jnp.float32
     exact = terms(params, batch, draws)["diff_BMP"]
     assert np.linalg.norm((ours["diff_BMP"] - exact)[:, :5]) < 0.05 * np.linalg.norm(exact[:, :5])
+
+
+def test_no_gradient_is_rounded_before_it_is_summed_over_devices(params):
+    """In bfloat16 too: no array of a parameter's shape, nor of a layer's share of one, turns from bfloat16 to float32."""
+    half = dataclasses.replace(CONFIG, dtype="bfloat16")
+    batch = pack([clip(3, 5), clip(2, 4)])
+
+    def total(params):
+        terms = voxcpm2.loss_terms(params, half, batch, draws_for(batch))
+        return jnp.sum(terms["diff_BMP"]) + jnp.sum(terms["stop_BM"])
+
+    shapes = {x.shape[i:] for path, x in jax.tree.leaves_with_path(params) for i in ((0, 1) if "layers" in str(path) else (0,))}
+    program = jax.jit(jax.grad(total)).lower(params).as_text()
+    widened = re.findall(r"convert .*: \(tensor<([\dx]*)xbf16>\) -> tensor<[\dx]*xf32>", program)
+    assert widened and not {"x".join(map(str, shape)) for shape in shapes} & set(widened)
 
 
 def test_mean_mode_computes_the_decoder_in_float32(params):

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from voxcpm2_jax import processes, sharding
+from voxcpm2_jax.models.product import einsum
 
 MIN_SEGMENT_SLOTS = 3  # of the shortest clip in sequence.py: two special tokens and a patch
 _LANES = 128  # the blocks of splash are multiples of this many slots
@@ -96,11 +97,6 @@ def causal_mask(segment_BT: jax.Array) -> jax.Array:
 
 
 # ---- XLA -------------------------------------------------------------------------------------------------------------
-
-
-def einsum(equation: str, x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
-    """`jnp.einsum` that multiplies float32 in full float32 precision on every platform; dtype: of the result, if another."""
-    return jnp.einsum(equation, x, y, precision="highest" if x.dtype == jnp.float32 else None, preferred_element_type=dtype)
 
 
 @jax.custom_jvp

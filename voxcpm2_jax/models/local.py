@@ -35,9 +35,9 @@ class LocEnc(nn.Module):
     @nn.compact
     def __call__(self, x_RPC: jax.Array) -> jax.Array:
         width = self.config.width
-        special_D = self.param("special_token", nn.initializers.normal(1.0), (width,)).astype(x_RPC.dtype)
+        special_D = self.param("special_token", nn.initializers.normal(1.0), (width,))
         x_RPD = Linear((width,), name="in_proj")(x_RPC)
-        special_R1D = jnp.broadcast_to(special_D[None, None], (len(x_RPD), 1, width))
+        special_R1D = jnp.broadcast_to(special_D[None, None], (len(x_RPD), 1, width)).astype(x_RPD.dtype)
         x_RTD = jnp.concatenate([special_R1D, x_RPD], axis=1)
         y_RTD, _ = run_layers(self.config, self.compute, x_RTD, _positions(x_RTD), None)
         return y_RTD[:, 0]

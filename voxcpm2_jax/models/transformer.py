@@ -20,8 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from voxcpm2_jax.config.model import TransformerConfig
 from voxcpm2_jax.config.run import REMAT_POLICIES
-from voxcpm2_jax.models.attention import attention, einsum
+from voxcpm2_jax.models.attention import attention
 from voxcpm2_jax.models.compute import Compute
+from voxcpm2_jax.models.product import Weight, product
 from voxcpm2_jax.sharding import constrain
 
 
@@ -37,7 +38,7 @@ class Kernel(nn.Module):
     shape: tuple[int, int]
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> jax.Array | Weight:
         return self.param("kernel", fan_in(1, 1), self.shape)
 
 
@@ -54,12 +55,12 @@ class Linear(nn.Module):
         in_dims = x.shape[-self.num_in :]
         init = self.kernel_init or fan_in(self.num_in, len(self.features))
         kernel = self.param("kernel", init, in_dims + self.features)
-        contract = "XYZ"[: self.num_in]
-        out = "UVW"[: len(self.features)]
-        y = einsum(f"...{contract},{contract}{out}->...{out}", x, kernel.astype(x.dtype))
+        rows, contract, out = "ABC"[: x.ndim - self.num_in], "XYZ"[: self.num_in], "UVW"[: len(self.features)]
+        y = product(f"{rows}{contract},{contract}{out}->{rows}{out}", x, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
-            y += bias.astype(x.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+            bias = bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+            y = (y.astype(jnp.float32) + bias).astype(x.dtype)  # in float32, so that the gradient of the bias is too
         return y
 
 
@@ -71,7 +72,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return x32.astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x32 * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 class Rope(NamedTuple):
@@ -172,8 +173,9 @@ class Block(nn.Module):
                 # One product reads x once, and its gradient is one product too. The two matrices are stacked on an axis of
                 # their own, so that their split over devices stays as it is. Fusing q/k/v in the same way does not reduce
                 # the bytes moved (tests/measure_kernels.py).
-                kernels = [Kernel((c.width, F), name=name)().astype(y_BTD.dtype) for name in ("gate", "up")]
-                gate_up_BT2F = einsum("BTD,DUF->BTUF", y_BTD, jnp.stack(kernels, axis=1))
+                gate, up = (Kernel((c.width, F), name=name)() for name in ("gate", "up"))
+                kernel_D2F = jax.tree.map(lambda *kernels: jnp.stack(kernels, axis=1), gate, up)
+                gate_up_BT2F = product("BTD,DUF->BTUF", y_BTD, kernel_D2F)
             gate, up = gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1]
             gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
             h_BTF = constrain(nn.silu(gate) * up, "batch", None, "mlp")

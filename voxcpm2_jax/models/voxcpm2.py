@@ -26,6 +26,7 @@ from voxcpm2_jax.models import flow
 from voxcpm2_jax.models.attention import causal_mask, find_segments
 from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.local import LocDiT, LocEnc
+from voxcpm2_jax.models.product import Weight
 from voxcpm2_jax.models.transformer import KV, Linear, run_layers, unstack
 from voxcpm2_jax.sequence import Batch
 from voxcpm2_jax.sharding import constrain
@@ -233,15 +234,20 @@ class Draws(NamedTuple):
 
 
 def to_compute(params: dict, config: ModelConfig) -> dict:
-    """Casts parameters to the compute dtype once per step, so that FSDP gathers bf16, not f32, and no layer casts again.
+    """The parameters for training: matrices are cast to the compute dtype, and their gradients are float32.
 
-    The embedding keeps its dtype: only the rows that are looked up are cast. LocDiT keeps it in mean mode: see `loss_terms`.
+    They are cast once per step, so that FSDP gathers bf16, not f32, and no layer casts again. The embedding keeps its dtype:
+    only the rows that are looked up are cast. LocDiT keeps it in mean mode: see `loss_terms`.
     """
     dtype = jnp.dtype(config.dtype)
-    cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    if config.dit_config.dit_mean_mode:
-        cast["feat_decoder"] = params["feat_decoder"]
-    return cast | {"base_lm": cast["base_lm"] | {"embed": params["base_lm"]["embed"]}}
+    if dtype == jnp.float32:
+        return params
+
+    def one(path, x):
+        is_cast = path[-1].key == "kernel" and not (config.dit_config.dit_mean_mode and path[0].key == "feat_decoder")
+        return Weight.of(x, dtype) if is_cast else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def loss_terms(

@@ -163,8 +163,8 @@ def passes(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int], *, skip
 def layer_collectives(config: BackboneRun, batch: BatchConfig, machine: Machine, mesh: Sequence[int]) -> list[Collective]:
     """The collectives of the layers under FSDP and tensor parallelism, for a program that is not compiled.
 
-    Weights are gathered in bfloat16 before each layer's forward and backward pass. Gradients are all-reduced over replica
-    and data, as XLA does it; a reduce-scatter would move half as much.
+    Weights are gathered in bfloat16 before each layer's forward and backward pass. Gradients are all-reduced in float32 over
+    replica and data, as XLA does it; a reduce-scatter would move half as much.
     """
     replica, data, tensor = mesh
     per_slice = machine.slice_devices
@@ -188,7 +188,7 @@ def layer_collectives(config: BackboneRun, batch: BatchConfig, machine: Machine,
         if replica * data > 1:
             n, inside, spans = group(replica * data, tensor)
             axes = tuple(name for name, size in (("replica", replica), ("data", data)) if size > 1)
-            found.append(Collective("all-reduce", part, True, times, weights, n, inside, spans, axes))
+            found.append(Collective("all-reduce", part, True, times, 2 * weights, n, inside, spans, axes))
         if tensor > 1:
             n, inside, spans = group(tensor, 1)
             sums = 2 + ("o" in recomputed_products(remat_of(config, part)))  # gradients of the inputs of "qkv" and "gate_up"
@@ -246,10 +246,10 @@ def memory(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int]) -> dict
     layer = max(layer_params(getattr(model, part)) for part in STACKS) / mesh[2]
     return {
         "state": params * state_bytes_per_param(config) / shards,
-        "gradients": 4.0 * params / shards,
+        "gradients": (4.0 if config.accumulate == 1 else 8.0) * params / shards,  # of the micro-batch, and their sum
         "kept for the backward pass": kept,
         "one layer's backward pass": working,
-        "weights of two layers, gradients of one": 2 * 2 * layer + 2 * layer if shards > 1 else 0.0,
+        "weights of two layers, gradients of one": 2 * 2 * layer + 4 * layer if shards > 1 else 0.0,
     }
 
 

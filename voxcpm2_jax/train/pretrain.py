@@ -317,5 +317,5 @@ def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
 
 def _whole(params, config: BackboneRun):
     """All weights in the memory of every host, in the compute dtype."""
-    params = jax.jit(partial(voxcpm2.to_compute, config=config.model))(params)
+    params = jax.jit(lambda params: jax.tree.map(lambda x: x.astype(config.model.dtype), params))(params)
     return multihost_utils.process_allgather(params, tiled=True) if jax.process_count() > 1 else jax.device_get(params)
