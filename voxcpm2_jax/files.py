@@ -177,6 +177,15 @@ def check_directory(path: str | os.PathLike) -> None:
         raise UserError(f"{path}: cannot be written; expected a directory, or a name for a new one ({reason})")
 
 
+def check_empty(path: str | os.PathLike | None) -> None:
+    """Raises UserError unless `path` is None, or a directory without content that can be written to or can be made."""
+    if path is None:
+        return
+    check_directory(path)
+    if pathlib.Path(path).exists() and any(pathlib.Path(path).iterdir()):
+        raise UserError(f"{path}: not empty; expected an absent or empty directory")
+
+
 def _refusal(directory: pathlib.Path) -> str:
     """Why nothing can be created in `directory`; "" if something can.
 

@@ -6,18 +6,18 @@ time is the speed with all cores; audio per second of CPU time is the speed of o
 
 import math
 import os
-import pathlib
 import tempfile
 import time
 
 import numpy as np
 
+from voxcpm2_jax.bench.corpora import write_corpus
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.data import pipeline
-from voxcpm2_jax.data.clips import LENGTHS, Clip
+from voxcpm2_jax.data.clips import LENGTHS, Clip, Index
 from voxcpm2_jax.data.mixing import Mix
-from voxcpm2_jax.data.shards import LENGTHS_FILE, Header, Shards, write_header, write_shard
+from voxcpm2_jax.data.shards import Shards
 from voxcpm2_jax.processes import say
 
 _HOURS = 2.0  # of synthetic clips
@@ -99,7 +99,7 @@ def write_synthetic(directory: str | os.PathLike, config: BackboneRun, hours: fl
 
     Clips are shortened to fit the rows of the config.
     """
-    directory, model, batch = pathlib.Path(directory), config.model, config.batch
+    model, batch = config.model, config.batch
     rng = np.random.default_rng(0)
     longest = min(batch.patches, batch.target_patches or batch.patches, int((batch.slots - 2) / (1 + 3.2 * config.patch_sec)))
     if longest < 1:
@@ -119,16 +119,5 @@ def write_synthetic(directory: str | os.PathLike, config: BackboneRun, hours: fl
             text = "noise " * (len(ids) // 2)
             yield Clip(ids, patches_MPC, text=text, dataset="noise", language="none", speaker=str(i % 50))
 
-    names = [f"shard-{i:05d}-of-{_SHARDS:05d}.array_record" for i in range(_SHARDS)]
-    for name, numbers in zip(names, np.array_split(np.arange(num_clips), _SHARDS)):
-        write_shard(directory / name, clips(numbers), "float16")
-    np.save(directory / LENGTHS_FILE, lengths)
-    zeros, ones = (0.0,) * model.feat_dim, (1.0,) * model.feat_dim
-    header = Header(
-        num_clips=num_clips, hours=float(patches.sum() * config.patch_sec / 3600), patch_size=model.patch_size,
-        latent_dim=model.feat_dim, patch_sec=config.patch_sec, encoder_hz=16000, decoder_hz=48000, codec_sha256="",
-        tokenizer_sha256="", vocab_size=model.lm_config.vocab_size, groups=(("noise", "none"),), latent_dtype="float16",
-        latent_mean=zeros, latent_std=ones, latent_min=zeros, latent_max=zeros, shards=tuple(names), trim_db=0.0,
-        trim_keep_ms=0.0, sources=("noise",), sources_sha256="",
-    )  # fmt: skip
-    write_header(directory, header)
+    shards = [clips(numbers) for numbers in np.array_split(np.arange(num_clips), _SHARDS)]
+    write_corpus(directory, model, config.patch_sec, Index(lengths, (("noise", "none"),)), shards)

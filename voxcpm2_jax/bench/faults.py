@@ -13,7 +13,6 @@
 Each takes a `Harness` and returns an `Outcome`. chaos.py says what "survived" and "lost" mean.
 """
 
-import hashlib
 import json
 import pathlib
 import re
@@ -23,10 +22,10 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from voxcpm2_jax import processes
+from voxcpm2_jax.bench.corpora import add_models, write_corpus
 from voxcpm2_jax.bench.harness import (
     LOSS_TOLERANCE,
     SAVE_EVERY,
@@ -38,16 +37,11 @@ from voxcpm2_jax.bench.harness import (
     metric_rows,
     saved_steps,
 )
-from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.data import synthetic
 from voxcpm2_jax.data.clips import Clip, Source
 from voxcpm2_jax.data.mixing import Mix
-from voxcpm2_jax.data.shards import LENGTHS_FILE, Header, crc32, write_header, write_shard
-from voxcpm2_jax.data.tokenizer import train_tokenizer
 from voxcpm2_jax.train import signals
-from voxcpm2_jax.vae import autoencoder
-from voxcpm2_jax.workdir import codec_sha256, save_codec
 
 DAMAGES = ("truncated", "file missing", "bit flipped", "files exchanged")
 
@@ -234,31 +228,12 @@ def full_disk(harness: Harness) -> Outcome:
 
 def _write_shards(harness: Harness, directory: pathlib.Path, clips: Source, poisoned: Sequence[int] = ()) -> pathlib.Path:
     """Shards of these clips; the latents of those in `poisoned` are NaN."""
-    model = harness.run.model
-    vae = AudioVAEConfig(
-        encoder_dim=2, encoder_rates=(20, 32), latent_dim=model.feat_dim, decoder_dim=16, decoder_rates=(48, 40)
-    )
-    shapes = jax.eval_shape(lambda key: autoencoder.init(key, vae), jax.random.key(0))
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)  # never used
-    save_codec(directory, vae, params)
-    train_tokenizer(["one two three"] * 9, 288).save(directory / "tokenizer")
 
     def poison(i: int) -> Clip:
         return clips[i]._replace(patches_MPC=np.full_like(clips[i].patches_MPC, np.nan)) if i in poisoned else clips[i]
 
-    write_shard(directory / "all.array_record", map(poison, range(len(clips))), "float16")
-    np.save(directory / LENGTHS_FILE, clips.index.lengths)
-    channels = model.feat_dim
-    header = Header(
-        num_clips=len(clips), hours=1.0, patch_size=model.patch_size, latent_dim=channels, patch_sec=harness.run.patch_sec,
-        encoder_hz=vae.sample_rate, decoder_hz=vae.out_sample_rate, codec_sha256=codec_sha256(params, vae),
-        tokenizer_sha256=hashlib.sha256((directory / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
-        vocab_size=model.lm_config.vocab_size, groups=clips.index.groups, latent_dtype="float16",
-        latent_mean=(0.0,) * channels, latent_std=(1.0,) * channels, latent_min=(-4.0,) * channels,
-        latent_max=(4.0,) * channels, shards=("all.array_record",), trim_db=-50.0, trim_keep_ms=200.0, sources=("chaos",),
-        sources_sha256="", crc32={LENGTHS_FILE: crc32(directory / LENGTHS_FILE)},
-    )  # fmt: skip
-    write_header(directory, header)
+    shards = [map(poison, range(len(clips)))]
+    add_models(directory, write_corpus(directory, harness.run.model, harness.run.patch_sec, clips.index, shards))
     return directory
 
 
@@ -274,7 +249,7 @@ def altered_shard(harness: Harness) -> Outcome:
     """Flips a bit in a clip of a shard: the run has to end with an error that names file and clip."""
     corpus = _corpus(harness.run, 64)  # so few clips that every one is read within a few updates
     shards = _write_shards(harness, harness.directory / "shards_altered", corpus)
-    file = shards / "all.array_record"
+    (file,) = shards.glob("*.array_record")
     content = file.read_bytes()
     place = int(harness.rng.integers(len(content) // 4, len(content) // 2))  # within the records
     file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])

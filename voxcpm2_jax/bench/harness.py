@@ -78,6 +78,18 @@ class Child:
         """Makes every write beyond this size of a file fail."""
         resource.prlimit(self._popen.pid, resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
+    def limit_open_files(self, num_files: int) -> None:
+        resource.prlimit(self._popen.pid, resource.RLIMIT_NOFILE, (num_files, num_files))
+
+    def usage(self) -> dict[str, int]:
+        """Peak memory so far and open files, as Linux counts them; empty when the process has ended."""
+        try:
+            files = len(os.listdir(f"/proc/{self._popen.pid}/fd"))
+            peak = re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path(f"/proc/{self._popen.pid}/status").read_text())
+        except OSError:
+            return {}
+        return {"peak_mb": round(int(peak[1]) * 1024 / 1e6), "open_files": files} if peak else {}
+
     def wait(self, timeout_sec: float = TIMEOUT_SEC) -> int:
         """Waits for the end -> exit code, or the negative number of the signal that ended the process."""
         return self._popen.wait(timeout_sec)

@@ -1,4 +1,4 @@
-"""`voxcpm2-jax bench data` and `bench train`: the speed of this machine."""
+"""`voxcpm2-jax bench data`, `bench train`, `bench rehearsal`: what this machine does, and how fast."""
 
 import dataclasses
 
@@ -20,6 +20,7 @@ def add(commands) -> None:
     parts = parts.add_subparsers(title="what to measure", metavar="WHAT", required=True)
     _add_data(parts)
     _add_train(parts)
+    _add_rehearsal(parts)
 
 
 # ---- bench data ------------------------------------------------------------------------------------------------------
@@ -96,3 +97,37 @@ def run_train(args, overrides) -> int:
     show(result)
     print_result(result)
     return DONE
+
+
+# ---- bench rehearsal -------------------------------------------------------------------------------------------------
+
+
+def _add_rehearsal(parts) -> None:
+    parser = add_command(
+        parts, "rehearsal", run_rehearsal, "go through a large run on this machine: 10^7 clips, all stages, kills, a branch",
+        epilog="The last line of standard output is a JSON object. Exit codes: 0 all went well, 3 something did not.",
+    )  # fmt: skip
+    add_config(parser, "configs/backbone.py:2b")
+    parser.add_argument(
+        "--workdir", type=local_path, metavar="DIR", help="where corpus and runs go, absent or empty; by default temporary"
+    )
+    parser.add_argument("--clips", type=int, default=10_000_000, metavar="N", help="clips of the corpus (default 10^7)")
+    parser.add_argument("--shards", type=int, default=3000, metavar="N", help="its shards (default 3000)")
+    parser.add_argument("--processes", type=int, default=4, metavar="N", help="of the training, an even number (default 4)")
+
+
+def run_rehearsal(args, overrides) -> int:
+    config = from_dict(BackboneRun, load_config(args.config, overrides))
+    if args.shards < 10 or args.shards % 10 or args.clips < 100 * args.shards or args.processes < 2 or args.processes % 2:
+        raise UserError(
+            f"--shards={args.shards} --clips={args.clips} --processes={args.processes}: expected a multiple of 10 shards, at "
+            "least 100 clips a shard, and an even number of processes"
+        )
+    from voxcpm2_jax import files
+    from voxcpm2_jax.bench.rehearsal import rehearsal
+
+    files.check_empty(args.workdir)
+    sizes = {"clips": args.clips, "shards": args.shards, "processes": args.processes, "workers": args.processes // 2}
+    result = rehearsal(config, args.workdir, **sizes)
+    print_result(result)
+    return DONE if result["ok"] else NO

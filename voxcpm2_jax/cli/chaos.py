@@ -1,7 +1,5 @@
 """`voxcpm2-jax chaos`: injects faults into training runs and checks that they recover."""
 
-import pathlib
-
 from voxcpm2_jax.cli.configs import load_config
 from voxcpm2_jax.cli.flags import add_command, add_config, local_path
 from voxcpm2_jax.cli.outcome import DONE, NO, print_result
@@ -30,11 +28,7 @@ def run(args, overrides) -> int:
     from voxcpm2_jax import files
     from voxcpm2_jax.bench import chaos
 
-    if args.workdir:
-        files.check_directory(args.workdir)
-        if pathlib.Path(args.workdir).exists() and any(pathlib.Path(args.workdir).iterdir()):
-            raise UserError(f"--workdir={args.workdir}: not empty; expected an absent or empty directory")
-
+    files.check_empty(args.workdir)
     result = chaos.chaos(config, args.workdir, kills=args.kills, seed=args.seed, quick=args.quick)
     chaos.show(result)
     print_result(result)
