@@ -6,7 +6,7 @@ the curriculum, several processes that are killed, stopped, resumed in another n
     corpus     10^7 clips in 3,000 shards. The shards are links to a few distinct ones, so that a disk holds them; index,
                pairs and identities are those of as many different clips.
     plan       the run's own curriculum, rows and steps: time and memory until every stage has its first batch, hours by stage
-    training   the same curriculum with 1/8 of the slots of a row, patches of 8 times the duration, the model `tiny`, and 80
+    training   the same curriculum with 1/16 of the slots of a row, patches of 16 times the duration, the model `tiny`, and 40
                updates instead of all; the processes may open no more than 1,024 files each
 
 Nothing is compared with a control run: `chaos` does that.
@@ -47,8 +47,8 @@ from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.data.shards import Shards
 from voxcpm2_jax.processes import say
 
-STEPS = 80  # updates of the training
-SHORTER = 8  # rows have so many times fewer slots, and patches last so many times longer
+STEPS = 40  # updates of the training
+SHORTER = 16  # rows have so many times fewer slots, and patches last so many times longer
 OPEN_FILES = 1024
 _DISTINCT_SHARDS = 10
 _SAVE_EVERY, _KEEP_EVERY, _BRANCH = 2, 4, 16  # updates
