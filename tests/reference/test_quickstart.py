@@ -19,7 +19,7 @@ def work(tmp_path_factory):
     directory = tmp_path_factory.mktemp("quickstart") / "work"
     environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "JAX_PLATFORMS": "cpu"}
     environment["PATH"] = f"{pathlib.Path(sys.executable).parent}:{environment['PATH']}"
-    environment.pop("XLA_FLAGS", None)  # one device, as on a laptop
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, as on a laptop; quick compilation
     script = subprocess.run(
         ["bash", "launch/quickstart.sh", "tiny", str(directory)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500,
