@@ -103,11 +103,13 @@ class Child:
 class Harness:
     """Starts runs of one config below one directory, and compares their results with the control run.
 
+    Args:
+        is_cached: whether compiled programs are kept from one start to the next.
     Attributes:
         control: workdir of the control run.   start_sec: from the start of a process to its first step, once compiled.
     """
 
-    def __init__(self, run: BackboneRun, directory: pathlib.Path):
+    def __init__(self, run: BackboneRun, directory: pathlib.Path, *, is_cached: bool = True):
         self.run, self.directory = run, directory
         self.rng = np.random.default_rng(0)
         self.control = directory / "control"
@@ -118,6 +120,7 @@ class Harness:
             "import json, pathlib\nfrom ml_collections import ConfigDict\n\n"
             "def get_config():\n    return ConfigDict(json.loads(pathlib.Path(__file__).with_name('run.json').read_text()))\n"
         )
+        self._is_cached = is_cached
         self._count = 0
         self._running: set[Child] = set()
         self._is_stopped = threading.Event()
@@ -145,6 +148,7 @@ class Harness:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1",
             "PYTHONPATH": f"{pathlib.Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            "JAX_ENABLE_COMPILATION_CACHE": str(self._is_cached),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_PROCESSES": str(num),
         }
