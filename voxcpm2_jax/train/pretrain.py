@@ -99,7 +99,6 @@ def train(
         if batch.rows % (row_shards * config.accumulate):
             parts = f" x {config.accumulate} micro-batches" if config.accumulate > 1 else ""
             raise UserError(f"batch.rows {batch.rows} cannot be split over {row_shards} devices{parts} (mesh {config.mesh})")
-    _announce(mix, source, config)
     heldout_source = _open_heldout(config, source, data, heldout)
     if data is not None and jax.process_index() == 0:
         _keep_provenance(workdir, source.paths, source.header)
@@ -117,6 +116,7 @@ def train(
             fresh = f"the weights of {init_params} (--init-params)" if init_params else fresh
             fresh = f"the text-semantic LM of {init_tslm} (--init-tslm), else {fresh}" if init_tslm else fresh
             state = jax.jit(partial(backbone.init_state, config), out_shardings=layout, donate_argnums=0)(params)
+        _announce(mix, source, config)
         origin = Start(resume_from, fresh, CHANGES, accept_changes)
         _, row = loop.run(task, state, workdir, origin=origin, profile_steps=profile_steps)
     names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
