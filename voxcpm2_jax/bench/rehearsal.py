@@ -9,7 +9,7 @@ the curriculum, several processes that are killed, stopped, resumed in another n
     training   the same curriculum with 1/16 of the slots of a row, patches of 16 times the duration, the model `tiny`, and 40
                updates instead of all; the processes may open no more than 1,024 files each
 
-Nothing is compared with a control run: `chaos` does that.
+Nothing is compared with a control run: `chaos` does that. Compiled programs are not kept: see cli/training.py.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ def rehearsal(
     for line in stages:
         say(line)
     say(_figures("plan", plan))
-    training, problems = _train(_harness(small, directory), directory / "shards", processes, workers)
+    training, problems = _train(Harness(small, directory, is_cached=False), directory / "shards", processes, workers)
     for part in training:
         say(_figures(part["part"], part))
     if not problems and workdir is None:
@@ -89,13 +89,6 @@ def rehearsal(
     sec = round(time.monotonic() - begin, 1)
     figures = {"corpus": corpus, "plan": plan, "stages": stages, "training": training}
     return {"ok": not problems, "problems": problems, "sec": sec} | figures
-
-
-def _harness(run: BackboneRun, directory: pathlib.Path) -> Harness:
-    """Without a compilation cache: XLA's CPU runs the collectives of a cached program in another order than those of the same
-    program when it was just compiled. Only the first process finds it in the cache, and all would wait for ever (jax 0.10.2).
-    """
-    return Harness(run, directory, is_cached=False)
 
 
 def shrunk(run: BackboneRun, rows: int) -> BackboneRun:

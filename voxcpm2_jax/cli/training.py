@@ -93,9 +93,14 @@ def _keep_compiled(workdir: str) -> None:
     They go to $JAX_COMPILATION_CACHE_DIR if it is set, else to the user's cache. Several processes use WORKDIR/compiled, which
     they share: only the first process writes programs. With a directory on each host only the first host would find them, and
     the others would compile, which waits for all processes.
+
+    Several processes on CPUs keep nothing, unless the variable is set. There a program from the cache, which only the first
+    process finds, waits for ever for the same program just compiled: with jax 0.10.2 their collectives ran in another order.
     """
     import jax
 
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        return
     if jax.config.jax_compilation_cache_dir is None:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "voxcpm2_jax"
         cache = cache if jax.process_count() == 1 else pathlib.Path(workdir).absolute()

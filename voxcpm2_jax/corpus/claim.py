@@ -61,9 +61,8 @@ def claim(directory: pathlib.Path, host: int, num_hosts: int) -> Iterator[Callab
     beats = threading.Thread(target=beat, name="claim", daemon=True)
     beats.start()
     try:
-        for other in directory.glob(
-            ".host-*.claim"
-        ):  # after its own is there: of two that start together, at least one sees the other
+        # Its own claim is there by now: of two processes that start together, at least one sees the other.
+        for other in directory.glob(".host-*.claim"):
             if other != path and _shares(other, host, num_hosts):
                 _outlast(other)
         yield check

@@ -1,4 +1,4 @@
-"""What a run will be trained on, stage by stage, as its shards and its curriculum say: told before the first step.
+"""What a run will be trained on, stage by stage, computed from shards and curriculum; `train` prints it before the first step.
 
 A stage may ask for what a corpus lacks, and still run: for clips of up to 300 s where `prepare` skipped all over 60 s, or for
 reference clips where there are none. It then repeats what the stage before had.
@@ -14,7 +14,7 @@ _FAR_SHORTER = 2 / 3  # a longest clip below this share of max_sec: the stage as
 
 
 class Forecast(NamedTuple):
-    """A stage: what the corpus has for it, and what the model will hear of it."""
+    """A stage: what the corpus has for it, and how much of it the model is trained on."""
 
     first_step: int
     end_step: int
@@ -22,7 +22,7 @@ class Forecast(NamedTuple):
     clips: int
     hours: float  # of these clips
     longest_sec: float
-    hours_heard: float
+    hours_heard: float  # trained on, repetitions included
     epochs: tuple[float, float]  # of the group that is repeated least, and of the one that is repeated most
     lacking: Sequence[str]  # what the stage asks for in vain, one line each
 
