@@ -1,9 +1,10 @@
 """Peak memory of import-torch and export-torch at full size, and whether the files come back byte for byte.
 
-    python tests/measure_torch_io.py DIR          DIR: absent or empty, about 20 GB free
+    python tests/measure_torch_io.py DIR          DIR: absent or empty, about 30 GB free
 
 Makes a random checkpoint of the released shape (577 tensors, 4.58 GB of bfloat16; random bytes, so nothing compresses)
-with its codec and a small tokenizer, imports it, exports it and compares the files. Memory is the anonymous memory of
+with its codec and a small tokenizer, imports it, exports it and compares the files; then exports it in float32, and that in
+bfloat16 again. Memory is the anonymous memory of
 this process (RssAnon, without mapped files), sampled every 10 ms; it includes Python and its libraries.
 """
 
@@ -14,6 +15,7 @@ import pathlib
 import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 
@@ -94,10 +96,13 @@ def main(directory: pathlib.Path) -> None:
     for what, convert, *paths in (
         ("import", import_torch, source, workdir),
         ("export", export_torch, workdir, back),
+        ("export_float32", partial(export_torch, dtype="float32"), workdir, directory / "float32"),
+        ("export_bfloat16", partial(export_torch, dtype="bfloat16"), directory / "float32", directory / "bfloat16"),
     ):
         with Peak() as peak:
-            convert(*paths)
-        figures[what] = {"peak_anonymous_gb": round(peak.gigabytes, 2), "seconds": round(peak.seconds, 1)}
+            parts = convert(*paths)
+        written = parts and {"bytes": parts["backbone"]["bytes"] + parts["codec"]["bytes"]}
+        figures[what] = (written or {}) | {"peak_anonymous_gb": round(peak.gigabytes, 2), "seconds": round(peak.seconds, 1)}
     names = ("config.json", files.BACKBONE_FILE, files.VAE_FILE, "tokenizer.json")
     figures["files_equal"] = all(filecmp.cmp(source / name, back / name, shallow=False) for name in names)
     print(json.dumps(figures))

@@ -30,7 +30,7 @@ def test_help_names_every_command_and_flag(capsys):
         "bench": ["data", "train"],
         "chaos": ["--config", "--workdir", "--kills", "--quick", "3"],
         "import-torch": ["SRC_DIR", "DST_DIR"],
-        "export-torch": ["CKPT", "DST_DIR"],
+        "export-torch": ["CKPT", "DST_DIR", "--dtype"],
     }  # fmt: skip
     for command in [None, *flags]:
         with pytest.raises(SystemExit) as end:
@@ -49,6 +49,7 @@ def test_help_names_every_command_and_flag(capsys):
         (["train", "--conf=x", "--workdir=w"], "required: --config"),
         (["train", "--config=x", "--workdir=w", "--steps=3"], "unrecognized arguments: --steps=3"),
         (["export-torch", "a"], "required: DST_DIR"),
+        (["export-torch", "a", "b", "--dtype=float64"], "invalid choice: 'float64' (choose from"),
         (["export-torch", "a", "b", "--config.x=1"], "unrecognized arguments: --config.x=1"),
     ],
 )
@@ -115,8 +116,11 @@ def test_prepare_and_conversions_hand_over_and_answer_in_json(tmp_path, monkeypa
     assert run("prepare", f"--config={path}", "--output=O", "--vae=V", "--config.vocab_size=400") == 0
     monkeypatch.setattr(convert, "import_torch", lambda *call: calls.append(call))
     assert run("import-torch", "S", "D") == 0
-    monkeypatch.setattr(convert, "export_torch", lambda *call: calls.append(call))
-    assert run("export-torch", "C", "E") == 0
-    assert calls == [(400, "O", "V"), ("S", "D"), ("C", "E")]
-    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert said == [{"clips": 2}, {"checkpoint": "D"}, {"directory": "E"}]
+    part = {"dtype": "float16", "bytes": 4, "checkpoint_dtype": "float32", "checkpoint_bytes": 8}
+    monkeypatch.setattr(convert, "export_torch", lambda *call, dtype: calls.append((*call, dtype)) or {"backbone": part})
+    assert run("export-torch", "C", "E", "--dtype=float16") == 0
+    assert calls == [(400, "O", "V"), ("S", "D"), ("C", "E", "float16")]
+    out, err = capsys.readouterr()
+    said = [json.loads(line) for line in out.splitlines()]
+    assert said == [{"clips": 2}, {"checkpoint": "D"}, {"directory": "E", "backbone": part}]
+    assert "backbone: float16, 4 bytes (checkpoint: float32, 8 bytes)" in err

@@ -77,6 +77,12 @@ def test_the_reference_loads_bfloat16(pair, strictly, tmp_path):
     assert_same_state(strictly(tmp_path / "ours"), pair.torch_model, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_reference_loads_an_export_in_another_dtype(pair, strictly, tmp_path, dtype):
+    convert.export_torch(pair.directory, tmp_path / "ours", dtype=dtype)
+    assert_same_state(strictly(tmp_path / "ours"), pair.torch_model, getattr(torch, dtype))
+
+
 def test_the_reference_loads_an_exported_import(pair, strictly, tmp_path):
     convert.import_torch(pair.directory, tmp_path / "work")
     convert.export_torch(tmp_path / "work", tmp_path / "ours")

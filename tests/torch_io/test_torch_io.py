@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from voxcpm2_jax import convert, torch_io, workdir
 from voxcpm2_jax.checkpoint import arrays
 from voxcpm2_jax.config.model import AudioVAEConfig, DiTConfig, LMConfig, LocalConfig, ModelConfig, RopeScaling
-from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.torch_io import tables
@@ -305,6 +305,60 @@ def test_export_of_a_released_directory_makes_one_file_each(released, tmp_path):
     assert (tmp_path / "back/audiovae.safetensors").read_bytes() == codec
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "back" / name).read_bytes() == (released / name).read_bytes(), name
+
+
+@pytest.fixture
+def trained(released, tmp_path, model):
+    """A workdir as training leaves it: float32 weights, and a config that says bfloat16."""
+    convert.import_torch(released, tmp_path / "imported")
+    params = arrays.flatten(jax.tree.map(lambda leaf: leaf.astype(np.float32) * 1.0001, model[0]))
+    arrays.save_arrays(tmp_path / "work", 3, params, {"config": {"model": to_dict(CONFIG)}})
+    for part in ("codec", "tokenizer"):
+        shutil.copytree(tmp_path / "imported" / part, tmp_path / "work" / part)
+    return tmp_path / "work"
+
+
+def dtypes(directory, name="model.safetensors"):
+    return {tensor.dtype.name for tensor in load_file(directory / name).values()}
+
+
+def test_an_export_has_the_dtype_of_the_config(trained, released, tmp_path):
+    """Of a checkpoint of training, which keeps float32; the released directory of the same shape is no smaller."""
+    parts = convert.export_torch(trained, tmp_path / "out")
+    assert dtypes(tmp_path / "out") == {"bfloat16"} and dtypes(tmp_path / "out", "audiovae.safetensors") == {"float32", "int32"}
+    assert (tmp_path / "out/model.safetensors").stat().st_size == (released / "model.safetensors").stat().st_size
+    backbone, codec = parts["backbone"], parts["codec"]
+    assert (backbone["dtype"], backbone["checkpoint_dtype"], codec["dtype"]) == ("bfloat16", "float32", "float32")
+    num_params = sum(np.prod(row.torch_shape) for row in tables.backbone_table(CONFIG))
+    assert (backbone["bytes"], backbone["checkpoint_bytes"]) == (2 * num_params, 4 * num_params)
+    wanted = workdir.load_params(trained)[1]["stop_proj"]["kernel"].astype(ml_dtypes.bfloat16)
+    assert load(tmp_path / "out").params["stop_proj"]["kernel"].tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("source", ["trained", "released"])
+def test_an_export_has_the_dtype_that_is_asked_for(request, source, tmp_path, dtype):
+    """config.json follows, by which the PyTorch package computes."""
+    source = request.getfixturevalue(source)
+    convert.export_torch(source, tmp_path / "out", dtype=dtype)
+    assert dtypes(tmp_path / "out") == {dtype} and json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
+    ours, theirs = flat(load(tmp_path / "out").params), flat(workdir.load_model(source).params)
+    assert all(ours[path].tobytes() == theirs[path].astype(dtype).tobytes() for path in theirs)
+
+
+def test_weights_that_are_narrower_than_the_config_stay(released, tmp_path):
+    raw = json.loads((released / "config.json").read_text()) | {"dtype": "fp32"}
+    (released / "config.json").write_text(json.dumps(raw))
+    convert.export_torch(released, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (released / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "out/config.json").read_text()) == raw
+
+
+def test_numbers_that_a_dtype_cannot_hold_are_named(released, tmp_path):
+    edit(released / "model.safetensors", lambda t: t.update({"stop_proj.bias": np.full(16, 1e5, ml_dtypes.bfloat16)}))
+    with pytest.raises(UserError, match=r"stop_proj\.bias: 16 numbers are too large for float16 \(up to 9.98e\+04\); choose"):
+        convert.export_torch(released, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_workdir_without_codec_is_refused(released, tmp_path):

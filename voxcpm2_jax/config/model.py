@@ -171,6 +171,10 @@ class TransformerConfig:
     residual_scale: float  # on each residual branch; 1 without muP
 
 
+DTYPES = ("bfloat16", "float16", "float32")
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # short names in a released config.json
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The backbone: text-semantic LM, quantiser, residual acoustic LM, local encoder and local diffusion transformer."""
@@ -185,16 +189,15 @@ class ModelConfig:
     encoder_config: LocalConfig = LocalConfig()
     dit_config: DiTConfig = DiTConfig()
     max_length: int = 8192  # slots of the longest sequence
-    dtype: str = "bfloat16"  # of matrix products: "float32" or "bfloat16"
+    dtype: str = "bfloat16"  # of matrix products: a name of DTYPES; trained is in float32 or bfloat16
 
     def __post_init__(self):
         def check(ok, message):
             if not ok:
                 raise UserError(f"model config: {message}")
 
-        aliases = {"bf16": "bfloat16", "fp32": "float32"}
-        object.__setattr__(self, "dtype", aliases.get(self.dtype, self.dtype))
-        check(self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        check(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for name in ("patch_size", "feat_dim", "residual_lm_num_layers", "scalar_quantization_latent_dim",
                      "scalar_quantization_scale", "max_length"):  # fmt: skip
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
+from voxcpm2_jax.config.model import DTYPE_ALIASES, AudioVAEConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError, from_dict, to_dict
 
 
@@ -94,8 +94,7 @@ def _merge(raw, ours, defaults):
 
 def _same_value(old, value) -> bool:
     """Whether the file's value means `value`; a dtype may have a short name in the file."""
-    aliases = {"bf16": "bfloat16", "fp32": "float32"}
-    return old == value or (isinstance(old, str) and aliases.get(old) == value)
+    return old == value or (isinstance(old, str) and DTYPE_ALIASES.get(old) == value)
 
 
 def _paths(tree, prefix=""):

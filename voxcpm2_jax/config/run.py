@@ -283,6 +283,8 @@ class BackboneRun:
         for name in ("remat", "remat_local"):
             is_known = getattr(self, name) in REMAT_POLICIES or (name == "remat_local" and self.remat_local is None)
             check(name, is_known, f"one of {', '.join(REMAT_POLICIES)}")
+        if self.model.dtype == "float16":
+            raise UserError("model.dtype float16: small gradients become zero in it; train in bfloat16 or float32")
         for batch in self.batches:
             if batch.slots > self.model.max_length:
                 raise UserError(f"batch.slots {batch.slots} exceed model.max_length {self.model.max_length}")

@@ -12,6 +12,7 @@ import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import partial
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -249,6 +250,29 @@ def write_safetensors(path, header: Mapping[str, tuple[np.dtype, tuple[int, ...]
         file.flush()
         os.fsync(file.fileno())
     assert not missing, missing
+
+
+def cast(leaves: Mapping[str, Stored], choose: Callable[[np.dtype], np.dtype]) -> dict[str, Stored]:
+    """The same tensors or parameters in another dtype, cast when they are read; `choose(dtype)` says in which.
+
+    Reading one raises UserError if a number of it becomes infinite.
+    """
+
+    def read(name: str, leaf: Stored, dtype: np.dtype) -> np.ndarray:
+        array = np.asarray(leaf.read())
+        with np.errstate(over="ignore"):
+            narrowed = array.astype(dtype)
+        lost = np.count_nonzero(np.isinf(narrowed)) - np.count_nonzero(np.isinf(array)) if dtype != array.dtype else 0
+        if lost:
+            most = np.abs(array[np.isfinite(array)]).max()
+            raise UserError(f"{name}: {lost} numbers are too large for {dtype.name} (up to {most:.3g}); choose another --dtype")
+        return narrowed
+
+    found = {}
+    for name, leaf in leaves.items():
+        dtype = leaf.dtype if leaf.dtype == DTYPES["I32"] else choose(leaf.dtype)
+        found[name] = leaf if dtype == leaf.dtype else Stored(dtype, leaf.shape, partial(read, name, leaf, dtype))
+    return found
 
 
 def copy_tensors(tensors: Mapping[str, Stored], path: pathlib.Path) -> None:
