@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from voxcpm2_jax.cli import main, training
+from voxcpm2_jax.cli import main
 from voxcpm2_jax.config.plain import UserError
 
 
@@ -116,22 +116,3 @@ def test_train_vae_hands_over_its_own_config(tmp_path, monkeypatch, capsys):
     ((config, workdir, data),) = calls
     assert config.rows == 4 and (workdir, data) == (f"{tmp_path}/w", None)
     assert json.loads(capsys.readouterr().out) == {"step": 1}
-
-
-def test_compiled_programs_go_where_the_user_says_or_to_the_users_cache(tmp_path, monkeypatch):
-    """Those of several processes go to the workdir, which they share; on CPUs they are not kept."""
-    import jax
-
-    before = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = []
-    try:
-        for there, processes, platform in (("/somewhere", 1, "cpu"), (None, 2, "tpu"), (None, 1, "cpu"), (None, 2, "cpu")):
-            jax.config.update("jax_compilation_cache_dir", there)
-            monkeypatch.setattr(jax, "process_count", lambda n=processes: n)
-            monkeypatch.setattr(jax, "default_backend", lambda name=platform: name)
-            training._keep_compiled("/run")
-            found.append(jax.config.jax_compilation_cache_dir)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-    assert found == ["/somewhere", "/run/compiled", str(tmp_path / "voxcpm2_jax" / "compiled"), None]

@@ -78,6 +78,19 @@ def test_many_rows_are_drawn_in_batches_of_bounded_memory(voice, monkeypatch):
     assert prefilled == [(2, 64)] * 2
 
 
+def test_the_number_of_rows_is_rounded_up(voice, monkeypatch):
+    """One program serves three rows and four; the additional row changes nothing and is not returned."""
+    rows = [row([110 + i] * (3 + i), seed=i) for i in range(4)]
+    together, sizes = draw(voice, *rows), []
+    prefill = decode.prefill
+    monkeypatch.setattr(decode, "prefill", lambda *a, **k: sizes.append(len(a[2].tokens_BT)) or prefill(*a, **k))
+    for some in (slice(3), slice(1, 4)):
+        for mine, whole in zip(draw(voice, *rows[some]), together[some], strict=True):
+            np.testing.assert_array_equal(mine.patches_MPC, whole.patches_MPC)
+            assert mine.stopped_by == whole.stopped_by
+    assert sizes == [4, 4]
+
+
 @pytest.mark.parametrize(
     ("slots", "batches"),
     [(32, [[0], [2], [1], [3]]), (128, [[0, 2], [1], [3]]), (256, [[0, 2], [1, 3]]), (512, [[0, 1, 2, 3]])],

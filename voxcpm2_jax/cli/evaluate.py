@@ -23,7 +23,10 @@ def add(commands) -> None:
 
 def run(args, overrides) -> int:
     config = from_dict(EvaluateConfig, load_config(args.config, overrides))
+    from voxcpm2_jax import compiled
+
     if config.measure == "loss":
+        compiled.keep()
         from voxcpm2_jax.evaluate import validation
 
         result = validation.evaluate(config, args.checkpoint, args.data, args.output)

@@ -19,7 +19,9 @@ def add(commands) -> None:
 
 def run(args, overrides) -> int:
     config = from_dict(DataConfig, load_config(args.config, overrides))
+    from voxcpm2_jax import compiled
     from voxcpm2_jax.corpus import prepare
 
+    compiled.keep()
     print_result(prepare.prepare(config, args.output, vae=args.vae))
     return DONE

@@ -1,7 +1,6 @@
 """What `train` and `train-vae` share: the flags of a run, and running it in one or several processes."""
 
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -46,12 +45,12 @@ def run_training(workdir: str, train: Callable[[], dict]) -> int:
     """
     import jax
 
-    from voxcpm2_jax import processes
+    from voxcpm2_jax import compiled, processes
     from voxcpm2_jax.checkpoint.manager import SaveFailed
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 
     processes.connect()
-    _keep_compiled(workdir)
+    compiled.keep(workdir)
     try:
         result = train()
         if jax.process_index() == 0:
@@ -85,23 +84,3 @@ def run_training(workdir: str, train: Callable[[], dict]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def _keep_compiled(workdir: str) -> None:
-    """Keeps compiled programs on disk, so that a restarted run does not compile again.
-
-    They go to $JAX_COMPILATION_CACHE_DIR if it is set, else to the user's cache. Several processes use WORKDIR/compiled, which
-    they share: only the first process writes programs. With a directory on each host only the first host would find them, and
-    the others would compile, which waits for all processes.
-
-    Several processes on CPUs keep nothing, unless the variable is set. There a program from the cache, which only the first
-    process finds, waits for ever for the same program just compiled: with jax 0.10.2 their collectives ran in another order.
-    """
-    import jax
-
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        return
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "voxcpm2_jax"
-        cache = cache if jax.process_count() == 1 else pathlib.Path(workdir).absolute()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))

@@ -93,15 +93,17 @@ class VoxCPM:
     def from_pretrained(cls, path: str | os.PathLike) -> "VoxCPM":
         """Loads a training workdir, one step of it, or a directory in the released PyTorch layout.
 
-        Weights that are wider than the model's `dtype` are cast to it. They are read group by group (load.py).
+        Weights that are wider than the model's `dtype` are cast to it. They are read group by group (load.py). Programs that
+        this process compiles from then on are kept on disk (compiled.py), so that the next process starts faster.
 
         Raises:
             UserError: not such a directory, or a file in it is missing or does not fit.
         """
-        from voxcpm2_jax import workdir
+        from voxcpm2_jax import compiled, workdir
         from voxcpm2_jax.data.tokenizer import load_tokenizer
 
         opened = workdir.open_model(path)
+        compiled.keep()
         return cls(opened.config, opened.weights, opened.vae_config, opened.vae_params, load_tokenizer(opened.tokenizer_dir))
 
     @property

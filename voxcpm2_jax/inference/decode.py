@@ -5,8 +5,8 @@
     loop      `while_loop` over `step` until every row is done; `stream` calls the same step once per patch
 
 A row's result does not depend on the other rows: patch i of a row is drawn with `fold_in(row's key, i)`. So many rows are
-drawn in several batches, of BATCH_SLOTS cache slots at most, and memory does not depend on their number. Shapes are rounded up
-to powers of two, so that few programs are compiled.
+drawn in several batches, of BATCH_SLOTS cache slots at most, and memory does not depend on their number. Shapes, the number of
+rows among them, are rounded up to powers of two, so that few programs are compiled.
 """
 
 import dataclasses
@@ -212,7 +212,9 @@ def _batches(config: ModelConfig, rows: Sequence[Row]) -> list[list[int]]:
 
 
 def _generate(params, config: ModelConfig, rows: Sequence[Row], *, num_steps: int) -> list[Drawn]:
-    state, arrays = _start(params, config, rows)
+    # One more row costs far less than a program for one more number of rows. The additional ones end with their first patch.
+    more = bucket(len(rows), least=1) - len(rows)
+    state, arrays = _start(params, config, [*rows, *[dataclasses.replace(rows[0], max_len=1)] * more])
     buffer_patches = bucket(max(arrays.max_len_B.tolist()))
     results = jax.device_get(decode(params, config, state, arrays, num_steps=num_steps, buffer_patches=buffer_patches))
     return [
