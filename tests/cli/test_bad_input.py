@@ -56,7 +56,7 @@ def noise(sec, rate, channels=1, seed=0):
         (["--text=a", "--inference-timesteps=2.5"], "argument --inference-timesteps: invalid int value: '2.5'"),
         (["--text=a", "--max-len=0"], "min_len and max_len must satisfy"),
         (["--text=a", "--min-len=-1"], "min_len and max_len must satisfy"),
-        (["--text=a", "--seed=2147483648"], "--seed must lie between 0 and 2147483647"),
+        (["--text=a", "--seed=2147483648"], "seed must lie between 0 and 2147483647"),
         (["--text=\udcff"], "text is not valid Unicode"),
     ],
 )

@@ -113,7 +113,7 @@ def test_generate_streams_into_a_file_that_is_renamed_when_it_is_complete(tmp_pa
         (["--text=a", "--output=a.wav", "--cfg-value=x"], "invalid float value: 'x'"),
         (["--text=a", "--output=a.wav", "--inference-timesteps=0"], "inference_timesteps must lie between 1 and 1000"),
         (["--text=a", "--output=a.wav", "--min-len=9", "--max-len=3"], "min_len <= max_len"),
-        (["--text=a", "--output=a.wav", "--seed=-1"], "--seed must lie"),
+        (["--text=a", "--output=a.wav", "--seed=-1"], "seed must lie"),
         (["--input=no.txt", "--output-dir=d"], "--input=no.txt"),
         (["--input=blank.txt", "--output-dir=d"], "contains no text"),
         (["--input=lines.txt", "--output-dir=d", "--stream"], "--stream goes with --text"),

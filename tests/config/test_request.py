@@ -2,14 +2,16 @@
 
 import dataclasses
 import inspect
+import io
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from voxcpm2_jax.config.evaluate import EvaluateConfig
 from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.config.request import Request
+from voxcpm2_jax.config.request import Request, as_requests
 from voxcpm2_jax.inference.api import VoxCPM
 
 pytestmark = pytest.mark.fast
@@ -17,7 +19,19 @@ pytestmark = pytest.mark.fast
 BAD = [
     ({"text": ""}, "text must not be empty or only spaces, got ''"),
     ({"text": " \n"}, "text must not be empty or only spaces"),
-    ({"text": None}, "text must not be empty or only spaces, got None"),
+    ({"text": None}, "text must be a string, got None"),
+    ({"text": ["one"]}, "text must be a string, got ['one']"),
+    ({"prompt_text": 3, "prompt_wav_path": "a.wav"}, "prompt_text must be a string, got 3"),
+    ({"reference_wav_path": io.BytesIO()}, "reference_wav_path must be the name of a file, got <_io.BytesIO"),
+    ({"prompt_wav_path": b"a.wav", "prompt_text": "a"}, "prompt_wav_path must be the name of a file, got b'a.wav'"),
+    ({"cfg_value": "2"}, "cfg_value must be a number, got '2'"),
+    ({"cfg_value": True}, "cfg_value must be a number, got True"),
+    ({"inference_timesteps": 2.5}, "inference_timesteps must be an integer, got 2.5"),
+    ({"max_len": None}, "max_len must be an integer, got None"),
+    ({"seed": -1}, "seed must lie between 0 and 2147483647, got -1"),
+    ({"seed": 2**31}, "seed must lie between 0 and 2147483647"),
+    ({"seed": 1.0}, "seed must be an integer, got 1.0"),
+    ({"retry_badcase": "no"}, "retry_badcase must be True or False, got 'no'"),
     ({"normalize": True}, "normalize=True is not available"),
     ({"denoise": True}, "denoise=True is not available"),
     ({"prompt_text": "a"}, "got prompt text without prompt audio"),
@@ -45,6 +59,29 @@ def test_bad_requests(arguments, message):
 def test_the_limits_themselves_are_allowed():
     Request("one", cfg_value=0.0, inference_timesteps=1000, min_len=0, max_len=1)
     Request("one", cfg_value=10.0, inference_timesteps=1, min_len=5, max_len=5, retry_badcase_max_times=1)
+
+
+def test_numbers_of_numpy_are_numbers():
+    request = Request("one", cfg_value=np.float32(1.5), inference_timesteps=np.int64(3), seed=np.uint32(7))
+    assert (request.cfg_value, request.inference_timesteps, request.seed) == (1.5, 3, 7)
+
+
+LISTS = [
+    ("one", "expected a list of requests or mappings, got 'one'"),
+    ({"text": "one"}, "expected a list of requests or mappings, got {'text': 'one'}"),
+    (None, "expected a list of requests or mappings, got None"),
+    ([{"text": "one"}, "two"], "request 2: expected a Request or a mapping of its fields, got 'two'"),
+    ([{"txt": "one"}], "request 1: unknown txt; a request has text, prompt_wav_path, "),
+    ([{"seed": 1}], "request 1: no text"),
+    ([{"text": "one", "cfg_value": "2"}], "request 1: cfg_value must be a number, got '2'"),
+]
+
+
+@pytest.mark.parametrize(("requests", "message"), LISTS)
+def test_bad_lists_of_requests(requests, message):
+    with pytest.raises(UserError) as error:
+        as_requests(requests)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_generate_takes_the_fields_of_a_request(monkeypatch):

@@ -11,7 +11,7 @@ from voxcpm2_jax.inference.api import VoxCPM
 @pytest.fixture(scope="package")
 def voice(tiny_parts):
     """A model with random weights: it babbles."""
-    return VoxCPM(*tiny_parts)
+    return VoxCPM.from_parts(*tiny_parts)
 
 
 @pytest.fixture(scope="package")

@@ -17,7 +17,7 @@ def with_stop_head(tiny_parts, *, stops: bool) -> VoxCPM:
         "stop_proj": {"kernel": np.zeros((width, width), np.float32), "bias": np.full(width, 5.0, np.float32)},
         "stop_head": {"kernel": np.tile(np.array([not stops, stops], np.float32), (width, 1))},
     }
-    return VoxCPM(config, params | stop, *rest)
+    return VoxCPM.from_parts(config, params | stop, *rest)
 
 
 def assert_same_audio(a, b):

@@ -57,7 +57,7 @@ def test_a_batch_takes_requests_and_mappings(voice):
     arguments = {"text": "one two", "seed": 1} | QUICK
     first, second = voice.generate_batch([Request(**arguments), arguments])
     np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
-    with pytest.raises(TypeError, match="txt"):
+    with pytest.raises(UserError, match="unknown txt"):
         voice.generate_batch([{"txt": "one"}])
 
 
@@ -190,7 +190,7 @@ def test_a_tokenizer_larger_than_the_embedding(tiny_parts):
     for vocab_size, fits in ((384, True), (385, False)):
         tokenizer = types.SimpleNamespace(vocab_size=vocab_size)
         if fits:
-            VoxCPM(config, params, vae_config, vae_params, tokenizer)
+            VoxCPM.from_parts(config, params, vae_config, vae_params, tokenizer)
         else:
             with pytest.raises(UserError, match="the tokenizer has 385 pieces, the model embeds 384"):
-                VoxCPM(config, params, vae_config, vae_params, tokenizer)
+                VoxCPM.from_parts(config, params, vae_config, vae_params, tokenizer)

@@ -18,7 +18,8 @@ CLEARANCE = 1e-4  # smallest accepted distance of a quantiser input from a round
 
 
 def model_of(loaded):
-    return VoxCPM(loaded.config, loaded.params, loaded.vae_config, loaded.vae_params, load_tokenizer(loaded.tokenizer_dir))
+    tokenizer = load_tokenizer(loaded.tokenizer_dir)
+    return VoxCPM.from_parts(loaded.config, loaded.params, loaded.vae_config, loaded.vae_params, tokenizer)
 
 
 @pytest.fixture(scope="module")

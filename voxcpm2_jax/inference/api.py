@@ -24,8 +24,8 @@ from voxcpm2_jax import sequence
 from voxcpm2_jax.checkpoint.arrays import Weights
 from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.config.request import Request
-from voxcpm2_jax.inference import decode, load
+from voxcpm2_jax.config.request import Request, as_requests
+from voxcpm2_jax.inference import arguments, decode, load
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.vae import autoencoder, streaming
 
@@ -65,16 +65,82 @@ class _Job:
 
 
 class VoxCPM:
-    """A backbone, its codec and its tokenizer.
+    """A backbone, its codec and its tokenizer, from a directory; `from_parts` takes them from memory.
+
+    The arguments are those of the PyTorch package's class; arguments.py tells what becomes of each.
 
     Args:
-        params: backbone parameters as in training; or Weights, which are read one by one.
-        tokenizer: has `encode(text) -> ids` and `vocab_size`.
+        voxcpm_model_path: a training workdir, one step of it, or a directory in the released PyTorch layout. Weights that are
+            wider than the model's `dtype` are cast to it. They are read group by group (load.py). Programs that this process
+            compiles from then on are kept on disk (compiled.py), so that the next process starts faster.
+        device: "cpu", "cuda", "tpu", with ":1" for the second; None: JAX's default.
     Raises:
-        UserError: the tokenizer has ids that the model has no embedding for.
+        UserError: not such a directory, a file in it is missing or does not fit, or an argument cannot be taken.
     """
 
-    def __init__(self, config: ModelConfig, params, vae_config: AudioVAEConfig, vae_params, tokenizer):
+    def __init__(
+        self,
+        voxcpm_model_path: str | os.PathLike,
+        zipenhancer_model_path: str | None = None,
+        enable_denoiser: bool | None = None,
+        optimize: bool | None = None,
+        device: str | None = None,
+        lora_config=None,
+        lora_weights_path: str | os.PathLike | None = None,
+    ):
+        from voxcpm2_jax import compiled, workdir
+        from voxcpm2_jax.data.tokenizer import load_tokenizer
+
+        arguments.check(
+            lora_config=lora_config, lora_weights_path=lora_weights_path, optimize=optimize,
+            enable_denoiser=enable_denoiser, zipenhancer_model_path=zipenhancer_model_path,
+        )  # fmt: skip
+        device = arguments.find_device(device)
+        opened = workdir.open_model(arguments.local_directory(voxcpm_model_path))
+        tokenizer = load_tokenizer(opened.tokenizer_dir)
+        compiled.keep()
+        self._set(opened.config, opened.weights, opened.vae_config, opened.vae_params, tokenizer, device)
+
+    @classmethod
+    def from_parts(cls, config: ModelConfig, params, vae_config: AudioVAEConfig, vae_params, tokenizer) -> "VoxCPM":
+        """A model from parts in memory.
+
+        Args:
+            params: backbone parameters as in training.   tokenizer: has `encode(text) -> ids` and `vocab_size`.
+        Raises:
+            UserError: the tokenizer has ids that the model has no embedding for.
+        """
+        model = cls.__new__(cls)
+        model._set(config, params, vae_config, vae_params, tokenizer, None)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        hf_model_id: str | os.PathLike = "openbmb/VoxCPM2",
+        load_denoiser: bool | None = None,
+        zipenhancer_model_id: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        optimize: bool | None = None,
+        device: str | None = None,
+        lora_config=None,
+        lora_weights_path: str | os.PathLike | None = None,
+        **kwargs,
+    ) -> "VoxCPM":
+        """Loads a directory that the constructor takes, or a model on the Hugging Face hub.
+
+        Args:
+            hf_model_id: the directory, or "OWNER/NAME" on the hub, which needs the package huggingface_hub.
+            cache_dir, local_files_only: where the hub's client keeps files, and whether it may download.
+        Raises:
+            UserError: as the constructor.
+        """
+        arguments.check(lora_config=lora_config, lora_weights_path=lora_weights_path)
+        path = arguments.local_directory(hf_model_id, cache_dir, local_files_only=local_files_only)
+        return cls(path, zipenhancer_model_id, load_denoiser, optimize, device, **kwargs)
+
+    def _set(self, config, params, vae_config, vae_params, tokenizer, device: jax.Device | None) -> None:
         if tokenizer.vocab_size > config.lm_config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces, the model embeds {config.lm_config.vocab_size} "
@@ -83,28 +149,37 @@ class VoxCPM:
         self.config = config
         self.vae_config = vae_config
         self.tokenizer = tokenizer
-        if isinstance(params, Weights):
-            self._params = load.unrolled(params, config.dtype)
-        else:
-            self._params = jax.jit(voxcpm2.unrolled_params)(params)
-        self._vae_params = jax.device_put(vae_params)
+        with jax.default_device(device):
+            if isinstance(params, Weights):
+                params = load.unrolled(params, config.dtype)
+            else:
+                params = jax.jit(voxcpm2.unrolled_params)(params)
+        # Put on a named device, they stay there, and so does all that is computed from them.
+        self._params = params if device is None else jax.device_put(params, device)
+        self._vae_params = jax.device_put(vae_params, device)
 
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> "VoxCPM":
-        """Loads a training workdir, one step of it, or a directory in the released PyTorch layout.
+    @property
+    def tts_model(self) -> "VoxCPM":
+        """This model: scripts for the PyTorch package ask `model.tts_model.sample_rate`."""
+        return self
 
-        Weights that are wider than the model's `dtype` are cast to it. They are read group by group (load.py). Programs that
-        this process compiles from then on are kept on disk (compiled.py), so that the next process starts faster.
+    lora_enabled = False  # here and below: what scripts for the PyTorch package may ask of a model without LoRA
 
-        Raises:
-            UserError: not such a directory, or a file in it is missing or does not fit.
-        """
-        from voxcpm2_jax import compiled, workdir
-        from voxcpm2_jax.data.tokenizer import load_tokenizer
+    def load_lora(self, lora_weights_path) -> tuple:
+        """Refused."""
+        raise arguments.no_lora("load_lora")
 
-        opened = workdir.open_model(path)
-        compiled.keep()
-        return cls(opened.config, opened.weights, opened.vae_config, opened.vae_params, load_tokenizer(opened.tokenizer_dir))
+    def get_lora_state_dict(self) -> dict:
+        """Refused."""
+        raise arguments.no_lora("get_lora_state_dict")
+
+    def set_lora_enabled(self, enabled: bool) -> None:
+        """Refused if `enabled`."""
+        if enabled:
+            raise arguments.no_lora("set_lora_enabled")
+
+    def unload_lora(self) -> None:
+        """Nothing is loaded."""
 
     @property
     def sample_rate(self) -> int:
@@ -159,7 +234,7 @@ class VoxCPM:
         Raises:
             UserError: bad text, audio or setting in any of them.
         """
-        jobs = [self._lay_out(r if isinstance(r, Request) else Request(**r)) for r in requests]
+        jobs = [self._lay_out(request) for request in as_requests(requests)]
         speeches: list[Speech | None] = [None] * len(jobs)
         todo = list(range(len(jobs)))
         tries = 0

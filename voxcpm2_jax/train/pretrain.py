@@ -305,7 +305,7 @@ def _speaker(config: BackboneRun, workdir: pathlib.Path) -> loop.Evaluator:
     def run(state: TrainState):
         params = _whole(state.best_params, config)
         with jax.set_mesh(sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])):
-            model = VoxCPM(config.model, params, vae_config, vae_params, tokenizer)
+            model = VoxCPM.from_parts(config.model, params, vae_config, vae_params, tokenizer)
             speeches = model.speak([{"text": text, "seed": 0} for text in config.samples.texts])
         multihost_utils.sync_global_devices("samples")
         for i, speech in enumerate(speeches):
