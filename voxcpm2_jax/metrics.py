@@ -2,6 +2,7 @@
 
     WORKDIR/metrics.jsonl      one JSON object per logged step; a resumed run repairs and continues this file
     WORKDIR/tensorboard/       the same scalars, and evaluators' images and audio, if tensorboardX is installed
+    services                   the same, where `log.trackers` names some (trackers.py)
     standard error             a live line on a terminal, else one line per logged step
 
 What a train step returns by name, and what is logged of it for all steps since the last row:
@@ -21,13 +22,14 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from voxcpm2_jax.files import heal
+from voxcpm2_jax.trackers import Tracker
 
 # ---- accumulation ----------------------------------------------------------------------------------------------------
 
@@ -194,15 +196,20 @@ class Writer:
 
     Args:
         start_step: updates finished before; later rows in the file are removed.   num_steps: length of the run.
+        services, project: names of trackers.SERVICES that get the rows too, and their name for what the run belongs to.
+        record: the run's config, for the services.
     Attributes:
         last_row: the newest row in metrics.jsonl, None before the first.
     """
 
-    def __init__(self, workdir, *, start_step: int, num_steps: int):
+    def __init__(
+        self, workdir, *, start_step: int, num_steps: int, services: Sequence[str] = (), project: str = "", record: Mapping = {}
+    ):
         workdir = pathlib.Path(workdir)
         self.last_row: dict | None = None
         self._num_steps = num_steps
         self._path = self._board = self._progress = None
+        self._trackers: list[Tracker] = []
         if jax.process_index() != 0:
             return
         self.last_row = heal(workdir / "metrics.jsonl", start_step)
@@ -215,9 +222,14 @@ class Writer:
             self._progress = _live_line()
             self._task = self._progress.add_task("train", total=num_steps, completed=start_step, figures="")
             self._progress.start()
+        for name in services:
+            try:
+                self._trackers.append(Tracker(name, workdir, project, record, start_step))
+            except OSError as error:
+                print(f"{name} gets no rows: {error}", file=sys.stderr)
 
     def write(self, step: int, figures: dict) -> None:
-        """Writes one row: numbers (or None) everywhere, Audio and Image only to TensorBoard."""
+        """Writes one row: numbers (or None) everywhere, Audio and Image to TensorBoard and the services."""
         media = {k: v for k, v in figures.items() if isinstance(v, Audio | Image)}
         row = {"step": step} | {k: number(v) for k, v in figures.items() if k not in media}
         self.last_row = row
@@ -230,6 +242,8 @@ class Writer:
             os.fsync(file.fileno())
         if self._board:
             self._write_board(step, row, media)
+        for tracker in self._trackers:
+            tracker.send(row, {k: v if isinstance(v, Audio) else (v.pixels_HWC, None) for k, v in media.items()})
         if self._progress:
             self._progress.update(self._task, figures=_in_words(row))
         else:
@@ -255,6 +269,8 @@ class Writer:
         return self
 
     def __exit__(self, *_):
+        for tracker in self._trackers:
+            tracker.close()
         if self._board:
             self._board.close()
         if self._progress:

@@ -58,10 +58,9 @@ def run(args, overrides) -> int:
         batches = [to_dict(stage.batch_of(config.batch)) | {"first_step": stage.first_step} for stage in config.stages]
         print_result({"workdir": args.workdir, "data": args.data, "config": to_dict(config), "stages": batches})
         return DONE
-    from voxcpm2_jax import files
     from voxcpm2_jax.train import pretrain
 
-    files.check_directory(args.workdir)
+    training.check(config, args.workdir)
     options = training.start_options(args) | {
         "init_params": args.init_params, "init_tslm": args.init_tslm, "heldout": args.heldout, "profile_steps": profile_steps,
     }  # fmt: skip

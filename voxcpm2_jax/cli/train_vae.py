@@ -21,9 +21,8 @@ def add(commands) -> None:
 
 def run(args, overrides) -> int:
     config = from_dict(VAERun, load_config(args.config, overrides))
-    from voxcpm2_jax import files
     from voxcpm2_jax.train import vae
 
-    files.check_directory(args.workdir)
+    training.check(config, args.workdir)
     options = training.start_options(args)
     return training.run_training(args.workdir, lambda: vae.train(config, args.workdir, args.data, **options))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from voxcpm2_jax.cli.flags import Parser, local_path
 from voxcpm2_jax.cli.outcome import DONE, FAILED, MISTAKE, PREEMPTED, print_error, print_result
 from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.run import BackboneRun, VAERun
 
 EPILOG = """The last line of standard output is a JSON object: step, losses, audio_sec_per_sec, mfu (null for the codec,
 and where the chip's peak is unknown). Exit codes: 0 done, 1 the run diverged or failed, 2 a mistake in the arguments, 75
@@ -30,6 +31,14 @@ def add_flags(parser: Parser) -> None:
         "--accept-config-changes", action="store_true",
         help="continue although the config differs from the checkpoint's in fields that change what its state means",
     )  # fmt: skip
+
+
+def check(config: BackboneRun | VAERun, workdir: str) -> None:
+    """Raises UserError if the run would fail for its directory or for a package that its config asks for."""
+    from voxcpm2_jax import files, trackers
+
+    files.check_directory(workdir)
+    trackers.check(config.log.trackers)
 
 
 def start_options(args) -> dict:

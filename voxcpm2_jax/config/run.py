@@ -84,13 +84,22 @@ class CheckpointConfig:
             raise UserError(f"checkpoint.best_mode must be min or max, got {self.best_mode!r}")
 
 
+TRACKERS = ("wandb", "trackio", "mlflow")  # see trackers.py
+
+
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: int = 20  # updates between two rows of metrics.jsonl
+    trackers: tuple[str, ...] = ()  # services that get the rows too: names in TRACKERS, each with an extra of its name
+    project: str = "voxcpm2-jax"  # that the run belongs to there (MLflow: experiment)
 
     def __post_init__(self):
         if self.every_steps < 1:
             raise UserError(f"log.every_steps must be at least 1, got {self.every_steps}")
+        if unknown := set(self.trackers) - set(TRACKERS):
+            raise UserError(f"log.trackers: expected some of {', '.join(TRACKERS)}, got {', '.join(sorted(unknown))}")
+        if not self.project:
+            raise UserError("log.project must not be empty")
 
 
 @dataclass(frozen=True)

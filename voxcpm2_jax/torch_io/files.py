@@ -260,9 +260,10 @@ def cast(leaves: Mapping[str, Stored], choose: Callable[[np.dtype], np.dtype]) -
 
     def read(name: str, leaf: Stored, dtype: np.dtype) -> np.ndarray:
         array = np.asarray(leaf.read())
-        with np.errstate(over="ignore"):
-            narrowed = array.astype(dtype)
-        lost = np.count_nonzero(np.isinf(narrowed)) - np.count_nonzero(np.isinf(array)) if dtype != array.dtype else 0
+        with np.errstate(over="ignore", invalid="ignore"):
+            narrowed, lost = array.astype(dtype), 0
+            if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(array.dtype).max:
+                lost = np.count_nonzero(np.isinf(narrowed)) - np.count_nonzero(np.isinf(array))
         if lost:
             most = np.abs(array[np.isfinite(array)]).max()
             raise UserError(f"{name}: {lost} numbers are too large for {dtype.name} (up to {most:.3g}); choose another --dtype")
