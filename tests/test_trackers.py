@@ -101,7 +101,7 @@ def finish(): {finish}
 def fake(tmp_path, monkeypatch):
     """Makes a package called trackio, which writes the steps that it gets to a file -> that file."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(trackers, "CLOSE_SEC", 3.0)
+    monkeypatch.setattr(trackers, "CLOSE_SEC", 60.0)
     path = tmp_path / "got"
 
     def make(init="pass", log="pass", finish="pass"):
@@ -112,22 +112,31 @@ def fake(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "sent", "said"),
     [
-        ({"init": "raise RuntimeError('no\\nnetwork')"}, ["trackio is given up: no network", "trackio: nothing was sent; "]),
-        ({"init": "import os; os.abort()"}, ["trackio: nothing was sent"]),
-        ({"log": "if step == 2: time.sleep(1000)"}, ["trackio: steps after 1 were not sent"]),
-        ({"log": "if step == 2: 1 / 0"}, ["trackio is given up: division by zero", "trackio: steps after 1 were not sent"]),
-        ({"finish": "time.sleep(1000)"}, []),
+        (
+            {"init": "raise RuntimeError('no\\nnetwork')"},
+            -1,
+            ["trackio is given up: no network", "trackio: nothing was sent; "],
+        ),
+        ({"init": "import os; os.abort()"}, -1, ["trackio: nothing was sent"]),
+        ({"log": "if step == 2: time.sleep(1000)"}, 1, ["trackio: steps after 1 were not sent"]),
+        ({"log": "if step == 2: 1 / 0"}, 1, ["trackio is given up: division by zero", "trackio: steps after 1 were not sent"]),
+        ({"finish": "time.sleep(1000)"}, 3, []),
     ],
 )
-def test_a_service_cannot_stop_a_training_and_gets_the_rest_later(tmp_path, fake, capfd, fault, said):
+def test_a_service_cannot_stop_a_training_and_gets_the_rest_later(tmp_path, fake, monkeypatch, capfd, fault, sent, said):
     got = fake(**fault)
-    begin = time.monotonic()
     with metrics.Writer(tmp_path / "run", start_step=0, num_steps=9, services=["trackio"], project="p") as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": 1.0} | MEDIA)
-    assert time.monotonic() - begin < 10
+        while json.loads((tmp_path / "run/trackers/trackio.json").read_text())["sent"] < sent:
+            time.sleep(0.1)
+        if "sleep" in str(fault):
+            monkeypatch.setattr(trackers, "CLOSE_SEC", 0.5)
+        begin = time.monotonic()
+    assert "sleep" not in str(fault) or time.monotonic() - begin < 10
+    monkeypatch.setattr(trackers, "CLOSE_SEC", 60.0)
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
     err = capfd.readouterr().err
     assert all(line in err for line in said) and "Traceback" not in err and ("sent" in err) == bool(said)
@@ -146,7 +155,7 @@ def test_a_service_far_behind_gets_no_more_until_the_next_start(tmp_path, fake, 
             writer.write(step, {"loss": np.float32(1.0), "sample": metrics.Audio(np.zeros(100_000, np.float32), 48000)})
     assert "trackio is 2 rows behind: it gets no more until the next start" in capfd.readouterr().err
     fake()
-    monkeypatch.setattr(trackers, "CLOSE_SEC", 5.0)
+    monkeypatch.setattr(trackers, "CLOSE_SEC", 60.0)
     write(tmp_path / "run", "trackio", [9], start_step=8)
     assert got.read_text() == "1 2 3 4 5 6 7 8 9 "
 

@@ -169,8 +169,12 @@ class _Attempt:
             say(self.ledger.step_over(bad, self.start, self._task.clips))
         with (
             metrics.Writer(
-                self._workdir, start_step=self.start, num_steps=run.num_steps, services=run.log.trackers,
-                project=run.log.project, record=self._task.record,
+                self._workdir,
+                start_step=self.start,
+                num_steps=run.num_steps,
+                services=run.log.trackers,
+                project=run.log.project,
+                record=self._task.record,
             ) as self._writer,
             Profiler(profile_steps, self._workdir / "profile") as self._profiler,
             contextlib.closing(_Feed(self._task.batches, self.start, run.num_steps)) as self._feed,
