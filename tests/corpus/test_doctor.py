@@ -67,6 +67,8 @@ FAULTS = {
     "too short": (clip(text="ab"), sound(0.1, 50)),
     "too long": (clip(text="long " * 400), sound(61)),
     "no words": (clip(text="?!" * 9), sound(1, 50)),
+    "control pieces": (clip(text="it ends</s>"), sound(1, 50)),
+    "markup": (clip(text="and then [laughter] he said"), sound(1, 50)),
     "unusable reference": (clip(ref_audio="gone.wav"), sound(1, 50)),
     "reference is itself": (clip(ref_audio="new.wav"), sound(1, 50)),
     "trailing silence": (clip(), np.concatenate([sound(1, 50), silence(0.7)])),
@@ -190,6 +192,9 @@ def test_characters_without_a_piece(tmp_path, sane):
 
         def encode(self, text):
             return [0] * len(text)
+
+        def control_pieces(self, text):
+            return []
 
         def uncovered(self, text):
             return [c for c in "q" if c in text], []

@@ -492,3 +492,26 @@ def test_the_vocabulary_is_of_the_corpus_and_balanced_by_language(tmp_path):
     assert len(even.encode("günaydın")) < len(as_it_is.encode("günaydın"))
     with pytest.raises(UserError, match=r"a vocabulary of 310 pieces .*: .*too high"):
         made(vocab_chars=60)
+
+
+def test_transcripts_have_one_form_which_goes_with_the_tokenizer(tmp_path, vae_params):
+    """Decomposed, described, in capitals; and rows that nobody could say are left out of clips and vocabulary."""
+    texts = ["CAFE\u0301 ONE\u00ad ", "two three", "(low) FOUR FIVE", "...", "six</s>", "seven [noise] <sil>"]
+    found = [manifest.Recording(record(tmp_path / f"{i}.wav", 0.3, i), text) for i, text in enumerate(texts)]
+    found[1] = dataclasses.replace(found[1], text="TWO THREE", description="\uff08a low voice\uff09")
+    manifest.write_manifest(tmp_path / "m.jsonl", found)
+    config = config_of(tmp_path, "", vocab_size=300, sentence_case=True)
+    header = make_shards(config, tmp_path / "out", vae_params, VAE)
+    assert header.skipped == {"no words": 1, "control pieces": 1, "markup": 1}
+    assert header.text == {"form": 1, "sentence_case": True}
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    assert tokenizer.rule == config.text_rule
+    clips = shards.Shards(tmp_path / "out")
+    assert [tokenizer.decode(clip.text_ids) for clip in clips] == ["Caf\u00e9 one", "Two three", "(low)Four five"]
+    assert tokenizer.decode(clips[1].described_ids) == "(a low voice)Two three"
+    assert {"E", "[", "\u0301"}.isdisjoint(tokenizer._backend.get_vocab())
+    kept = make_shards(config_of(tmp_path, "", vocab_size=300, markup="keep"), tmp_path / "kept", vae_params, VAE)
+    assert kept.skipped == {"no words": 1, "control pieces": 1}
+    with pytest.raises(UserError, match=r"cannot be used together: text \{'form': 1, 'sentence_case': True\} and"):
+        other = dataclasses.replace(header, text={"form": 1, "sentence_case": False})
+        shards.check_alike([tmp_path / "out", tmp_path / "kept"], [header, other])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.data.text import normal_text
+from voxcpm2_jax.config.text import normal_text
 from voxcpm2_jax.data.tokenizer import SPACE, balanced, load_tokenizer, train_tokenizer
 
 LANGUAGES = {

@@ -53,7 +53,7 @@ def judge(monkeypatch, tmp_path):
 def test_three_sets_one_judge(judge, released_dir, tmp_path):
     """A judge that hears the recordings right and nothing else."""
     judge.answers += [["1 2", "three", "4-5"], ["one", "", "four five six"], ["", "three", "nine nine"]]
-    manifest = write(tmp_path, ["one two", "three", "four five"])
+    manifest = write(tmp_path, ["one two", "three", "?!", "four five"])
     config = EvaluateConfig(measure="digits", inference_timesteps=2, num_pictures=1)
     result = report.evaluate(config, released_dir, manifest, tmp_path / "out")
     scores = {name: values["digits right"] for name, values in result["scores"].items()}
@@ -61,6 +61,8 @@ def test_three_sets_one_judge(judge, released_dir, tmp_path):
     assert scores == pytest.approx({"recordings": 1.0, "reconstructions": 2 / 5, "generated": 1 / 5, "retried": 1 / 5})
     assert judge.most_alive == 1
     assert result["scores"]["generated"]["strings right"] == pytest.approx(1 / 3)
+    (left_out,) = result["left_out"]
+    assert left_out["audio"].endswith("2.wav") and "letter or a digit" in left_out["reason"] and result["texts"] == 3
     assert judge.languages == [["en"] * 3] * 3 and result["texts_without_language"] == 3
     assert result["languages"] == {"en": {"texts": 3, "unit": "digit"}} and "by_language" not in result
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
@@ -121,7 +123,7 @@ def test_languages_that_cannot_be_scored(judge, tmp_path, monkeypatch):
     for measure, texts, tags, message in (
         ("words", ["one", "雨"], ["en", "yue"], "heldout.jsonl: language 'yue': Whisper-base, the judge, does not know it"),
         ("digits", ["one", "eins"], [None, "de"], "measure=digits counts English digits, got recordings in de"),
-        ("words", ["one", "?!"], ["en", "de"], "no text in de has a letter or a digit"),
+        ("words", ["?!", "..."], ["en", "de"], "none of 2 texts can be spoken; the first: text must have a letter or a digit"),
     ):
         with pytest.raises(UserError, match=message) as error:
             report.evaluate(EvaluateConfig(measure=measure), "C", write(tmp_path, texts, tags), tmp_path / "out")

@@ -291,13 +291,17 @@ def test_shards_of_another_codec_or_tokenizer_are_refused(tmp_path):
     save_codec(shards, vae, params)
     train_tokenizer(["one two three"] * 9, 288).save(shards / "tokenizer")
     tokenizer_sha256 = hashlib.sha256((shards / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
-    made = SimpleNamespace(codec_sha256=codec_sha256(params, vae), tokenizer_sha256=tokenizer_sha256)
+    made = SimpleNamespace(codec_sha256=codec_sha256(params, vae), tokenizer_sha256=tokenizer_sha256, text={})
     pretrain._keep_provenance(workdir, [shards], made)
     pretrain._keep_provenance(workdir, [shards], made)
     for name, message in (("codec_sha256", r"codec: here [0-9a-f]{12}, shards other,"), ("tokenizer_sha256", "tokenizer: ")):
         other = SimpleNamespace(**(vars(made) | {name: "other"}))
         with pytest.raises(UserError, match=message):
             pretrain._keep_provenance(workdir, [shards], other)
+    (workdir / "tokenizer" / "text.json").write_text('{"sentence_case": true}')
+    other = SimpleNamespace(**(vars(made) | {"text": {"form": 1, "sentence_case": False}}))
+    with pytest.raises(UserError, match=r"texts are written by .*False.* in the shards, by .*True.* in "):
+        pretrain._keep_provenance(workdir, [shards], other)
     (shards / "heldout").mkdir()
     with pytest.raises(UserError, match="heldout: no codec/ in it"):
         pretrain._keep_provenance(workdir, [shards / "heldout"], made)

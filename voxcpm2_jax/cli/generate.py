@@ -7,6 +7,7 @@ from voxcpm2_jax.cli.flags import CKPT, add_command, local_path
 from voxcpm2_jax.cli.outcome import DONE, MISTAKE, print_error, print_result
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.request import MAX_CFG, MAX_STEPS, Request
+from voxcpm2_jax.config.text import with_description
 
 _BATCH_LINES = 16  # lines of an --input file that are spoken in one batch
 
@@ -68,23 +69,24 @@ def _texts(args) -> dict[pathlib.Path, str]:
     if args.control is not None:
         if args.prompt_text is not None:
             raise UserError("--control does not go with --prompt-text: the prompt sets voice and style")
-        if not args.control.strip():
+        if not with_description(args.control, ""):
             raise UserError("--control must not be empty")
-    style = "" if args.control is None else f"({args.control})"
+    style = args.control or ""
     if args.text is not None:
         if not args.text.strip():
             raise UserError("--text must not be empty")
-        return {pathlib.Path(args.output): style + args.text}
+        return {pathlib.Path(args.output): with_description(style, args.text)}
     if args.stream:
         raise UserError("--stream goes with --text, not with --input")
     try:
-        lines = pathlib.Path(args.input).read_text(encoding="utf-8").splitlines()
+        lines = pathlib.Path(args.input).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--input={args.input}: {error}") from None
     directory = pathlib.Path(args.output_dir)
-    texts = {directory / f"{number:04d}.wav": style + line for number, line in enumerate(lines, 1) if line.strip()}
+    texts = {directory / f"{number:04d}.wav": line for number, line in enumerate(lines, 1) if line.strip()}
     if not texts:
         raise UserError(f"--input={args.input}: contains no text; expected one text per line")
+    texts = {path: with_description(style, line) for path, line in texts.items()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from voxcpm2_jax.config.plain import UserError, check_at_least
+from voxcpm2_jax.config.text import TextRule
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class DataConfig:
     max_sec: float = 60.0  # longer clips are skipped
     latent_dtype: str = "float16"  # in the shards: "float16", "bfloat16", "float32"
     sentence_case: bool = False  # transcripts in capitals become lower case, with capitals where sentences start
+    markup: str = "skip"  # clips whose transcript has annotations such as [laughter], <noise>, &amp;: "skip" or "keep" them
     shard_clips: int = 4096  # recordings of one shard
     host: int = 0  # this machine makes shards host, host + num_hosts, ..
     num_hosts: int = 1
@@ -130,8 +132,14 @@ class DataConfig:
         check(self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
         check(0 < self.min_sec < self.max_sec, f"expected 0 < min_sec < max_sec, got {self.min_sec} and {self.max_sec}")
         check(self.trim in ("none", "silence", "vad"), f"trim must be none, silence or vad, got {self.trim!r}")
+        check(self.markup in ("skip", "keep"), f"markup must be skip or keep, got {self.markup!r}")
         check(self.trim_db < 0, f"trim_db must be negative, got {self.trim_db}; to keep silence, set trim to none")
         check(self.trim_keep_ms >= 0, f"trim_keep_ms must be 0 or more, got {self.trim_keep_ms}")
         check(self.shard_clips >= 1, f"shard_clips must be at least 1, got {self.shard_clips}")
         check(0 <= self.host < self.num_hosts, f"host must lie in 0..num_hosts - 1, got {self.host} of {self.num_hosts}")
         check(self.encode_sec > 0, f"encode_sec must be over 0, got {self.encode_sec}")
+
+    @property
+    def text_rule(self) -> TextRule:
+        """How transcripts are written before they are tokenized."""
+        return TextRule(sentence_case=self.sentence_case)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.text import check_speakable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,7 @@ class Request:
 
     Attributes:
         text: what to say; "(description)" in front of it sets voice or style. White space is collapsed.
-        prompt_wav_path, prompt_text: audio to continue and its transcript; both or neither.
+        prompt_wav_path, prompt_text: audio to continue and its transcript; both or neither, and not with a description.
         reference_wav_path: audio of the voice to clone.
         cfg_value: guidance, 0 to 10, useful 1.5 to 3.   inference_timesteps: Euler steps per patch, 1 to 1000.
         min_len, max_len: in patches (160 ms each in the release). The stop head is ignored for the first `min_len + 1`
@@ -64,6 +65,7 @@ class Request:
         if (self.prompt_wav_path is None) != (self.prompt_text is None):
             have, lack = ("audio", "text") if self.prompt_text is None else ("text", "audio")
             raise UserError(f"a prompt needs its audio and its text; got prompt {have} without prompt {lack}")
+        check_speakable(self.text, self.prompt_text)
         if not 0 <= self.cfg_value <= MAX_CFG:
             raise UserError(f"cfg_value must lie between 0 and {MAX_CFG:g} (useful: 1.5 to 3), got {self.cfg_value}")
         if not 1 <= self.inference_timesteps <= MAX_STEPS:

@@ -30,6 +30,7 @@ import numpy as np
 from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import SPEECH_BATCH, BatchConfig
+from voxcpm2_jax.config.text import control_marks, markup, normal_text, says_something
 from voxcpm2_jax.corpus import comparison, report, sources
 from voxcpm2_jax.corpus.comparison import ROW, Clips
 from voxcpm2_jax.corpus.faults import KINDS, LOOK, SPOILS, Findings, Limits
@@ -37,7 +38,6 @@ from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.corpus.trim import sound_span
 from voxcpm2_jax.data import audio
 from voxcpm2_jax.data.identity import hash_name
-from voxcpm2_jax.data.text import normal_text
 
 _PART = 4096  # recordings
 _LIMITS = Limits()
@@ -238,8 +238,12 @@ def _reference_fault(recording: Recording, limits: Limits) -> str | None:
 def _check(findings: Findings, recording: Recording, facts: Facts, limits: Limits, tokenizer) -> int:
     """Adds the faults of one recording -> its number of tokens; 0 if it cannot be opened."""
     where = str(recording.audio)
-    if not any(c.isalnum() for c in recording.text):
+    if not says_something(recording.text):
         findings.add("no words", where, repr(recording.text))
+    if pieces := control_marks(recording.full_text) if tokenizer is None else tokenizer.control_pieces(recording.full_text):
+        findings.add("control pieces", where, " ".join(pieces))
+    elif marks := markup(recording.full_text):
+        findings.add("markup", where, " ".join(marks))
     if facts.reason:
         findings.add(facts.reason, where)
         return 0

@@ -20,6 +20,7 @@ import numpy as np
 from voxcpm2_jax.config.corpus import DataConfig
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.text import control_marks, markup, says_something
 from voxcpm2_jax.corpus import speaker, trim
 from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.corpus.moments import Moments
@@ -28,7 +29,6 @@ from voxcpm2_jax.data import audio
 from voxcpm2_jax.data.clips import Clip
 from voxcpm2_jax.data.identity import IDENTITY, Known
 from voxcpm2_jax.data.shards import check_scale
-from voxcpm2_jax.data.text import normal_text
 from voxcpm2_jax.data.tokenizer import Tokenizer
 from voxcpm2_jax.vae import autoencoder
 
@@ -57,6 +57,18 @@ class _Loaded(NamedTuple):
     recording: Recording
     audio_A: np.ndarray  # at the codec's rate, whole patches
     reference_A: np.ndarray | None
+
+
+def text_fault(recording: Recording, config: DataConfig, tokenizer: Tokenizer | None) -> audio.BadRecording | None:
+    """Why a transcript cannot be trained on; `tokenizer` knows its own control pieces."""
+    name, text = recording.audio, recording.full_text
+    if not says_something(recording.text):
+        return audio.BadRecording("no words", f"{name}: a transcript without a letter or digit: {recording.text!r:.80}")
+    if pieces := tokenizer.control_pieces(text) if tokenizer else control_marks(text):
+        return audio.BadRecording("control pieces", f"{name}: its transcript spells {', '.join(pieces)}")
+    if config.markup == "skip" and (marks := markup(text)):
+        return audio.BadRecording("markup", f"{name}: annotations in its transcript: {', '.join(marks)}")
+    return None
 
 
 class ClipEncoder:
@@ -115,8 +127,8 @@ class ClipEncoder:
     def load(self, recording: Recording) -> _Loaded | audio.BadRecording:
         """A recording and its reference clip, trimmed and padded; or why it cannot be used."""
         try:
-            if not recording.text.strip():
-                raise audio.BadRecording("no words", f"{recording.audio}: no transcript")
+            if fault := text_fault(recording, self._config, self._tokenizer):
+                raise fault
             if self._held_out and len(self._held_out.overlaps(np.array([recording.identity], IDENTITY))[0]):
                 raise audio.BadRecording("held out", f"{recording.audio}: a held-out clip, which is not trained on")
             audio_A = self._audio(recording.audio, recording.start_sec, recording.end_sec)
@@ -182,7 +194,7 @@ class ClipEncoder:
         return dict(zip(chosen, speaker.embed(self._speaker_encoder, clips, self._rate)))
 
     def _ids(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(normal_text(text, self._config.sentence_case)), np.int32)
+        return np.array(self._tokenizer.encode(self._config.text_rule.write(text)), np.int32)
 
     def _latents(self, recordings: list[tuple[pathlib.Path | audio.Stored, np.ndarray]]) -> Iterator[np.ndarray]:
         """Latents [M, P, C] of each recording, given with its name, in order.

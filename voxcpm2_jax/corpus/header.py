@@ -131,6 +131,7 @@ def finish(directory: pathlib.Path, corpora: list[Corpus], made_by: Provenance) 
         versions=_versions(),
         models=made_by.models,
         pairs=pairs,
+        text=to_dict(config.text_rule),
         crc32={name: crc32(directory / name) for name in arrays},
     )
     write_header(directory, header)

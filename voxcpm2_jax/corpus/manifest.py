@@ -25,6 +25,7 @@ import numpy as np
 
 from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.text import with_description
 from voxcpm2_jax.data import audio
 from voxcpm2_jax.data.identity import identity
 from voxcpm2_jax.data.records import ReadError, patiently
@@ -56,7 +57,7 @@ class Recording:
     @property
     def full_text(self) -> str:
         """The text with its description, as it is tokenized."""
-        return f"({self.description}){self.text}" if self.description else self.text
+        return with_description(self.description, self.text)
 
     @property
     def identity(self) -> tuple:

@@ -32,10 +32,9 @@ from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.corpus import debian, demo, header, manifest, shard, sources, speaker, trim
 from voxcpm2_jax.corpus.claim import claim
-from voxcpm2_jax.corpus.encode import ClipEncoder
+from voxcpm2_jax.corpus.encode import ClipEncoder, text_fault
 from voxcpm2_jax.data.identity import IDENTITY, Known
 from voxcpm2_jax.data.shards import Header
-from voxcpm2_jax.data.text import normal_text
 from voxcpm2_jax.data.tokenizer import Tokenizer, balanced, load_tokenizer, train_tokenizer
 
 MAKING_FILE = "making.json"
@@ -129,6 +128,7 @@ def _make_shards(config: DataConfig, output: pathlib.Path, vae_params, vae_confi
     _keep_making(output, _making(config, train, heldout, codec_hash, models))
     files.once(output / "codec", lambda temporary: workdir.save_codec(temporary, vae_config, vae_params))
     if new_tokenizer:
+        new_tokenizer.rule = config.text_rule
         files.once(output / "tokenizer", lambda temporary: new_tokenizer.save(temporary / "tokenizer"))
     tokenizer = load_tokenizer(output / "tokenizer")
     tokenizer_hash = hashlib.sha256((output / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
@@ -205,7 +205,8 @@ def _tokenizer(config: DataConfig, train) -> Tokenizer:
     from rich.console import Console
 
     def texts():
-        return ((r.language or "unknown", normal_text(r.full_text, config.sentence_case)) for m in train for r in m)
+        usable = (r for corpus in train for r in corpus if not text_fault(r, config, None))
+        return ((r.language or "unknown", config.text_rule.write(r.full_text)) for r in usable)
 
     with Console(stderr=True).status(f"learning a vocabulary of {config.vocab_size} pieces"):
         chosen = balanced(texts, temperature=config.vocab_temperature, max_chars=config.vocab_chars)

@@ -75,6 +75,7 @@ class Header:
     models: dict = field(default_factory=dict)  # "vad", "speaker": names and hashes of the models that were used
     pairs: dict = field(default_factory=dict)  # how reference clips were chosen, and for how many clips; empty: not at all
     crc32: dict = field(default_factory=dict)  # of the .npy files; empty: shards older than this field
+    text: dict = field(default_factory=dict)  # the TextRule of the transcripts; empty: shards older than this field
 
 
 def read_header(directory: str | os.PathLike) -> Header:
@@ -119,13 +120,15 @@ _SAME = (
 
 
 def check_alike(paths: list[pathlib.Path], headers: list[Header]) -> None:
-    """Raises UserError if directories of shards differ in codec, tokenizer or patches, so that one run cannot use them."""
+    """Raises UserError if directories of shards differ in codec, tokenizer, text or patches: one run cannot use them."""
     for path, header in zip(paths[1:], headers[1:]):
         unlike = [
             f"{name} {getattr(headers[0], name)!r:.14} and {getattr(header, name)!r:.14}"  # the beginning of a hash
             for name in _SAME
             if getattr(headers[0], name) != getattr(header, name)
         ]
+        if headers[0].text and header.text and headers[0].text != header.text:
+            unlike.append(f"text {headers[0].text} and {header.text}")
         if unlike:
             raise UserError(f"{paths[0]} and {path} cannot be used together: {'; '.join(unlike)}")
 
@@ -214,7 +217,7 @@ class Shards:
         dead_channels: latent channels that hardly vary.
     Raises:
         UserError: not a directory of shards, missing files, latents on a scale that a model cannot learn, or directories
-            made with different codecs, tokenizers or patches.
+            made with different codecs, tokenizers, forms of text or patches.
     """
 
     def __init__(self, directories: str | os.PathLike):

@@ -28,10 +28,12 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from voxcpm2_jax import files
-from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.plain import UserError, from_dict, to_dict
+from voxcpm2_jax.config.text import TextRule, control_marks
 from voxcpm2_jax.sequence import AUDIO_END_ID, AUDIO_START_ID, BOS_ID, EOS_ID, REFERENCE_END_ID, REFERENCE_START_ID, UNK_ID
 
 SPACE = "\u2581"
+RULE_FILE = "text.json"  # beside tokenizer.json: the TextRule
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FRAME = {UNK_ID: "<unk>", BOS_ID: "<s>", EOS_ID: "</s>"}
 _MARKERS = {  # their names in learned vocabularies; no text is ever tokenized to them
@@ -49,12 +51,18 @@ class Tokenizer:
         backend: byte-fallback BPE with added tokens and pre-tokenizer in place.
         settings: content of tokenizer_config.json.   special_map: content of special_tokens_map.json.
         model: bytes of tokenizer.model, if there is one; kept for saving.
+    Attributes:
+        rule: how the texts of the shards are written that this vocabulary was used for; None: released, or unused so far.
     Raises:
         UserError: the vocabulary lacks the special ids (sequence.py), or has other pieces there.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, settings: dict, special_map: dict, model: bytes | None = None):
+    def __init__(
+        self, backend: tokenizers.Tokenizer, settings: dict, special_map: dict, model: bytes | None = None,
+        rule: TextRule | None = None,
+    ):  # fmt: skip
         self._backend = backend
+        self.rule = rule
         self._settings = settings
         self._special_map = special_map
         self._model = model
@@ -68,6 +76,9 @@ class Tokenizer:
             what = "; ".join(wrong + [f"no piece has id {i} (an audio or reference mark)" for i in missing])
             raise UserError(f"tokenizer: the special ids are not where the model expects them: {what}")
         unk = vocab.get(_content(settings.get("unk_token") or special_map.get("unk_token") or "<unk>"), UNK_ID)
+        added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        markers = {piece for piece in map(backend.id_to_token, _MARKERS) if re.fullmatch("<.+>", piece)}
+        self._control = sorted(added | markers)
         chinese = {piece for piece in vocab if len(piece) >= 2 and all("\u4e00" <= c <= "\u9fff" for c in piece)}
         self._characters = {
             i: [vocab.get(c, unk) for c in piece.replace(SPACE, "")]
@@ -84,6 +95,11 @@ class Tokenizer:
         if self._characters.keys().isdisjoint(ids):
             return ids
         return [j for i in ids for j in self._characters.get(i, (i,))]
+
+    def control_pieces(self, text: str) -> list[str]:
+        """What a text spells out that would become a control piece, such as </s>, instead of words."""
+        found = [piece for piece in self._control if piece in text]
+        return found + [piece for piece in control_marks(text) if piece not in found]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. With a vocabulary of `train_tokenizer`, decode(encode(text)) == text for normalised text."""
@@ -106,7 +122,7 @@ class Tokenizer:
         return hashlib.sha256(self._backend.to_str(pretty=True).encode()).hexdigest()
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and tokenizer.model if there is one.
+        """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json; tokenizer.model, text.json if there are any.
 
         tokenizer.json names the pre-tokenizer that is really used, so plain `tokenizers` gives the same ids with it.
         """
@@ -126,6 +142,8 @@ class Tokenizer:
         }
         if self._model is not None:
             contents["tokenizer.model"] = self._model
+        if self.rule is not None:
+            contents[RULE_FILE] = _dump(to_dict(self.rule))
         for name, content in contents.items():
             with files.aside(directory / name) as temporary:
                 temporary.write_bytes(content)
@@ -148,7 +166,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     model_file = file.with_name("tokenizer.model") if is_json else file
     model = model_file.read_bytes() if model_file.exists() else None
     content = _read(file) if is_json else _from_sentencepiece(model, file)
-    return Tokenizer(_backend(content, settings, special_map, file), settings, special_map, model)
+    rule = _read(file.with_name(RULE_FILE), missing={})
+    rule = from_dict(TextRule, rule, where=str(file.with_name(RULE_FILE))) if rule else None
+    return Tokenizer(_backend(content, settings, special_map, file), settings, special_map, model, rule)
 
 
 def balanced(

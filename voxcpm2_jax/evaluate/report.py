@@ -25,10 +25,10 @@ from voxcpm2_jax import files
 from voxcpm2_jax.config.evaluate import EvaluateConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.config.request import Request
+from voxcpm2_jax.config.text import check_speakable
 from voxcpm2_jax.corpus import sources
 from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.data import audio
-from voxcpm2_jax.data.text import normal_text
 from voxcpm2_jax.evaluate import pictures, scores, whisper
 from voxcpm2_jax.inference.api import VoxCPM
 
@@ -64,12 +64,13 @@ def evaluate(
     Returns:
         "scores": set -> measure -> value, over all texts.   "by_language": the same for each language, if there are several.
         "languages": code -> number of texts, and the unit that WER (or "digits") counts.
+        "left_out": recordings that are not scored, with the reason.
         "texts_without_language": how many were taken for English.   "rows": each text with its transcripts.
     Raises:
         UserError: no checkpoint, no manifest, no judge installed, a language that the judge does not know, or an output
             directory that cannot be written to.
     """
-    recordings = list(sources.open_corpus(manifest))
+    recordings, left_out = _speakable(sources.open_corpus(manifest))
     languages = _languages(config, recordings, manifest)
     whisper.whisper_directory()  # raises before anything is spoken if the judge is not installed
     model = VoxCPM.from_pretrained(checkpoint)
@@ -93,7 +94,7 @@ def evaluate(
 
     everything = range(len(texts))
     heard = {"recordings": judge(recording, everything), "reconstructions": judge(reconstruction, everything)}
-    spoken = _speak(model, config, [normal_text(r.full_text) for r in recordings], output / "audio")  # as in training
+    spoken = _speak(model, config, [r.full_text for r in recordings], output / "audio")
     heard["generated"] = judge(lambda i: _read(spoken.first[i].path), everything)
     again = sorted(spoken.retried)
     heard_again = dict(zip(again, judge(lambda i: _read(spoken.retried[i].path), again))) if again else {}
@@ -110,6 +111,7 @@ def evaluate(
         "texts": len(texts),
         "config": to_dict(config),
         **_all_scores(config, texts, heard, languages),
+        "left_out": left_out,
         "texts_without_language": sum(not r.language for r in recordings),
         "generated_sec": round(seconds, 2),
         "real_time_factor": round(spoken.first_tries_sec / seconds, 3),  # compilation included
@@ -141,8 +143,25 @@ def show(result: dict) -> None:
     console.print(table)
     if codes := [code for code, of in result["languages"].items() if of["unit"] == "character"]:
         console.print(f"WER counts characters in {', '.join(codes)}.")
+    if left_out := result["left_out"]:
+        first = f"{left_out[0]['audio']}: {left_out[0]['reason']}"
+        console.print(f"Left out: {len(left_out)}, listed in {RESULT_FILE}; the first: {first}")
     if num_texts := result["texts_without_language"]:
         console.print(f"Texts without a language, taken for English: {num_texts}.")
+
+
+def _speakable(corpus: sources.Corpus) -> tuple[list[Recording], list[dict[str, str]]]:
+    """The recordings whose texts can be spoken, and the others with the reason."""
+    recordings, left_out = [], []
+    for recording in corpus:
+        try:
+            check_speakable(recording.full_text, None)
+            recordings.append(recording)
+        except UserError as error:
+            left_out.append({"audio": str(recording.audio), "reason": str(error)})
+    if not recordings:
+        raise UserError(f"{corpus.name}: none of {len(left_out)} texts can be spoken; the first: {left_out[0]['reason']}")
+    return recordings, left_out
 
 
 def _languages(config: EvaluateConfig, recordings: Sequence[Recording], manifest) -> list[str]:
@@ -155,9 +174,6 @@ def _languages(config: EvaluateConfig, recordings: Sequence[Recording], manifest
         raise UserError(
             f"{manifest}: measure=digits counts English digits, got recordings in {', '.join(others)}; use measure=words"
         )
-    spoken = {language for language, r in zip(languages, recordings) if scores.words(r.text)}
-    if empty := sorted(set(languages) - spoken):
-        raise UserError(f"{manifest}: no text in {', '.join(empty)} has a letter or a digit, so there is nothing to score")
     return languages
 
 

@@ -25,8 +25,10 @@ from voxcpm2_jax.checkpoint.arrays import Weights
 from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.request import Request, as_requests
+from voxcpm2_jax.config.text import check_control, markup
 from voxcpm2_jax.inference import arguments, decode, load
 from voxcpm2_jax.models import voxcpm2
+from voxcpm2_jax.processes import say
 from voxcpm2_jax.vae import autoencoder, streaming
 
 # The codec decodes a continuation together with the prompt's last patches, whose audio is then cut off.
@@ -106,7 +108,8 @@ class VoxCPM:
         """A model from parts in memory.
 
         Args:
-            params: backbone parameters as in training.   tokenizer: has `encode(text) -> ids` and `vocab_size`.
+            params: backbone parameters as in training.
+            tokenizer: a data.tokenizer.Tokenizer; its `rule` decides how texts are written.
         Raises:
             UserError: the tokenizer has ids that the model has no embedding for.
         """
@@ -279,7 +282,7 @@ class VoxCPM:
 
     def _lay_out(self, request: Request) -> _Job:
         """Tokenizes the text and encodes the recordings of a request."""
-        text = re.sub(r"\s+", " ", request.text)
+        text, whole = self._written(request)
         num_tokens = len(self.tokenizer.encode(text))
         reference_MPC = prompt_MPC = None
         # A longer recording has more patches than the model has slots. It is refused before it takes memory.
@@ -289,7 +292,7 @@ class VoxCPM:
             reference_MPC = self.encode_file(request.reference_wav_path, pad="right", max_sec=max_sec)
         if request.prompt_wav_path is not None:
             prompt_MPC = self.encode_file(request.prompt_wav_path, pad="left", max_sec=max_sec)
-        text_ids = self.tokenizer.encode((request.prompt_text or "") + text)
+        text_ids = self.tokenizer.encode(whole)
         prefix = sequence.lay_out(text_ids, reference_MPC=reference_MPC, prompt_MPC=prompt_MPC)
         bad_case_patches = num_tokens * request.retry_badcase_ratio_threshold
         may_retry = request.retry_badcase and request.noise is None
@@ -307,6 +310,19 @@ class VoxCPM:
         if prompt_MPC is not None:
             context_MPC = prefix.patches_MPC[-CONTEXT_PATCHES:]
         return _Job(request, row, context_MPC, bad_case_patches, max_tries)
+
+    def _written(self, request: Request) -> tuple[str, str]:
+        """The text of a request as it is tokenized: alone, and after the prompt's."""
+        prompt_text, rule = request.prompt_text or "", self.tokenizer.rule
+        if rule is None:  # released weights: as the PyTorch package
+            text = re.sub(r"\s+", " ", request.text)
+            whole = prompt_text + text
+        else:
+            text, whole = rule.write(request.text), rule.write(request.text, prompt_text)
+        check_control(self.tokenizer.control_pieces(whole))
+        if marks := markup(whole):
+            say(f"text has {', '.join(marks)}: the model reads it as words, unless it was trained on such marks")
+        return text, whole
 
     def _noise(self, request: Request) -> np.ndarray | None:
         if request.noise is None:

@@ -237,6 +237,7 @@ def _provenance_of(source: Source) -> dict:
 
 def _keep_provenance(workdir: pathlib.Path, directories: Sequence[pathlib.Path], header) -> None:
     """Copies codec and tokenizer of the shards into the workdir, as its checkpoints need them; refuses shards of others."""
+    from voxcpm2_jax.data.tokenizer import load_tokenizer
     from voxcpm2_jax.workdir import check_provenance
 
     shards = directories[0]
@@ -248,6 +249,9 @@ def _keep_provenance(workdir: pathlib.Path, directories: Sequence[pathlib.Path],
         files.once(workdir / part, lambda temporary, part=part: shutil.copytree(shards / part, temporary / part))
     advice = "train in a new workdir, or prepare the shards with the workdir's own"
     check_provenance(workdir, header, name=f"this run ({workdir})", advice=advice)
+    rule = load_tokenizer(workdir / "tokenizer").rule
+    if header.text and rule and header.text != to_dict(rule):
+        raise UserError(f"texts are written by {header.text} in the shards, by {to_dict(rule)} in {workdir}: {advice}")
 
 
 def _check_provenance(init_params, source) -> None:
