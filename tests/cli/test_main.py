@@ -57,7 +57,7 @@ def test_bad_arguments_get_one_line(refusal, argv, message):
     assert message in refusal(*argv)
 
 
-def test_every_flag_for_a_path_refuses_buckets():
+def test_every_flag_for_a_path_takes_buckets_or_refuses_them():
     def actions(parser):
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -68,7 +68,7 @@ def test_every_flag_for_a_path_refuses_buckets():
 
     metavars = "CKPT", "DATA", "DIR", "DST_DIR", "F", "F.json", "F.wav", "F[,F]", "LINES.txt", "MINICPM", "SHARDS", "SRC_DIR"
     paths = [action for action in actions(main.make_parser()) if action.metavar in (*metavars, "SHARDS[,SHARDS]")]
-    assert len(paths) >= 28 and all(action.type is flags.local_path for action in paths)
+    assert len(paths) >= 28 and all(action.type in (flags.place, flags.local_path) for action in paths)
 
 
 def test_import_is_light():
@@ -122,5 +122,5 @@ def test_prepare_and_conversions_hand_over_and_answer_in_json(tmp_path, monkeypa
     assert calls == [(400, "O", "V"), ("S", "D"), ("C", "E", "float16")]
     out, err = capsys.readouterr()
     said = [json.loads(line) for line in out.splitlines()]
-    assert said == [{"clips": 2}, {"checkpoint": "D"}, {"directory": "E", "backbone": part}]
+    assert said == [{"clips": 2, "output": "O"}, {"checkpoint": "D"}, {"directory": "E", "backbone": part}]
     assert "backbone: float16, 4 bytes (checkpoint: float32, 8 bytes)" in err

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 
+from voxcpm2_jax.buckets.store import is_url
 from voxcpm2_jax.config.plain import UserError
 
 # ---- texts of --help -------------------------------------------------------------------------------------------------
@@ -49,12 +50,19 @@ def add_config(parser: Parser, example: str, *, overrides: str = _RUN_OVERRIDES,
 
 
 def local_path(text: str) -> str:
-    """The type of every flag that names a file or directory, or several.
+    """The type of every flag whose file or directory must be on this machine.
 
-    A bucket would be taken for a local directory called "gs:", and the run would be lost with its machine.
+    A bucket would be taken for a local directory called "gs:", and what was written there lost with the machine.
     """
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text}: expected a local path; mount the bucket and name the mount point")
+    return text
+
+
+def place(text: str) -> str:
+    """The type of every flag that names a file or directory, or several, here or in a bucket (gs://, s3://)."""
+    if others := [name for name in text.split(",") if "://" in name and not is_url(name)]:
+        raise argparse.ArgumentTypeError(f"{others[0]}: expected a local path, gs://BUCKET/NAME or s3://BUCKET/NAME")
     return text
 
 

@@ -1,9 +1,11 @@
 """`voxcpm2-jax generate`: speaks a text, or every line of a file."""
 
+import argparse
 import pathlib
 import time
+from collections.abc import Callable
 
-from voxcpm2_jax.cli.flags import CKPT, add_command, local_path
+from voxcpm2_jax.cli.flags import CKPT, add_command, place
 from voxcpm2_jax.cli.outcome import DONE, MISTAKE, print_error, print_result
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.request import MAX_CFG, MAX_STEPS, Request
@@ -14,16 +16,16 @@ _BATCH_LINES = 16  # lines of an --input file that are spoken in one batch
 
 def add(commands) -> None:
     parser = add_command(commands, "generate", run, "speak a text, or every line of a file")
-    parser.add_argument("--checkpoint", required=True, type=local_path, metavar="CKPT", help=CKPT)
+    parser.add_argument("--checkpoint", required=True, type=place, metavar="CKPT", help=CKPT)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", help="what to say")
-    what.add_argument("--input", type=local_path, metavar="LINES.txt", help="UTF-8, one text per line; empty lines are skipped")
+    what.add_argument("--input", type=place, metavar="LINES.txt", help="UTF-8, one text per line; empty lines are skipped")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--output", type=local_path, metavar="F.wav", help="with --text")
-    where.add_argument("--output-dir", type=local_path, metavar="DIR", help="with --input: line 7 is spoken into DIR/0007.wav")
+    where.add_argument("--output", type=place, metavar="F.wav", help="with --text")
+    where.add_argument("--output-dir", type=place, metavar="DIR", help="with --input: line 7 is spoken into DIR/0007.wav")
     parser.add_argument("--control", metavar="STYLE", help="description of voice or style, put in parentheses before the text")
-    parser.add_argument("--reference-audio", type=local_path, metavar="F", help="recording of a voice to clone")
-    parser.add_argument("--prompt-audio", type=local_path, metavar="F", help="recording to continue; needs --prompt-text")
+    parser.add_argument("--reference-audio", type=place, metavar="F", help="recording of a voice to clone")
+    parser.add_argument("--prompt-audio", type=place, metavar="F", help="recording to continue; needs --prompt-text")
     parser.add_argument("--prompt-text", metavar="TEXT", help="transcript of --prompt-audio")
     for name, kind, metavar, help in (
         ("cfg_value", float, "X", f"guidance, 0 to {MAX_CFG:g}, useful 1.5 to 3"),
@@ -39,6 +41,19 @@ def add(commands) -> None:
 
 
 def run(args, overrides) -> int:
+    from voxcpm2_jax.buckets import publish, stage
+    from voxcpm2_jax.checkpoint.staged import local_checkpoint
+
+    flag, place = ("output", publish.file) if args.output is not None else ("output_dir", publish.directory)
+    wanted = getattr(args, flag)
+    with place(wanted) as made:
+        local = {name: stage.local(getattr(args, name)) for name in ("input", "reference_audio", "prompt_audio")}
+        local |= {flag: made, "checkpoint": local_checkpoint(args.checkpoint)}
+        return _run(argparse.Namespace(**vars(args) | local), lambda path: str(path).replace(made, wanted, 1))
+
+
+def _run(args, shown: Callable[[pathlib.Path], str]) -> int:
+    """`run` with local paths; `shown` gives the names under which results are reported."""
     from voxcpm2_jax import files
     from voxcpm2_jax.inference import api
     from voxcpm2_jax.workdir import kind
@@ -59,7 +74,7 @@ def run(args, overrides) -> int:
     kind(args.checkpoint)
 
     model = api.VoxCPM.from_pretrained(args.checkpoint)
-    return _stream(model, requests) if args.stream else _speak(model, requests)
+    return _stream(model, requests, shown) if args.stream else _speak(model, requests, shown)
 
 
 def _texts(args) -> dict[pathlib.Path, str]:
@@ -94,7 +109,7 @@ def _texts(args) -> dict[pathlib.Path, str]:
     return texts
 
 
-def _speak(model, requests: dict[pathlib.Path, Request]) -> int:
+def _speak(model, requests: dict[pathlib.Path, Request], shown: Callable[[pathlib.Path], str]) -> int:
     """Speaks every request into its file. One that the model has no room for is reported, and the others are still spoken."""
     from voxcpm2_jax.data import audio
     from voxcpm2_jax.inference import decode
@@ -105,18 +120,18 @@ def _speak(model, requests: dict[pathlib.Path, Request]) -> int:
         batch = items[start : start + _BATCH_LINES]
         for (path, request), speech in zip(batch, model.speak([request for _, request in batch])):
             if speech.stopped_by == decode.NO_ROOM:
-                print_error(f"{path} is not written: {decode.no_room(model.config)}")
+                print_error(f"{shown(path)} is not written: {decode.no_room(model.config)}")
                 code = MISTAKE
                 continue
             audio.save(path, speech.audio_A, model.sample_rate)
             print_result({
-                "output": str(path), "text": request.text, "sec": len(speech.audio_A) / model.sample_rate,
+                "output": shown(path), "text": request.text, "sec": len(speech.audio_A) / model.sample_rate,
                 "seed": speech.seed, "stopped_by": speech.stopped_by, "num_tries": speech.num_tries,
             })  # fmt: skip
     return code
 
 
-def _stream(model, requests: dict[pathlib.Path, Request]) -> int:
+def _stream(model, requests: dict[pathlib.Path, Request], shown: Callable[[pathlib.Path], str]) -> int:
     """Speaks one request into PATH.part, a name that a player can follow, renamed to PATH when it is complete."""
     import soundfile
 
@@ -136,5 +151,5 @@ def _stream(model, requests: dict[pathlib.Path, Request]) -> int:
                 file.flush()
                 num_samples += len(audio_A)
     sec = num_samples / model.sample_rate
-    print_result({"output": str(path), "text": request.text, "sec": sec, "first_audio_sec": first_sec})
+    print_result({"output": shown(path), "text": request.text, "sec": sec, "first_audio_sec": first_sec})
     return DONE

@@ -3,7 +3,7 @@
 import json
 
 from voxcpm2_jax.cli.configs import load_config
-from voxcpm2_jax.cli.flags import add_command, add_config, local_path
+from voxcpm2_jax.cli.flags import add_command, add_config, place
 from voxcpm2_jax.cli.outcome import DONE, NO, print_result
 from voxcpm2_jax.config.plain import from_dict
 from voxcpm2_jax.config.run import BackboneRun
@@ -26,20 +26,22 @@ def add(commands) -> None:
         "--topology", required=True, action="append", metavar="T", help="such as v5e:16x16, 4xv6e:8x8 or 64xh100; repeatable"
     )
     parser.add_argument("--search", action="store_true", help="try rows x remat x mesh x accumulation; print the Pareto front")
-    parser.add_argument("--output", type=local_path, metavar="F.json", help="where the whole report goes")
+    parser.add_argument("--output", type=place, metavar="F.json", help="where the whole report goes")
 
 
 def run(args, overrides) -> int:
     config = from_dict(BackboneRun, load_config(args.config, overrides))
     from voxcpm2_jax import files
+    from voxcpm2_jax.buckets import publish
     from voxcpm2_jax.plan import plan
     from voxcpm2_jax.plan.report import brief, show
 
-    if args.output:
-        files.check_file(args.output)
-    report = plan.plan(config, args.topology, search=args.search)
-    show(report)
-    if args.output:
-        files.replace_file(args.output, json.dumps(report, indent=1) + "\n")
+    with publish.file(args.output) as output:
+        if output:
+            files.check_file(output)
+        report = plan.plan(config, args.topology, search=args.search)
+        show(report)
+        if output:
+            files.replace_file(output, json.dumps(report, indent=1) + "\n")
     print_result(brief(report))
     return DONE if report["ok"] else NO

@@ -2,7 +2,7 @@
 
 from voxcpm2_jax.cli import training
 from voxcpm2_jax.cli.configs import load_config
-from voxcpm2_jax.cli.flags import CKPT, add_command, add_config, local_path
+from voxcpm2_jax.cli.flags import CKPT, add_command, add_config, place
 from voxcpm2_jax.cli.outcome import DONE, print_result
 from voxcpm2_jax.config.plain import UserError, from_dict, to_dict
 from voxcpm2_jax.config.run import BackboneRun
@@ -16,18 +16,18 @@ def add(commands) -> None:
     add_config(parser, "configs/backbone.py:tiny")
     training.add_flags(parser)
     parser.add_argument(
-        "--data", type=local_path, metavar="SHARDS[,SHARDS]",
+        "--data", type=place, metavar="SHARDS[,SHARDS]",
         help="directories made by prepare; without it, synthetic clips made in memory",
     )  # fmt: skip
     parser.add_argument(
-        "--heldout", type=local_path, metavar="SHARDS[,SHARDS]",
+        "--heldout", type=place, metavar="SHARDS[,SHARDS]",
         help="clips for the held-out loss; by default SHARDS/heldout, if prepare made one",
     )  # fmt: skip
     parser.add_argument(
-        "--init-params", type=local_path, metavar="CKPT", help=f"a new run starts with the weights of a checkpoint: {CKPT}"
+        "--init-params", type=place, metavar="CKPT", help=f"a new run starts with the weights of a checkpoint: {CKPT}"
     )
     parser.add_argument(
-        "--init-tslm", type=local_path, metavar="MINICPM",
+        "--init-tslm", type=place, metavar="MINICPM",
         help="the text-semantic LM of a new run starts as this MiniCPM-4: a directory with config.json and safetensors, or "
         "the safetensors file",
     )  # fmt: skip
@@ -58,10 +58,17 @@ def run(args, overrides) -> int:
         batches = [to_dict(stage.batch_of(config.batch)) | {"first_step": stage.first_step} for stage in config.stages]
         print_result({"workdir": args.workdir, "data": args.data, "config": to_dict(config), "stages": batches})
         return DONE
+    from voxcpm2_jax.buckets import stage
+    from voxcpm2_jax.checkpoint.staged import local_checkpoint
     from voxcpm2_jax.train import pretrain
 
     training.check(config, args.workdir)
-    options = training.start_options(args) | {
-        "init_params": args.init_params, "init_tslm": args.init_tslm, "heldout": args.heldout, "profile_steps": profile_steps,
-    }  # fmt: skip
-    return training.run_training(args.workdir, lambda: pretrain.train(config, args.workdir, args.data, **options))
+
+    def train():
+        local = training.start_options(args) | {
+            "heldout": stage.local(args.heldout),
+            "init_params": local_checkpoint(args.init_params), "init_tslm": stage.local(args.init_tslm),
+        }  # fmt: skip
+        return pretrain.train(config, args.workdir, stage.local(args.data), profile_steps=profile_steps, **local)
+
+    return training.run_training(args.workdir, train)

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from voxcpm2_jax.cli.flags import Parser, local_path
+from voxcpm2_jax.cli.flags import Parser, local_path, place
 from voxcpm2_jax.cli.outcome import DONE, FAILED, MISTAKE, PREEMPTED, print_error, print_result
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BackboneRun, VAERun
@@ -24,7 +24,7 @@ def add_flags(parser: Parser) -> None:
         "--workdir", required=True, type=local_path, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files"
     )
     parser.add_argument(
-        "--resume-from", type=local_path, metavar="CKPT",
+        "--resume-from", type=place, metavar="CKPT",
         help="workdir of another run or one step of it; a new run starts from its whole state",
     )  # fmt: skip
     parser.add_argument(
@@ -42,8 +42,10 @@ def check(config: BackboneRun | VAERun, workdir: str) -> None:
 
 
 def start_options(args) -> dict:
-    """What the flags say about the start of a run, as arguments of its `train` function."""
-    return {"resume_from": args.resume_from, "accept_changes": args.accept_config_changes}
+    """What the flags say about the start of a run, as arguments of its `train` function; copies what lies in a bucket."""
+    from voxcpm2_jax.checkpoint.staged import local_checkpoint
+
+    return {"resume_from": local_checkpoint(args.resume_from, whole=True), "accept_changes": args.accept_config_changes}
 
 
 def run_training(workdir: str, train: Callable[[], dict]) -> int:

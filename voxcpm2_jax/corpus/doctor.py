@@ -235,6 +235,10 @@ def _reference_fault(recording: Recording, limits: Limits) -> str | None:
         return error.reason
 
 
+def _file(recording: pathlib.Path | audio.Stored) -> pathlib.Path | str:
+    return recording.resolve() if isinstance(recording, pathlib.Path) else str(recording)
+
+
 def _check(findings: Findings, recording: Recording, facts: Facts, limits: Limits, tokenizer) -> int:
     """Adds the faults of one recording -> its number of tokens; 0 if it cannot be opened."""
     where = str(recording.audio)
@@ -252,7 +256,7 @@ def _check(findings: Findings, recording: Recording, facts: Facts, limits: Limit
     if recording.ref_audio is not None:
         if facts.reference_reason:
             findings.add("unusable reference", where, f"{recording.ref_audio}: {facts.reference_reason}")
-        elif recording.ref_audio.resolve() == recording.audio.resolve():  # a reference clip is a whole file
+        elif _file(recording.ref_audio) == _file(recording.audio):  # a reference clip is a whole file
             findings.add("reference is itself", where)
     if facts.sec < limits.min_sec:
         findings.add("too short", where, f"{facts.sec:.3f} s")

@@ -6,13 +6,15 @@ Fine-tuning manifests of the PyTorch package are read as they are; the keys from
      "ref_duration": 1.0, "dataset_id": 0, "is_prompt": false, "dataset": "demo", "language": "en", "speaker": "heart",
      "session": "a", "description": "a calm woman", "start_sec": 0.5, "end_sec": 1.7, "order": 17}
 
-Only `audio` and `text` are required. Paths are relative to the manifest. Unknown keys are ignored, unless they look like a
+Only `audio` and `text` are required. Paths are relative to the manifest, which may lie in a bucket, or URLs (gs://, s3://):
+recordings in buckets are read when they are needed and not kept. Unknown keys are ignored, unless they look like a
 misspelt known one.
 """
 
 import array
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from voxcpm2_jax import files
+from voxcpm2_jax.buckets import stage, store
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.text import with_description
 from voxcpm2_jax.data import audio
@@ -40,7 +43,7 @@ class Recording:
 
     audio: pathlib.Path | audio.Stored
     text: str
-    ref_audio: pathlib.Path | None = None  # another recording of the same voice
+    ref_audio: pathlib.Path | audio.Stored | None = None  # another recording of the same voice
     duration: float | None = None  # s, a hint
     ref_duration: float | None = None  # s, a hint that only the PyTorch package reads
     dataset_id: int = 0
@@ -81,7 +84,8 @@ class Manifest(Sequence):
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path, self.name = pathlib.Path(path), str(path)
+        self.path, self.name = pathlib.Path(stage.local(path)), str(path)
+        self._root = self.name.rpartition("/")[0] if store.is_url(path) else self.path.parent
         try:
             self._begins, self.sha256 = patiently(self._scan)
         except FileNotFoundError:
@@ -100,7 +104,7 @@ class Manifest(Sequence):
             for number, line in enumerate(file, 1):
                 digest.update(line)
                 if line.strip():
-                    _recording(line, self.path.parent, f"{self.path}:{number}")
+                    _recording(line, self._root, f"{self.name}:{number}")
                     begins.append(at)
                 at += len(line)
         return np.array(begins), digest.hexdigest()
@@ -119,14 +123,14 @@ class Manifest(Sequence):
         with self.path.open("rb") as file:
             for begin in begins:
                 file.seek(begin)
-                found.append(_recording(file.readline(), self.path.parent, str(self.path)))
+                found.append(_recording(file.readline(), self._root, self.name))
         return found
 
     def __iter__(self) -> Iterator[Recording]:
         with self.path.open("rb") as file:
             for line in file:
                 if line.strip():
-                    yield _recording(line, self.path.parent, str(self.path))
+                    yield _recording(line, self._root, self.name)
 
 
 def read_manifest(path: str | os.PathLike) -> list[Recording]:
@@ -134,7 +138,24 @@ def read_manifest(path: str | os.PathLike) -> list[Recording]:
     return list(Manifest(path))
 
 
-def _recording(line: bytes, root: pathlib.Path, where: str) -> Recording:
+def _audio(root: pathlib.Path | str, name: str) -> pathlib.Path | audio.Stored:
+    """A recording that a manifest names, where paths are relative to `root`, a directory or a URL."""
+    if not store.is_url(name) and isinstance(root, pathlib.Path):
+        return root / name
+    url = name if store.is_url(name) else store.join(root, name)
+    return audio.Stored(url, functools.partial(_read_object, url))
+
+
+def _read_object(url: str) -> tuple[bytes, None]:
+    try:
+        return store.read(url), None
+    except store.Missing as error:
+        raise audio.BadRecording("missing", str(error)) from None
+    except store.Unreachable as error:
+        raise ReadError(str(error)) from None
+
+
+def _recording(line: bytes, root: pathlib.Path | str, where: str) -> Recording:
     try:
         entry = json.loads(line)
     except UnicodeDecodeError as error:
@@ -161,7 +182,7 @@ def _recording(line: bytes, root: pathlib.Path, where: str) -> Recording:
             raise UserError(f"{where}: {key} must be a finite number, got {value}")
         if kind is str and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
             raise UserError(f"{where}: {key} is not valid Unicode: {value!r:.80}")
-        fields[key] = root / value if key in ("audio", "ref_audio") else value
+        fields[key] = _audio(root, value) if key in ("audio", "ref_audio") else value
     for key in ("audio", "text"):
         if not str(entry.get(key, "")).strip():
             raise UserError(f"{where}: no {key}")

@@ -27,6 +27,7 @@ import time
 import numpy as np
 
 from voxcpm2_jax import files, workdir
+from voxcpm2_jax.buckets import stage
 from voxcpm2_jax.config.corpus import DataConfig
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
@@ -201,7 +202,7 @@ def _keep_making(output: pathlib.Path, making: dict) -> None:
 def _tokenizer(config: DataConfig, train) -> Tokenizer:
     """The tokenizer of the config, or a new one learned from the transcripts."""
     if config.tokenizer:
-        return load_tokenizer(config.tokenizer)
+        return load_tokenizer(stage.local(config.tokenizer))
     from rich.console import Console
 
     def texts():

@@ -1,9 +1,9 @@
 """What scripts written for the PyTorch package pass when they load a model, and what becomes of it here.
 
-    the directory                            loaded; a name on the Hugging Face hub is found through `huggingface_hub`
-    device                                   taken: None, "auto", "cpu", "cuda", "gpu", "tpu", with ":N" for one of several
-    optimize, denoiser and its model's name  ignored, with a line in the log
-    LoRA                                     refused: there is none in this package yet
+the directory                            loaded; a name on the Hugging Face hub is found through `huggingface_hub`
+device                                   taken: None, "auto", "cpu", "cuda", "gpu", "tpu", with ":N" for one of several
+optimize, denoiser and its model's name  ignored, with a line in the log
+LoRA                                     refused: there is none in this package yet
 """
 
 import logging
@@ -12,6 +12,8 @@ import pathlib
 
 import jax
 
+from voxcpm2_jax.buckets.store import is_url
+from voxcpm2_jax.checkpoint.staged import local_checkpoint
 from voxcpm2_jax.config.plain import UserError
 
 _PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}  # name in a script -> name in JAX
@@ -23,13 +25,15 @@ def local_directory(name, cache_dir=None, *, local_files_only: bool = False) -> 
     """The directory of a model.
 
     Args:
-        name: a directory, or "OWNER/NAME" on the Hugging Face hub.
+        name: a directory, here or in a bucket, or "OWNER/NAME" on the Hugging Face hub.
         cache_dir, local_files_only: of the hub's client: where it keeps what it downloads, and whether it may download.
     Raises:
         UserError: there is no such directory, and the hub's client is not installed or has no such model.
     """
     if not isinstance(name, str | os.PathLike) or not str(name):
         raise UserError(f"expected the directory of a model as a string or path, got {name!r}")
+    if is_url(name):
+        return pathlib.Path(local_checkpoint(name))
     path = pathlib.Path(name)
     is_on_hub = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if path.exists() or not is_on_hub:
