@@ -38,7 +38,7 @@ from voxcpm2_jax.torch_io.files import (
 )
 from voxcpm2_jax.torch_io.released import OpenDirectory
 from voxcpm2_jax.torch_io.tables import backbone_table, by_path
-from voxcpm2_jax.workdir import RELEASED, Workdir, kind, save_codec
+from voxcpm2_jax.workdir import RELEASED, Workdir, kind, refuse_lora, save_codec
 
 
 def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
@@ -49,6 +49,7 @@ def import_torch(source: str | os.PathLike, workdir: str | os.PathLike) -> None:
     Raises:
         UserError: not a released directory (see `torch_io.load`), or `workdir` is not empty.
     """
+    refuse_lora(pathlib.Path(source))
     opened = OpenDirectory(source)
     tokenizer = load_tokenizer(source)
     groups = by_path(opened.backbone_rows)

@@ -14,6 +14,7 @@ of another codec or tokenizer than the weights were trained on are refused. `tra
 workdir. A workdir of train-vae has neither: there the checkpoint is the codec.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -69,10 +70,36 @@ def kind(path: str | os.PathLike) -> str:
         raise UserError(f"{path}: a training workdir without a complete checkpoint; train until the first save")
     if (path / "config.json").is_file() and any((path / name).is_file() for name in _WEIGHTS):
         return RELEASED
+    refuse_lora(path)
     raise UserError(
         f"{path}: not a checkpoint; expected a training workdir (checkpoints/STEP/), one step of it (params/, meta/), "
         f"or a released PyTorch directory (config.json and one of {', '.join(_WEIGHTS)})"
     )
+
+
+# What LoRA weights lie beside: the file that describes them, and its field for the model that they change.
+_LORA = {"lora_config.json": "base_model", "adapter_config.json": "base_model_name_or_path"}  # PyTorch package, PEFT
+_LORA_WEIGHTS = ("lora_weights.safetensors", "lora_weights.ckpt", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def refuse_lora(path: pathlib.Path) -> None:
+    """Raises UserError for a directory of LoRA weights, or one that holds such directories."""
+    found = next((p for p in (path, path / "lora", path / "latest", *sorted(path.glob("step_*"))) if _is_lora(p)), None)
+    if found is None:
+        return
+    base = ""
+    for name, field in _LORA.items():
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            base = base or str(json.loads((found / name).read_text(encoding="utf-8"))[field] or "")
+    advice = f"give its base {base}" if base else "give its base, which its files do not name,"
+    raise UserError(
+        f"{path}: LoRA weights, not a checkpoint; {advice} as the checkpoint, or weights that the LoRA is merged into "
+        "(this package has no LoRA yet)"
+    )
+
+
+def _is_lora(path: pathlib.Path) -> bool:
+    return any((path / name).is_file() for name in (*_LORA, *_LORA_WEIGHTS))
 
 
 def _root(path: pathlib.Path) -> pathlib.Path:
@@ -131,6 +158,15 @@ def open_model(path: str | os.PathLike) -> OpenModel:
     vae_params = nest(assemble(work.vae, vae_table(work.vae_config)))
     weights = _weights_of_training(path, work.config)
     return OpenModel(work.config, weights, work.vae_config, vae_params, work.raw, work.tokenizer_dir)
+
+
+def open_configs(path: str | os.PathLike) -> tuple[ModelConfig, AudioVAEConfig, pathlib.Path]:
+    """The configuration of the model and of the codec of any CKPT, and the directory of its tokenizer; reads no weights."""
+    if kind(path) == RELEASED:
+        released = read_released(path)
+        return released.model, released.vae, pathlib.Path(path)
+    work = Workdir(path)
+    return work.config, work.vae_config, work.tokenizer_dir
 
 
 def load_model(path: str | os.PathLike) -> Loaded:

@@ -45,6 +45,21 @@ def test_directories_without_a_checkpoint(refusal, tmp_path, name):
         assert message in refusal(*command(name, path))
 
 
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_a_lora_directory_says_that_it_is_one_and_names_its_base(refusal, tmp_path, name):
+    """Of the PyTorch package, of PEFT, and a run of the PyTorch package with several of them."""
+    said = "LoRA weights, not a checkpoint; give its base /models/VoxCPM2 as the checkpoint"
+    (tmp_path / "run/step_0001000").mkdir(parents=True)
+    save_file({"a.lora_A": np.zeros(1, np.float32)}, tmp_path / "run/step_0001000/lora_weights.safetensors")
+    (tmp_path / "run/step_0001000/lora_config.json").write_text('{"base_model": "/models/VoxCPM2", "lora_config": {"r": 32}}')
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft/adapter_config.json").write_text('{"base_model_name_or_path": "/models/VoxCPM2"}')
+    for path in ("run", "run/step_0001000", "peft"):
+        assert f"{path}: {said}" in refusal(*command(name, path))
+    (tmp_path / "run/step_0001000/lora_config.json").write_text("{}")
+    assert "give its base, which its files do not name, as the checkpoint" in refusal(*command(name, "run"))
+
+
 def test_directories_that_cannot_be_imported(refusal, tmp_path):
     (tmp_path / "empty").mkdir()
     for path in ("nothing", "empty"):

@@ -1,6 +1,7 @@
 """Every mistake a user can make, through the command line: exit code 2, one line that says what to do, nothing written."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -100,13 +101,35 @@ def write_bad_recordings(directory):
         ("no_samples.wav", "no_samples.wav: empty recording"),
         ("silent.wav", "silent.wav: silent (peak 0.0e+00)"),
         ("short.wav", "short.wav: 0.100 s is too short; expected at least 0.160 s"),
-        ("nan.wav", "nan.wav: samples that are not finite numbers"),
+        ("nan.wav", "nan.wav: 16000 samples that are not finite numbers, the first at 0.000 s"),
     ],
 )
 @pytest.mark.parametrize("flags", [("--reference-audio={}",), ("--prompt-audio={}", "--prompt-text=b")])
 def test_unusable_recordings(speak, tmp_path, name, message, flags):
     write_bad_recordings(tmp_path)
     assert message in speak("--text=a", *(flag.format(name) for flag in flags))
+
+
+@pytest.mark.parametrize("flags", [(), ("--stream",)])
+def test_half_an_hour_of_reference_is_refused_from_its_header(speak, tmp_path, monkeypatch, flags):
+    """Before weights are loaded, and before the recording is decoded; a FLAC without a stored length too."""
+    from voxcpm2_jax.data import audio
+    from voxcpm2_jax.inference.api import VoxCPM
+
+    monkeypatch.setattr(VoxCPM, "from_pretrained", None)
+    monkeypatch.setattr(audio, "load", None)
+    soundfile.write(tmp_path / "long.flac", noise(1800, 1000), 1000)
+    content = (tmp_path / "long.flac").read_bytes()
+    (tmp_path / "no_length.flac").write_bytes(content[:21] + bytes([content[21] & 0xF0, 0, 0, 0, 0]) + content[26:])
+    soundfile.write(tmp_path / "ok.wav", noise(0.5, 16000), 16000)
+    # 512 slots: the text's 2, three marks, one patch of speech, and 4 patches of the prompt.
+    prompt = ("--prompt-audio=ok.wav", "--prompt-text=b")
+    for name, more, fits in (("long.flac", (), "81.0"), ("no_length.flac", prompt, "80.2")):
+        started = time.monotonic()
+        line = speak("--text=a", f"--reference-audio={name}", *more, *flags)
+        assert f"{name}: 1800.0 s are too long; with this text" in line
+        assert f"at most {fits} s fit into the model's 512 slots" in line
+        assert time.monotonic() - started < 1.0
 
 
 def test_a_bad_recording_while_streaming_leaves_no_file(speak, tmp_path):

@@ -55,7 +55,7 @@ def run(args, overrides) -> int:
 def _run(args, shown: Callable[[pathlib.Path], str]) -> int:
     """`run` with local paths; `shown` gives the names under which results are reported."""
     from voxcpm2_jax import files
-    from voxcpm2_jax.inference import api
+    from voxcpm2_jax.inference import api, room
     from voxcpm2_jax.workdir import kind
 
     requests = {}
@@ -72,6 +72,7 @@ def _run(args, shown: Callable[[pathlib.Path], str]) -> int:
         if recording is not None and not pathlib.Path(recording).is_file():
             raise UserError(f"--{flag.replace('_', '-')}={recording}: no such file")
     kind(args.checkpoint)
+    room.check_all(args.checkpoint, requests.values())
 
     model = api.VoxCPM.from_pretrained(args.checkpoint)
     return _stream(model, requests, shown) if args.stream else _speak(model, requests, shown)

@@ -26,7 +26,7 @@ from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.request import Request, as_requests
 from voxcpm2_jax.config.text import check_control, markup
-from voxcpm2_jax.inference import arguments, decode, load
+from voxcpm2_jax.inference import arguments, decode, load, room
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.processes import say
 from voxcpm2_jax.vae import autoencoder, streaming
@@ -285,14 +285,12 @@ class VoxCPM:
         text, whole = self._written(request)
         num_tokens = len(self.tokenizer.encode(text))
         reference_MPC = prompt_MPC = None
-        # A longer recording has more patches than the model has slots. It is refused before it takes memory.
-        patch_samples = self.config.patch_size * self.vae_config.encoder_hop
-        max_sec = self.config.max_length * patch_samples / self.vae_config.sample_rate
+        text_ids = self.tokenizer.encode(whole)
+        max_sec = room.check(self.config, self.vae_config, request, len(text_ids))
         if request.reference_wav_path is not None:
             reference_MPC = self.encode_file(request.reference_wav_path, pad="right", max_sec=max_sec)
         if request.prompt_wav_path is not None:
             prompt_MPC = self.encode_file(request.prompt_wav_path, pad="left", max_sec=max_sec)
-        text_ids = self.tokenizer.encode(whole)
         prefix = sequence.lay_out(text_ids, reference_MPC=reference_MPC, prompt_MPC=prompt_MPC)
         bad_case_patches = num_tokens * request.retry_badcase_ratio_threshold
         may_retry = request.retry_badcase and request.noise is None
