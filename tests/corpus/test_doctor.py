@@ -1,6 +1,8 @@
 """The doctor finds every planted fault, and none in a faultless corpus."""
 
+import io
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -53,6 +55,17 @@ def silence(sec):
     return np.zeros(round(sec * RATE))
 
 
+def cut(sec, seed, stated=None):
+    """The content of a WAV whose end is missing, or whose header states another number of bytes."""
+    file = io.BytesIO()
+    soundfile.write(file, sound(sec, seed), RATE, format="WAV")
+    content = bytearray(file.getvalue())
+    if stated is None:
+        return bytes(content[: len(content) // 2])
+    content[40:44] = struct.pack("<I", stated)
+    return bytes(content)
+
+
 def clip(**changes):
     """A manifest entry with some fields changed."""
     return {"audio": "new.wav", "text": "something new here", "speaker": "a", "language": "en", "dataset": "d"} | changes
@@ -74,6 +87,11 @@ FAULTS = {
     "trailing silence": (clip(), np.concatenate([sound(1, 50), silence(0.7)])),
     "leading silence": (clip(), np.concatenate([silence(0.7), sound(1, 50)])),
     "clipping": (clip(), np.clip(20 * sound(1, 50), -1, 1)),
+    "cut off": (clip(), cut(2.0, 50)),
+    "wrong length": (clip(), cut(2.0, 50, stated=0)),
+    "wrong scale": (clip(), 5620 * sound(1, 50)),
+    "quiet": (clip(), 0.002 * sound(1, 50) / 0.2),
+    "offset": (clip(), sound(1, 50) + 0.05),
     "wrong duration": (clip(duration=9.0), sound(1, 50)),
     "text or duration outlier": (clip(text="a very long text " * 40), sound(0.5)),
     "duplicate text": (clip(text="word0 and then another0"), sound(1, 99)),
@@ -89,7 +107,8 @@ def test_a_planted_fault_is_found(tmp_path, sane, kind):
     if isinstance(audio, bytes):
         (tmp_path / "new.wav").write_bytes(audio)
     elif audio is not None:
-        soundfile.write(tmp_path / "new.wav", audio, RATE)
+        subtype = "FLOAT" if kind == "wrong scale" else "PCM_16"
+        soundfile.write(tmp_path / "new.wav", audio, RATE, subtype=subtype)
     kinds, report = found(tmp_path, [*sane, entry])
     assert kinds.keys() == {kind}
     finding = kinds[kind]
@@ -124,6 +143,30 @@ def test_faults_of_rates_and_channels(tmp_path, sane):
     kinds, report = found(tmp_path, entries)
     assert kinds.keys() == {"several channels", "low rate", "mixed rates"}
     assert report["rates"] == {"8000": 1, "16000": 41} and not report["ok"]
+
+
+def test_channels_and_sound_are_named_with_their_numbers(tmp_path, sane):
+    x_A = sound(2, 5)
+    channels = {"dead": (x_A, 0 * x_A), "antiphase": (x_A, -0.9 * x_A), "apart": (x_A, sound(2, 6))}
+    notes = {}
+    for name, pair in channels.items():
+        soundfile.write(tmp_path / f"{name}.wav", np.stack(pair, axis=1), RATE)
+        kinds, _ = found(tmp_path, [*sane, clip(audio=f"{name}.wav")])
+        notes |= {(name, kind): finding["examples"][0].rpartition(".wav: ")[2] for kind, finding in kinds.items()}
+    assert notes[("dead", "dead channel")] == "1 of 2 channels; the mean of all loses 6.0 dB"
+    assert notes[("antiphase", "channels cancel")] == "correlation -1.00; the mean of 2 loses 26.0 dB"
+    assert notes[("apart", "several channels")] == "2, correlation -0.00" and len(notes) == 5
+    for name, samples, note in (
+        ("quiet", 0.01 * x_A, "speech at -54.0 dB of full scale, expected -35 to -15"),
+        ("offset", x_A + 0.1, "a mean of +0.1014 of full scale, 45 % of the loudest 10 ms"),
+        ("clipping", np.clip(10 * x_A, -0.5, 0.5), "13.81 % of the samples"),  # below full scale
+    ):
+        soundfile.write(tmp_path / "new.wav", samples, RATE)
+        kinds, _ = found(tmp_path, [*sane, clip()])
+        assert kinds.keys() == {name} and note in kinds[name]["examples"][0]
+    soundfile.write(tmp_path / "new.wav", np.concatenate([x_A, silence(1.0)]) + 0.1, RATE)
+    kinds, _ = found(tmp_path, [*sane, clip()])
+    assert kinds.keys() == {"offset", "trailing silence"}  # an offset hides no silence
 
 
 def test_validation_that_was_trained_on(tmp_path, sane):
@@ -205,7 +248,16 @@ def test_characters_without_a_piece(tmp_path, sane):
 
 
 def test_every_kind_is_planted_somewhere():
-    planted = FAULTS.keys() | {"several channels", "low rate", "mixed rates", "not finite", "unknown characters", "bytes"}
+    planted = FAULTS.keys() | {
+        "several channels",
+        "dead channel",
+        "channels cancel",
+        "low rate",
+        "mixed rates",
+        "not finite",
+        "unknown characters",
+        "bytes",
+    }
     assert planted | {"audio in validation", "speaker in validation"} == faults.KINDS.keys()
 
 

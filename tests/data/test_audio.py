@@ -74,7 +74,7 @@ def test_a_stored_recording_equals_the_same_file(tmp_path, channels, dtype):
     samples = samples_of_file.astype(dtype) if dtype.startswith("float") else np.round(samples_of_file * 2**15).astype(dtype)
     stored = audio.Stored("set#3", lambda: (samples if channels > 1 else samples[:, 0], 22050))
     assert str(stored) == "set#3" and stored == audio.Stored("set#3", None) != audio.Stored("set#4", None)
-    assert audio.properties(stored) == audio.properties(tmp_path / "a.wav") == (22050, channels)
+    assert audio.properties(stored)[:3] == audio.properties(tmp_path / "a.wav")[:3] == (22050, channels, 0.5)
     for args in ((22050,), (16000,), (16000, 0.1), (16000, None, 0.3), (24000, 0.11, 0.27), (16000, 0.4, 9.0)):
         np.testing.assert_allclose(audio.load(stored, *args), audio.load(tmp_path / "a.wav", *args), atol=1e-6)
 
@@ -90,7 +90,7 @@ def test_a_stored_file_equals_the_file(tmp_path):
         path = tmp_path / f"a.{suffix}"
         soundfile.write(path, tone(48000), 48000, **options)
         stored = audio.Stored("a", lambda: (path.read_bytes(), None))  # noqa: B023
-        assert audio.properties(stored) == (48000, 1)
+        assert audio.properties(stored)[:3] == (48000, 1, 0.5)
         np.testing.assert_array_equal(audio.load(stored, 16000, 0.1, 0.4), audio.load(path, 16000, 0.1, 0.4))
 
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from voxcpm2_jax.config.plain import UserError, check_at_least
+from voxcpm2_jax.config.sound import SoundConfig
 from voxcpm2_jax.config.text import TextRule
 
 
@@ -87,6 +88,9 @@ class PairsConfig:
         check(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
 
 
+_SOUND = SoundConfig()
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The options of `prepare`; configs/data.py has the variants."""
@@ -113,6 +117,7 @@ class DataConfig:
     host: int = 0  # this machine makes shards host, host + num_hosts, ..
     num_hosts: int = 1
     encode_sec: float = 60.0  # seconds of audio in one batch of the codec
+    sound: SoundConfig = _SOUND  # what to do about recordings that are cut off, quiet, clipped ...
     pairs: PairsConfig = PairsConfig()
 
     def __post_init__(self):

@@ -30,13 +30,14 @@ import numpy as np
 from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import SPEECH_BATCH, BatchConfig
+from voxcpm2_jax.config.sound import EVERYTHING, SoundConfig
 from voxcpm2_jax.config.text import control_marks, markup, normal_text, says_something
 from voxcpm2_jax.corpus import comparison, report, sources
 from voxcpm2_jax.corpus.comparison import ROW, Clips
 from voxcpm2_jax.corpus.faults import KINDS, LOOK, SPOILS, Findings, Limits
 from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.corpus.trim import sound_span
-from voxcpm2_jax.data import audio
+from voxcpm2_jax.data import audio, sound
 from voxcpm2_jax.data.identity import hash_name
 
 _PART = 4096  # recordings
@@ -124,12 +125,13 @@ class Facts(NamedTuple):
     """What opening a recording shows."""
 
     reason: str | None  # of audio.BadRecording, if it cannot be used
+    notes: dict[str, str]  # faults of the file and its sound, that reason among them, with what was measured
     sec: float = 0.0
     rate: int = 0
     channels: int = 1
     leading_sec: float = 0.0
     trailing_sec: float = 0.0
-    clipped: float = 0.0  # share of samples at full scale
+    correlation: float = 1.0  # of the channels
     sound: int = 0  # 64-bit hash of the samples
     reference_reason: str | None = None  # of audio.BadRecording, if its reference clip cannot be used
 
@@ -210,18 +212,22 @@ def _merge(names: Sequence[pathlib.Path], findings: Findings, recordings: source
 
 
 def _open(recording: Recording, limits: Limits) -> Facts:
+    longest = 10 * limits.max_sec  # of a longer one only its length matters
     try:
-        rate, channels = audio.properties(recording.audio)
-        longest = 10 * limits.max_sec  # of a longer one only its length matters
-        audio_A = audio.load(recording.audio, rate, recording.start_sec, recording.end_sec, max_sec=longest)
+        found = audio.read(recording.audio, recording.start_sec, recording.end_sec, max_sec=longest)
+        audio_A = audio.mono(recording.audio, found, EVERYTHING)
     except audio.BadRecording as error:
-        return Facts(error.reason)
+        note = str(error).removeprefix(f"{recording.audio}: ")
+        return Facts(error.reason, {error.reason: "" if error.reason == "missing" else note})
+    figures, rate = sound.measure(found.channels_AE, found.rate), found.rate
+    notes = sound.faults(figures)
+    if found.note:
+        notes["cut off" if found.is_cut else "wrong length"] = found.note
     digest = hashlib.sha1(audio_A.tobytes()).digest()
     start, end = sound_span(audio_A, rate, threshold_db=limits.silence_db)
     return Facts(
-        None, len(audio_A) / rate, rate, channels, start / rate, (len(audio_A) - end) / rate,
-        float(np.mean(np.abs(audio_A) >= 0.9995)), int.from_bytes(digest[:8]),
-        _reference_fault(recording, limits),
+        None, notes, len(audio_A) / rate, rate, figures.channels, start / rate, (len(audio_A) - end) / rate,
+        figures.correlation, int.from_bytes(digest[:8]), _reference_fault(recording, limits),
     )  # fmt: skip
 
 
@@ -229,8 +235,9 @@ def _reference_fault(recording: Recording, limits: Limits) -> str | None:
     if recording.ref_audio is None:
         return None
     try:
-        rate, _ = audio.properties(recording.ref_audio)
-        audio.load(recording.ref_audio, rate, min_samples=round(limits.min_sec * rate), max_sec=limits.max_sec)
+        found = audio.read(recording.ref_audio, max_sec=limits.max_sec)
+        audio.mono(recording.ref_audio, found, SoundConfig())
+        return "too short" if found.sec < limits.min_sec else None
     except audio.BadRecording as error:
         return error.reason
 
@@ -248,8 +255,9 @@ def _check(findings: Findings, recording: Recording, facts: Facts, limits: Limit
         findings.add("control pieces", where, " ".join(pieces))
     elif marks := markup(recording.full_text):
         findings.add("markup", where, " ".join(marks))
+    for kind, note in facts.notes.items():
+        findings.add(kind, where, note)
     if facts.reason:
-        findings.add(facts.reason, where)
         return 0
     if recording.text.isupper() and sum(map(str.isalpha, recording.text)) > 3:
         findings.add("upper case", where, recording.text[:60])
@@ -266,10 +274,8 @@ def _check(findings: Findings, recording: Recording, facts: Facts, limits: Limit
         findings.add("trailing silence", where, f"{facts.trailing_sec:.2f} s")
     if facts.leading_sec > limits.silence_sec:
         findings.add("leading silence", where, f"{facts.leading_sec:.2f} s")
-    if facts.clipped > limits.clipped_share:
-        findings.add("clipping", where, f"{100 * facts.clipped:.2f} % of the samples")
     if facts.channels > 1:
-        findings.add("several channels", where, str(facts.channels))
+        findings.add("several channels", where, f"{facts.channels}, correlation {facts.correlation:+.2f}")
     if facts.rate < limits.min_hz:
         findings.add("low rate", where, f"{facts.rate} Hz")
     if recording.duration is not None and abs(recording.duration - facts.sec) > limits.duration_sec:

@@ -145,7 +145,7 @@ class ClipEncoder:
         config, rate = self._config, self._rate
         shortest = max(round(config.min_sec * rate), self._patch_samples)
         longest = config.max_sec if config.trim == "none" else 2 * config.max_sec  # trimming may leave few enough
-        audio_A = audio.load(path, rate, start_sec, end_sec, min_samples=shortest, max_sec=longest)
+        audio_A = audio.load(path, rate, start_sec, end_sec, min_samples=shortest, max_sec=longest, rules=config.sound)
         if config.trim == "silence":
             audio_A = trim.trim_silence(audio_A, rate, threshold_db=config.trim_db, keep_ms=config.trim_keep_ms)
         elif config.trim == "vad":

@@ -16,14 +16,13 @@ EXAMPLES = 5  # of a kind, in the report
 
 @dataclass(frozen=True)
 class Limits:
-    """The values beyond which a recording is at fault."""
+    """The values beyond which a recording is at fault; those for its sound are in data/sound.py."""
 
     min_sec: float = 0.16  # one patch
     max_sec: float = 60.0  # the default of `prepare`
     silence_sec: float = 0.5  # at an end: a model trained on more never learns to stop
     silence_share: float = 0.01  # of the clips: up to this share, silence at the end does little harm
     silence_db: float = -50.0  # relative to the loudest 10 ms
-    clipped_share: float = 1e-3  # of a clip's samples at full scale
     min_hz: int = 16000  # the codec's input rate: a lower one lacks high frequencies
     outlier: float = 6.0  # robust standard deviations of log(characters per second) within a language
     duration_sec: float = 0.1  # difference between the manifest and the file
@@ -34,6 +33,8 @@ KINDS = {  # name: (level, meaning)
     "unreadable": (SPOILS, "not a readable audio file"),
     "empty": (SPOILS, "no samples"),
     "not finite": (SPOILS, "samples that are not finite numbers"),
+    "cut off": (SPOILS, "the file ends before the length that it states; prepare skips it"),
+    "wrong scale": (SPOILS, "samples far beyond full scale, such as 16-bit numbers in a float file; prepare skips it"),
     "silent": (SPOILS, "nothing but silence"),
     "bad part": (SPOILS, "start_sec and end_sec are not inside the recording"),
     "too short": (SPOILS, "shorter than one patch; prepare skips it"),
@@ -49,8 +50,13 @@ KINDS = {  # name: (level, meaning)
     "unknown characters": (SPOILS, "characters that the vocabulary cannot encode"),
     "low rate": (SPOILS, "a sample rate below the codec's input rate"),
     "leading silence": (LOOK, "silence before the speech"),
-    "clipping": (LOOK, "samples at full scale"),
+    "wrong length": (LOOK, "the header states no length or a shorter one; the recording is read to its end"),
+    "clipping": (LOOK, "samples at full scale or in flat tops"),
+    "quiet": (LOOK, "speech below -45 dB of full scale; prepare lifts it with --config.sound.quiet=mend"),
+    "offset": (LOOK, "a mean that is not zero; prepare subtracts it"),
     "several channels": (LOOK, "more than one channel; they are averaged"),
+    "dead channel": (LOOK, "one of several channels is silent; only the others are averaged"),
+    "channels cancel": (LOOK, "channels in antiphase; only the loudest one is used"),
     "mixed rates": (LOOK, "a dataset with more than one sample rate"),
     "wrong duration": (LOOK, "the manifest's duration differs from the recording's"),
     "text or duration outlier": (LOOK, "far more or less text per second than is usual in the language"),

@@ -42,9 +42,12 @@ def _cut(audio_A: np.ndarray, rate: int, span: tuple[int, int], keep_ms: float) 
 
 
 def sound_span(audio_A: np.ndarray, rate: int, *, threshold_db: float = -40.0) -> tuple[int, int]:
-    """First and last sample + 1 of the sound: where the RMS of 10 ms exceeds `threshold_db` relative to the loudest 10 ms."""
+    """First and last sample + 1 of the sound: where the RMS of 10 ms exceeds `threshold_db` relative to the loudest 10 ms.
+
+    An offset (a mean that is not zero) is no sound.
+    """
     window = max(1, rate // 100)
-    blocks = pad_to_patches(audio_A, window, "right").reshape(-1, window)
+    blocks = pad_to_patches(audio_A - audio_A.mean(), window, "right").reshape(-1, window)
     power = np.mean(blocks.astype(np.float64) ** 2, axis=1)
     loud = np.flatnonzero(power > power.max(initial=0.0) * 10 ** (threshold_db / 10))
     return (int(loud[0]) * window, min((int(loud[-1]) + 1) * window, len(audio_A))) if len(loud) else (0, len(audio_A))
