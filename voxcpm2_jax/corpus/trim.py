@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 
 from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.data.audio import pad_to_patches, resample
+from voxcpm2_jax.data.audio import resample
 
 
 def trim_silence(audio_A: np.ndarray, rate: int, *, threshold_db: float = -40.0, keep_ms: float = 40.0) -> np.ndarray:
@@ -44,11 +44,11 @@ def _cut(audio_A: np.ndarray, rate: int, span: tuple[int, int], keep_ms: float) 
 def sound_span(audio_A: np.ndarray, rate: int, *, threshold_db: float = -40.0) -> tuple[int, int]:
     """First and last sample + 1 of the sound: where the RMS of 10 ms exceeds `threshold_db` relative to the loudest 10 ms.
 
-    An offset (a mean that is not zero) is no sound.
+    Each 10 ms are measured without their mean: an offset is no sound.
     """
     window = max(1, rate // 100)
-    blocks = pad_to_patches(audio_A - audio_A.mean(), window, "right").reshape(-1, window)
-    power = np.mean(blocks.astype(np.float64) ** 2, axis=1)
+    blocks = np.pad(audio_A, (0, -len(audio_A) % window), mode="edge" if len(audio_A) else "constant").reshape(-1, window)
+    power = blocks.var(axis=1, dtype=np.float64)
     loud = np.flatnonzero(power > power.max(initial=0.0) * 10 ** (threshold_db / 10))
     return (int(loud[0]) * window, min((int(loud[-1]) + 1) * window, len(audio_A))) if len(loud) else (0, len(audio_A))
 
