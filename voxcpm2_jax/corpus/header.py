@@ -22,6 +22,7 @@ from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.corpus import speaker
 from voxcpm2_jax.corpus.encode import Skipped
+from voxcpm2_jax.corpus.faults import FAULTY
 from voxcpm2_jax.corpus.moments import Moments
 from voxcpm2_jax.corpus.shard import part_file, read_embeddings, read_part, shard_names
 from voxcpm2_jax.corpus.sources import Corpus
@@ -77,6 +78,7 @@ def finish(directory: pathlib.Path, corpora: list[Corpus], made_by: Provenance) 
         num_embeddings.append(int(part.num_embeddings))
         if len(part.lengths):
             shards.append(f"{name}.array_record")
+    skipped += [Skipped(where, "", FAULTY, message) for corpus in corpora for where, message in corpus.faults()]
     lengths = np.concatenate(all_lengths)
     if not len(lengths):
         for name in names:  # so that the next run opens the recordings again: their disk may have been missing

@@ -42,7 +42,7 @@ MAKING_FILE = "making.json"
 HELDOUT = "heldout"  # directory of the held-out shards, inside that of the others
 
 
-def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLike | None) -> dict:
+def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLike | None, *, strict: bool = False) -> dict:
     """Calls `make_shards` with the codec of checkpoint `vae`; returns a summary of the shards.
 
     Without a codec it only makes the recordings and manifests of an embedded corpus, which a codec can be trained on.
@@ -58,7 +58,7 @@ def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLik
         return {"output": str(output), "clips": clips, "heldout_clips": heldout_clips}
     vae_config, vae_params = workdir.load_codec(vae)
     start = time.monotonic()
-    made = make_shards(config, output, vae_params, vae_config)
+    made = make_shards(config, output, vae_params, vae_config, strict=strict)
     if made is None:
         left = "other hosts still have shards to make; the last one writes the header"
         return {"output": str(output), "host": config.host, "num_hosts": config.num_hosts, "left": left}
@@ -74,9 +74,13 @@ def prepare(config: DataConfig, output: str | os.PathLike, vae: str | os.PathLik
     }
 
 
-def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_config: AudioVAEConfig) -> Header | None:
+def make_shards(
+    config: DataConfig, output: str | os.PathLike, vae_params, vae_config: AudioVAEConfig, *, strict: bool = False
+) -> Header | None:  # fmt: skip
     """Makes this host's shards in `output`, and in its directory heldout if there are held-out clips.
 
+    Args:
+        strict: faulty lines of a manifest are refused; otherwise they are left out, counted and listed.
     Returns:
         The header; None if other hosts still have shards to make.
     Raises:
@@ -97,7 +101,7 @@ def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_c
     try:
         with claim(output, config.host, config.num_hosts) as check:
             try:
-                return _make_shards(config, output, vae_params, vae_config, check)
+                return _make_shards(config, output, vae_params, vae_config, check, strict)
             except UserError:
                 check()  # what another process has taken over is not removed
                 if not found and config.num_hosts == 1 and not list(output.glob("**/*.array_record")):
@@ -111,10 +115,10 @@ def make_shards(config: DataConfig, output: str | os.PathLike, vae_params, vae_c
         raise
 
 
-def _make_shards(config: DataConfig, output: pathlib.Path, vae_params, vae_config: AudioVAEConfig, check) -> Header | None:
+def _make_shards(config: DataConfig, output: pathlib.Path, vae_params, vae_config, check, strict: bool) -> Header | None:
     """make_shards in a directory that this process has a claim on."""
     if config.source == "manifest":
-        train, heldout = sources.open_corpora(config.manifest), sources.open_corpora(config.heldout)
+        train, heldout = (sources.open_corpora(names, strict=strict) for names in (config.manifest, config.heldout))
     else:
         files.once(output / config.source, lambda temporary: _make_recordings(config, temporary / config.source))
         train, heldout = _recordings_in(output / config.source)

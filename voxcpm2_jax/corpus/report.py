@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 
 from voxcpm2_jax import files
+from voxcpm2_jax.corpus.faults import FAULTY
 
 
 def write(report: dict, distributions: dict[str, np.ndarray], directory: pathlib.Path) -> None:
@@ -37,6 +38,9 @@ def show(report: dict) -> None:
         table.add_row(finding["level"], finding["kind"], str(finding["count"]), finding["meaning"], escape(example))
     if report["findings"]:
         console.print(table)
+    for finding in report["findings"]:
+        if finding["kind"] == FAULTY:
+            console.print("faulty lines:", *finding["examples"], sep="\n", markup=False, highlight=False, soft_wrap=True)
     forecast = report["forecast"]
     if "rows_per_epoch" in forecast:
         console.print(

@@ -1,6 +1,7 @@
 """Where recordings come from: `open_corpus` of a name.
 
     FILE                                    a manifest, JSON lines (manifest.py)
+    FILE or DIRECTORY                       a list in another format: CSV, TSV, Kaldi, lhotse, Hugging Face (lists.py)
     tfds:NAME[/CONFIG][:VERSION][@SPLIT]    a TensorFlow data set on this machine (datasets.py)
 
 The embedded corpora (demo.py, debian.py) are read through the manifests that they write.
@@ -10,11 +11,14 @@ import bisect
 import collections
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from voxcpm2_jax.corpus.manifest import TFDS, Manifest, Recording
+from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.corpus.lists import open_list
+from voxcpm2_jax.corpus.manifest import TFDS, Recording
 
 
 class Corpus(Protocol):
@@ -23,29 +27,57 @@ class Corpus(Protocol):
     name: str
     sha256: str  # of what it consists of
 
+    num_faults: int  # entries that are left out, because they are no recordings
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index): ...
 
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """The place of each entry that is left out, and what is wrong with it."""
+
     def __iter__(self) -> Iterator[Recording]: ...
 
 
-def open_corpus(name: str | os.PathLike) -> Corpus:
-    """The recordings that a name stands for.
+def open_corpus(name: str | os.PathLike, *, strict: bool = False) -> Corpus:
+    """The recordings that a name stands for. Faulty entries are left out, and a line on standard error counts them.
+
+    Args:
+        strict: faulty entries are refused.
+    Raises:
+        UserError: as `find_corpus`; no entry can be used; or `strict` and one cannot.
+    """
+    corpus = find_corpus(name)
+    if corpus.num_faults:
+        found = list(itertools.islice(corpus.faults(), _SHOWN))
+        first = "; ".join(f"{where}: {message}" for where, message in found)
+        more = f"; and {corpus.num_faults - len(found)} more, which doctor lists" if corpus.num_faults > len(found) else ""
+        count = f"{corpus.num_faults} of {len(corpus) + corpus.num_faults} entries"
+        if strict or not len(corpus):
+            raise UserError(f"{corpus.name}: {count} cannot be used: {first}{more}")
+        print(f"{corpus.name}: {count} left out: {first}{more}", file=sys.stderr, flush=True)
+    return corpus
+
+
+_SHOWN = 5  # faulty entries in a line
+
+
+def find_corpus(name: str | os.PathLike) -> Corpus:
+    """The recordings that a name stands for, and the entries that are none.
 
     Raises:
-        UserError: as `Manifest`; or a data set that is missing or of an unknown kind.
+        UserError: as `open_list`; or a data set that is missing or of an unknown kind.
     """
     if str(name).startswith(TFDS):
         from voxcpm2_jax.corpus.datasets import Dataset  # takes seconds to import, and only such names need it
 
         return Dataset(str(name).removeprefix(TFDS))
-    return Manifest(name)
+    return open_list(name)
 
 
-def open_corpora(names: str) -> list[Corpus]:
+def open_corpora(names: str, *, strict: bool = False) -> list[Corpus]:
     """The corpora of several names separated by commas; raises as `open_corpus`."""
-    return [open_corpus(name) for name in names.split(",") if name]
+    return [open_corpus(name, strict=strict) for name in names.split(",") if name]
 
 
 class Joined(Sequence):
