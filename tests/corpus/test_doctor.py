@@ -116,6 +116,15 @@ def test_a_planted_fault_is_found(tmp_path, sane, kind):
     assert report["ok"] == (faults.KINDS[kind][0] == faults.LOOK)
 
 
+def test_a_part_that_ends_after_its_recording(tmp_path, sane):
+    soundfile.write(tmp_path / "new.wav", sound(1, 50), RATE)
+    kinds, _ = found(tmp_path, [*sane, clip(start_sec=0.2, end_sec=1.05)])  # as people round
+    assert not kinds
+    kinds, report = found(tmp_path, [*sane, clip(end_sec=2.0)])
+    assert kinds.keys() == {"bad part"} and not report["ok"]
+    assert kinds["bad part"]["examples"][0].endswith("new.wav: ends at 1.00 s, but the part at 2.00 s")
+
+
 def test_references_are_opened(tmp_path, sane):
     soundfile.write(tmp_path / "long.wav", sound(3, 51), RATE)
     (tmp_path / "text.wav").write_bytes(b"not audio")

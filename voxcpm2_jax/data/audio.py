@@ -114,6 +114,8 @@ def _read(recording: str | os.PathLike | Stored, start_sec: float, end_sec: floa
     if sec > max_sec:
         raise too_long(recording, sec, max_sec)
     is_cut, note = _compared(file, sec, start_sec, end_sec)
+    if end_sec is not None and not is_cut and sec < end_sec - start_sec - _CUT_SEC:
+        raise BadRecording("bad part", f"{recording}: ends at {start_sec + sec:.2f} s, but the part at {end_sec:.2f} s")
     if not np.isfinite(channels_AE).all():
         wrong = np.flatnonzero(~np.isfinite(channels_AE).all(axis=1))
         first = start_sec + wrong[0] / rate
