@@ -62,13 +62,18 @@ def test_trackio(package, tmp_path, monkeypatch, capfd):
     assert out == "" and err.count("trackio: trackio show --project speech") == 2
 
 
+def losses(log: bytes):
+    """The losses in a log of W&B, where a value is text in a record of protobuf: key, length, value."""
+    for match in re.finditer(rb"\x12\x04loss\x82\x01(.)", log, re.DOTALL):
+        yield float(log[match.end() : match.end() + match[1][0]])
+
+
 @pytest.mark.parametrize("package", ["wandb"], indirect=True)
 def test_wandb(package, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = resumed(tmp_path / "voice", "wandb")
     logs = sorted(tmp_path.glob(f"voice/wandb/offline-run-*-{run}/run-{run}.wandb"))
-    # Values are text in records of protobuf: key, length, value.
-    found = [{float(x) for x in re.findall(rb"\x12\x04loss\x82\x01.([0-9.]+)", log.read_bytes())} for log in logs]
+    found = [set(losses(log.read_bytes())) for log in logs]
     assert found == [{1 / s for s in steps} for steps in ((1, 2, 3), (2, 3, 4))]
     assert all(b"loss/language/de+at" in log.read_bytes() for log in logs)
     assert list(tmp_path.rglob("media/audio/sample_*.wav")) and list(tmp_path.rglob("media/images/picture_*.png"))
