@@ -21,7 +21,7 @@ def test_help_names_every_command_and_flag(capsys):
     flags = {
         "prepare": ["--config", "--output", "--vae"],
         "doctor": ["--manifest", "--heldout", "--tokenizer", "--output", "3"],
-        "train": ["--config", "--workdir", "--data", "--heldout", "--config.num_steps=100", "75"],
+        "train": ["--config", "--workdir", "--data", "--heldout", "--compile-for", "--config.num_steps=100", "75"],
         "train-vae": ["--config", "--workdir", "--data"],
         "generate": ["--checkpoint", "--text", "--control", "--reference-audio", "--prompt-audio", "--prompt-text",
                      "--cfg-value", "--inference-timesteps", "--seed", "--stream", "--output", "--input", "--output-dir"],

@@ -38,6 +38,11 @@ def add(commands) -> None:
         help="with --dry-run: also check mesh and batches of all stages for this machine, as `plan` names it, such as "
         "v5e:16x16 or 64xh100, or for plain numbers of devices: 64, or 4x64 for four slices",
     )  # fmt: skip
+    parser.add_argument(
+        "--compile-for", metavar="T",
+        help="compile the train step for this TPU topology, such as v5e:16x16, on any machine, save it in WORKDIR/compiled and "
+        "stop; the same command without this flag loads it there instead of compiling. Needs the extra \"tpu\"",
+    )  # fmt: skip
 
 
 def run(args, overrides) -> int:
@@ -57,6 +62,14 @@ def run(args, overrides) -> int:
             config = topology.check(args.topology, config)
         batches = [to_dict(stage.batch_of(config.batch)) | {"first_step": stage.first_step} for stage in config.stages]
         print_result({"workdir": args.workdir, "data": args.data, "config": to_dict(config), "stages": batches})
+        return DONE
+    if args.compile_for:
+        from voxcpm2_jax import files
+        from voxcpm2_jax.plan import compile, topology
+
+        topology.check(args.compile_for, config)
+        files.check_directory(args.workdir)
+        print_result({"saved": compile.save_for(topology.parse(args.compile_for, config), args.workdir, args.data)})
         return DONE
     from voxcpm2_jax.buckets import stage
     from voxcpm2_jax.checkpoint.staged import local_checkpoint

@@ -3,7 +3,8 @@
 Each topology is compiled in a child process, which keeps libtpu's environment variables and global state out of the parent.
 The compiled program gives the memory of a device by kind and the collectives with the number of times they run.
 
-The program is not the one that the run executes, in two ways:
+`save_for` compiles the run's own program, for `train` to load. The program of `compile_for`, which `plan` reads, is not the one
+that the run executes, in two ways:
 - It is compiled with optimization_level = O0, which takes about a third of the time. At this effort the compiler
   picks block sizes that make products several times slower (an 8192^3 bfloat16 product on v5e: 79.1 M cycles instead of 9.56 M
   at the default effort), and for some topologies, such as 2x4 chips, other collectives to gather weights. Memory and
@@ -12,6 +13,7 @@ The program is not the one that the run executes, in two ways:
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -53,12 +55,34 @@ def compile_for(case: Case, batch: BatchConfig) -> dict:
         UserError: libtpu is missing or does not know the topology, or the mesh or batch does not suit it.
         RuntimeError: the compiler failed; the last lines of its log are the message.
     """
+    result = _in_child(case, {"config": to_dict(dataclasses.replace(case.config, mesh=case.mesh, batch=batch, stages=()))})
+    if "collectives" in result:
+        result["collectives"] = [
+            Collective(**one | {"spans": one["spans"] and tuple(one["spans"]), "axes": tuple(one["axes"])})
+            for one in result["collectives"]
+        ]
+    return result
+
+
+def save_for(case: Case, workdir: str, data: str | None) -> list[dict]:
+    """Compiles the train step of every stage as the run would, and saves it in WORKDIR/compiled, where `train` looks for it.
+
+    Returns:
+        `pretrain.compile_ahead`'s figures of each program.
+    Raises:
+        UserError, RuntimeError: as `compile_for`; a program that does not fit the memory is a RuntimeError.
+    """
+    if case.machine.torus is None:
+        raise UserError(f"--compile-for={case.machine.name}: only programs for TPUs can be compiled without the machine")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(NO_LIBTPU)
+    return _in_child(case, {"config": to_dict(case.config), "workdir": str(workdir), "data": data})["saved"]
+
+
+def _in_child(case: Case, job: dict) -> dict:
+    """The result of a job in a process of its own."""
     machine = case.machine
-    job = {
-        "config": to_dict(dataclasses.replace(case.config, mesh=case.mesh, batch=batch, stages=())),
-        "topology": f"{machine.chip.name}:{'x'.join(map(str, machine.torus))}",
-        "slices": machine.slices,
-    }
+    job |= {"topology": f"{machine.chip.name}:{'x'.join(map(str, machine.torus))}", "slices": machine.slices}
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | CHILD_ENVIRONMENT
     package = str(pathlib.Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
@@ -76,11 +100,6 @@ def compile_for(case: Case, batch: BatchConfig) -> dict:
     result = json.loads(lines[-1])
     if "mistake" in result:
         raise UserError(result["mistake"])
-    if "collectives" in result:
-        result["collectives"] = [
-            Collective(**one | {"spans": one["spans"] and tuple(one["spans"]), "axes": tuple(one["axes"])})
-            for one in result["collectives"]
-        ]
     return result
 
 
@@ -91,23 +110,33 @@ def _child() -> None:
     """Compiles the job on standard input; the result is the last line of standard output."""
     job = json.load(sys.stdin)
     try:
-        result = _compile(from_dict(BackboneRun, job["config"]), job["topology"], job["slices"])
+        config, devices = from_dict(BackboneRun, job["config"]), _devices(job["topology"], job["slices"])
+        if "workdir" in job:
+            from voxcpm2_jax.train import pretrain
+
+            result = {"saved": pretrain.compile_ahead(config, job["workdir"], job["data"], devices)}
+        else:
+            result = _compile(config, devices)
     except UserError as error:
         result = {"mistake": str(error)}
     print(json.dumps(result))
 
 
-def _compile(config: BackboneRun, topology: str, slices: int) -> dict:
-    import jax
+def _devices(topology: str, slices: int) -> list:
     from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(topology_name=topology, platform="tpu", num_slices=slices).devices
+    except RuntimeError as error:
+        raise UserError(f"{topology}: libtpu cannot be loaded or does not know this topology: {error}") from None
+
+
+def _compile(config: BackboneRun, devices) -> dict:
+    import jax
 
     from voxcpm2_jax.train import backbone
 
-    try:
-        described = topologies.get_topology_desc(topology_name=topology, platform="tpu", num_slices=slices)
-    except RuntimeError as error:
-        raise UserError(f"{topology}: libtpu cannot be loaded or does not know this topology: {error}") from None
-    mesh = sharding.make_mesh(config.mesh, devices=described.devices)
+    mesh = sharding.make_mesh(config.mesh, devices=devices)
     with jax.set_mesh(mesh):
         state, batch = backbone.abstract_state(config, mesh), _batch_of(config)
         batch = sharding.abstract(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -17,15 +18,15 @@ from jax.experimental import multihost_utils
 from voxcpm2_jax import files, flops, metrics, processes, sharding
 from voxcpm2_jax.checkpoint import arrays, steps
 from voxcpm2_jax.config.plain import UserError, to_dict
-from voxcpm2_jax.config.run import CHANGES, BackboneRun
-from voxcpm2_jax.data import synthetic
+from voxcpm2_jax.config.run import CHANGES, BackboneRun, BatchConfig
+from voxcpm2_jax.data import pipeline, synthetic
 from voxcpm2_jax.data.clips import Source, label, label_names, label_patches
 from voxcpm2_jax.data.forecast import forecast
 from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.evaluate.validation import Validation
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.sequence import Batch
-from voxcpm2_jax.train import backbone, loop
+from voxcpm2_jax.train import ahead, backbone, loop
 from voxcpm2_jax.train.figures import spectrogram
 from voxcpm2_jax.train.start import Start
 from voxcpm2_jax.train.state import TrainState
@@ -103,7 +104,8 @@ def train(
     if data is not None and jax.process_index() == 0:
         _keep_provenance(workdir, source.paths, source.header)
     with jax.set_mesh(mesh):
-        task = BackboneTask(config, source, mix, mesh, _evaluators(config, workdir, data, heldout_source, mesh))
+        evaluators = _evaluators(config, workdir, data, heldout_source, mesh)
+        task = BackboneTask(config, source, mix, mesh, evaluators, compiled=workdir / "compiled")
         state = backbone.abstract_state(config, mesh)
         fresh = f"scratch (seed {config.seed})" + ("" if data else ", with synthetic clips, since there is no --data")
         if steps.has_steps(workdir) or resume_from is not None:
@@ -126,26 +128,48 @@ def train(
 class BackboneTask(loop.Task):
     """The backbone, for the loop.
 
-    The train step is compiled once per batch shape, when a stage first brings a batch of that shape.
+    The train step is compiled once per batch shape, when a stage first brings a batch of that shape, or loaded from
+    `compiled`, where `--compile-for` saved it.
     """
 
-    def __init__(self, config: BackboneRun, source: Source, mix: Mix, mesh, evaluators: Sequence[loop.Evaluator] = ()):
+    def __init__(
+        self,
+        config: BackboneRun,
+        source: Source,
+        mix: Mix,
+        mesh,
+        evaluators: Sequence[loop.Evaluator] = (),
+        *,
+        compiled: pathlib.Path | None = None,
+    ):
         self.run, self.evaluators = config, evaluators
         self.record = to_dict(config) | {"data": _provenance_of(source)}
-        self._source, self._mix, self._mesh = source, mix, mesh
+        self._source, self._mix, self._mesh, self._compiled = source, mix, mesh, compiled
         labels = labels_of(source)
         self._programs = {
             (batch.rows, batch.slots, batch.patches): backbone.jit_train_step(config.with_batch(batch), mesh, labels)
             for batch in config.batches
         }
+        self._ready: set[tuple] = set()  # batch shapes whose program was looked for in `compiled`
 
     def train_step(self, state, batch: Batch):
-        return self._programs[(*batch.tokens_BT.shape, batch.slot_BM.shape[1])](state, batch)
+        shape = (*batch.tokens_BT.shape, batch.slot_BM.shape[1])
+        if shape not in self._ready:
+            self._ready.add(shape)
+            self._programs[shape] = ahead.compile_step(self._programs[shape], state, batch, self._compiled)
+        return self._programs[shape](state, batch)
+
+    def lowered(self, budgets: BatchConfig, state):
+        """The train step for a state and batches of these budgets, as `train_step` would compile it."""
+        starts = (0, *(stage.first_step for stage in self.run.stages))
+        step = next(i for i in starts if self._mix.batch_of(i) == budgets)
+        row = pipeline.host_rows(self._source, self._mix, step, [0])  # its shapes and dtypes are those of all rows
+        layout = sharding.batch_sharding(self._mesh)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((budgets.rows, *x.shape[1:]), x.dtype, sharding=layout), row)
+        return ahead.lower(self._programs[(budgets.rows, budgets.slots, budgets.patches)], state, batch)
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Batches over all devices; each process reads only the clips of the rows that its own devices hold."""
-        from voxcpm2_jax.data import pipeline
-
         parts = pipeline.batches(self._source, self._mix, start, rows_of=partial(sharding.local_rows, self._mesh))
         with contextlib.closing(parts):  # its threads read ahead
             for step, part in enumerate(parts, start):
@@ -173,6 +197,29 @@ class BackboneTask(loop.Task):
         index = self._source.index
         clips = sorted({draw.clip for row in self._mix.rows(batch) for draw in row})
         return ["/".join(index.groups[index.lengths["group"][clip]]) + f":{clip}" for clip in clips]
+
+
+def compile_ahead(config: BackboneRun, workdir, data, devices) -> list[dict]:
+    """Compiles the train step of every stage for devices that are not here, and saves it where `train` looks for it.
+
+    Args:
+        data: as in `train`; it decides which datasets and languages the step reports losses by.
+        devices: of a topology.
+    Returns:
+        for each program its "file", "rows", "slots", "bytes" and "compile_sec".
+    """
+    source = _open(config, data)
+    mix = Mix(config.seed, source.index, source.patch_sec, config.batch, config.stages)
+    mesh, saved = sharding.make_mesh(config.mesh, devices=devices), []
+    with jax.set_mesh(mesh):
+        task, state = BackboneTask(config, source, mix, mesh), backbone.abstract_state(config, mesh)
+        for batch in config.batches:
+            begin = time.perf_counter()
+            path = ahead.save(pathlib.Path(workdir) / "compiled", task.lowered(batch, state), state)
+            seconds = round(time.perf_counter() - begin, 1)
+            size = {"rows": batch.rows, "slots": batch.slots, "bytes": path.stat().st_size}
+            saved.append({"file": str(path), "compile_sec": seconds} | size)
+    return saved
 
 
 def labels_of(source: Source) -> metrics.Labels:
