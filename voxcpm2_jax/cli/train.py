@@ -65,11 +65,13 @@ def run(args, overrides) -> int:
         return DONE
     if args.compile_for:
         from voxcpm2_jax import files
+        from voxcpm2_jax.buckets import stage
         from voxcpm2_jax.plan import compile, topology
 
         topology.check(args.compile_for, config)
         files.check_directory(args.workdir)
-        print_result({"saved": compile.save_for(topology.parse(args.compile_for, config), args.workdir, args.data)})
+        case = topology.parse(args.compile_for, config)
+        print_result({"saved": compile.save_for(case, args.workdir, stage.local(args.data))})
         return DONE
     from voxcpm2_jax.buckets import stage
     from voxcpm2_jax.checkpoint.staged import local_checkpoint
