@@ -111,7 +111,7 @@ def test_prepare_and_conversions_hand_over_and_answer_in_json(tmp_path, monkeypa
     calls = []
     path = tmp_path / "data.py"
     path.write_text("from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'vocab_size': 300})\n")
-    fake = lambda config, output, vae: calls.append((config.vocab_size, output, vae)) or {"clips": 2}  # noqa: E731
+    fake = lambda config, output, vae, strict: calls.append((config.vocab_size, output, vae)) or {"clips": 2}  # noqa: E731
     monkeypatch.setattr(prepare, "prepare", fake)
     assert run("prepare", f"--config={path}", "--output=O", "--vae=V", "--config.vocab_size=400") == 0
     monkeypatch.setattr(convert, "import_torch", lambda *call: calls.append(call))
