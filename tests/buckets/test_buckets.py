@@ -103,6 +103,7 @@ READING = [
 WRITING = ["export-torch nothing {}", "prepare --config=configs/data.py:tiny --output={}"]
 
 
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
 @pytest.mark.parametrize("command", [*READING, *WRITING])
 def test_nothing_there(bucket, refusal, command):
     error = refusal(*command.format(f"{bucket.scheme}://absent/run").split())
@@ -137,6 +138,7 @@ def test_other_schemes_and_missing_libraries(refusal, monkeypatch):
     assert "gs://: names no bucket" in refusal("export-torch", "gs://", "there")
 
 
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
 def test_released_weights_come_from_a_bucket_and_go_there(bucket, released_dir, capsys):
     url = f"{bucket.url}/models"
     store.upload(f"{url}/released", {name: released_dir / name for name in content(released_dir)})

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from voxcpm2_jax.checkpoint.arrays import array_fields, flatten, nest
 from voxcpm2_jax.checkpoint.integrity import Sealed, SummedPyTree, find_damage, own_sums, write_checksums
+from voxcpm2_jax.checkpoint.mirror import Mirror
 from voxcpm2_jax.checkpoint.steps import META, complete_steps, read_meta, versions
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.files import flush
@@ -37,7 +38,8 @@ class Checkpoints:
     """The checkpoints of one training run.
 
     Args:
-        workdir: created if absent.   keep: number of newest steps that are kept.   every_steps: updates between two saves.
+        workdir: created if absent; a Mirror if it lies in a bucket (mirror.py).
+        keep: number of newest steps that are kept.   every_steps: updates between two saves.
         keep_every_steps: multiples of this are kept for ever; None: none are.
         best_metric: name of one of the figures given to `save`; the step with its best value is kept too. None: no step is.
         best_mode: "min" or "max": which value is best.
@@ -48,6 +50,10 @@ class Checkpoints:
         best_mode: str = "min",
     ):  # fmt: skip
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._mirror = workdir if isinstance(workdir, Mirror) else None
+        # With a Mirror processes share no disk: each writes what its devices hold, and each makes and renames directories.
+        self._is_apart = self._mirror is not None and self._mirror.num_processes > 1
+        self._processes = ocp.options.MultiprocessingOptions(primary_host=None if self._is_apart else 0)
         self.every_steps = every_steps
         self._best = None if best_metric is None else _Best(best_metric, best_mode)
         policies = [ocp.checkpoint_managers.LatestN(keep)]
@@ -58,6 +64,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+            multiprocessing_options=self._processes,
         )
         self._saving: int | None = None  # the step that was saved last, finished or not
         self._is_settled = True  # whether it is known to be final
@@ -69,8 +76,10 @@ class Checkpoints:
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        handlers.add(None, ocp.args.PyTreeSave, SummedPyTree())
-        handlers.add(None, ocp.args.JsonSave)
+        options = {"multiprocessing_options": self._processes}
+        arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=False, **options) if self._is_apart else SummedPyTree()
+        handlers.add(None, ocp.args.PyTreeSave, arrays)
+        handlers.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler(**options))
         return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers)
 
     def open(self) -> None:
@@ -95,7 +104,7 @@ class Checkpoints:
         damaged: list[int] = []
         for step in sorted(from_first(complete_steps(self.directory)), reverse=True):
             path = self.directory / str(step)
-            problem = find_damage(path, share=(jax.process_index(), jax.process_count()))
+            problem = self._find_damage(path)
             if problem:
                 print(f"DAMAGED CHECKPOINT {path}: {problem}", file=sys.stderr, flush=True)
             if all_agree(not problem):
@@ -109,15 +118,27 @@ class Checkpoints:
             )
         return None
 
+    def _find_damage(self, path: pathlib.Path) -> str:
+        """What is wrong with a step, as far as this process looks: at its share of the files, or at all of its own copy."""
+        if self._mirror is None:
+            return find_damage(path, share=(jax.process_index(), jax.process_count()))
+        self._mirror.fetch(int(path.name))
+        if not find_damage(path):
+            return ""
+        self._mirror.fetch(int(path.name), again=True)
+        return find_damage(path)
+
     def _set_aside(self, steps: Sequence[int]) -> None:
         """Renames damaged steps to STEP.damaged, so that the run can save these steps again."""
         if not steps:
             return
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 or self._is_apart:
             for step in steps:
                 aside = self.directory / f"{step}.damaged"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(step)).rename(aside)
+                if self._mirror:
+                    self._mirror.discard(step)
         say(f"skipped and renamed to {', '.join(f'{self.directory}/{step}.damaged' for step in steps)}")
         all_agree(True)  # no process continues before the rename is done
         if self._is_open:
@@ -181,10 +202,14 @@ class Checkpoints:
         return "_manager" in vars(self)
 
     def _seal(self) -> None:
-        """Called by Orbax on the first process when all files of a step are written, before the step gets its number."""
+        """Called by Orbax on the first process, or on each if they share no disk, when all files of a step are written,
+        before the step gets its number."""
         (unfinished,) = self.directory.glob(f"{self._saving}.*tmp*")
-        parts = [own_sums(unfinished / item, i) for item in self._items for i in range(jax.process_count())]
+        num_parts = 0 if self._is_apart else jax.process_count()
+        parts = [own_sums(unfinished / item, i) for item in self._items for i in range(num_parts)]
         self._sealed = write_checksums(unfinished, parts)
+        if self._mirror:
+            self._sealed = self._mirror.commit(self._saving, unfinished, self._sealed)
 
     @contextlib.contextmanager
     def _failures(self):

@@ -37,7 +37,7 @@ def local_checkpoint(path, *, whole: bool = False):
     step = max(steps)
     prefix = "" if of_step else f"checkpoints/{step}/"
     item = "ema" if any(name.startswith(f"{prefix}ema/") for name in names) else "params"
-    copied = stage(workdir, _wanted({step: None if whole else (META, item)}))
+    copied = stage(workdir, wanted({step: None if whole else (META, item)}))
     return str(copied / "checkpoints" / str(step))
 
 
@@ -45,7 +45,7 @@ def local_workdir(path):
     """A workdir as a local path, to list its checkpoints: of each, only the meta is copied from a bucket."""
     if not store.is_url(path):
         return path
-    return str(stage(path, _wanted(dict.fromkeys(complete_steps(store.objects(path)), (META,)))))
+    return str(stage(path, wanted(dict.fromkeys(complete_steps(store.objects(path)), (META,)))))
 
 
 def complete_steps(names: Iterable[str]) -> list[int]:
@@ -54,15 +54,21 @@ def complete_steps(names: Iterable[str]) -> list[int]:
     return sorted(int(match[1]) for match in matches if match and match[2] == CHECKSUMS_FILE)
 
 
+def step_of(name: str) -> int | None:
+    """The step that an object of a workdir belongs to, complete or not."""
+    match = _IN_STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def is_kept_beside(name: str) -> bool:
     """Whether an object of a workdir belongs to no checkpoint and is read again when a run continues."""
     return name.split("/")[0] not in _UNREAD
 
 
-def _wanted(items: dict[int, tuple[str, ...] | None]) -> Callable[[str], bool]:
+def wanted(items: dict[int, tuple[str, ...] | None]) -> Callable[[str], bool]:
     """Chooses objects of a workdir: those beside the checkpoints, and of each step the named items (None: all)."""
 
-    def wanted(name: str) -> bool:
+    def is_wanted(name: str) -> bool:
         match = _IN_STEP.fullmatch(name)
         if not match or int(match[1]) not in items:
             return is_kept_beside(name)
@@ -70,4 +76,4 @@ def _wanted(items: dict[int, tuple[str, ...] | None]) -> Callable[[str], bool]:
         item, is_below, _ = match[2].partition("/")
         return parts is None or not is_below or item in parts
 
-    return wanted
+    return is_wanted

@@ -45,7 +45,8 @@ def complete_steps(directory: pathlib.Path) -> list[int]:
 
 def is_step(path: pathlib.Path) -> bool:
     """Whether `path` is a complete step directory."""
-    return (path / "params").is_dir() and (path / META).is_dir() and ocp.utils.is_checkpoint_finalized(epath.Path(path))
+    has_weights = (path / "params").is_dir() or (path / "ema").is_dir()  # from a bucket one of them is copied
+    return has_weights and (path / META).is_dir() and ocp.utils.is_checkpoint_finalized(epath.Path(path))
 
 
 def step_directory(path: str | os.PathLike) -> pathlib.Path:

@@ -79,11 +79,11 @@ def run(args, overrides) -> int:
 
     training.check(config, args.workdir)
 
-    def train():
+    def train(workdir):
         local = training.start_options(args) | {
             "heldout": stage.local(args.heldout),
             "init_params": local_checkpoint(args.init_params), "init_tslm": stage.local(args.init_tslm),
         }  # fmt: skip
-        return pretrain.train(config, args.workdir, stage.local(args.data), profile_steps=profile_steps, **local)
+        return pretrain.train(config, workdir, stage.local(args.data), profile_steps=profile_steps, **local)
 
     return training.run_training(args.workdir, train)

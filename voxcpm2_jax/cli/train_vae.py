@@ -26,9 +26,9 @@ def run(args, overrides) -> int:
 
     training.check(config, args.workdir)
 
-    def train():
+    def train(workdir):
         is_folder = store.is_url(args.data) and "" not in store.objects(args.data)  # the recordings of a manifest stay there
         data = stage.local(args.data) if is_folder else args.data
-        return vae.train(config, args.workdir, data, **training.start_options(args))
+        return vae.train(config, workdir, data, **training.start_options(args))
 
     return training.run_training(args.workdir, train)

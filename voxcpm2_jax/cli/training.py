@@ -1,5 +1,6 @@
 """What `train` and `train-vae` share: the flags of a run, and running it in one or several processes."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -7,7 +8,8 @@ import time
 import traceback
 from collections.abc import Callable
 
-from voxcpm2_jax.cli.flags import Parser, local_path, place
+from voxcpm2_jax.buckets.store import is_url
+from voxcpm2_jax.cli.flags import Parser, place
 from voxcpm2_jax.cli.outcome import DONE, FAILED, MISTAKE, PREEMPTED, print_error, print_result
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BackboneRun, VAERun
@@ -21,7 +23,7 @@ _LAST_WORDS_SEC = 5
 
 def add_flags(parser: Parser) -> None:
     parser.add_argument(
-        "--workdir", required=True, type=local_path, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files"
+        "--workdir", required=True, type=place, metavar="DIR", help="checkpoints, metrics.jsonl, TensorBoard files"
     )
     parser.add_argument(
         "--resume-from", type=place, metavar="CKPT",
@@ -37,7 +39,8 @@ def check(config: BackboneRun | VAERun, workdir: str) -> None:
     """Raises UserError if the run would fail for its directory or for a package that its config asks for."""
     from voxcpm2_jax import files, trackers
 
-    files.check_directory(workdir)
+    if not is_url(workdir):
+        files.check_directory(workdir)
     trackers.check(config.log.trackers)
 
 
@@ -48,8 +51,10 @@ def start_options(args) -> dict:
     return {"resume_from": local_checkpoint(args.resume_from, whole=True), "accept_changes": args.accept_config_changes}
 
 
-def run_training(workdir: str, train: Callable[[], dict]) -> int:
+def run_training(workdir: str, train: Callable[[str | os.PathLike], dict]) -> int:
     """Joins the processes of the run, trains, prints the result -> the exit code.
+
+    `train` gets the workdir, as a Mirror if it lies in a bucket.
 
     With several processes, an error that may have come to one process alone ends all of them: this function then ends the
     process and does not return.
@@ -58,12 +63,14 @@ def run_training(workdir: str, train: Callable[[], dict]) -> int:
 
     from voxcpm2_jax import compiled, processes
     from voxcpm2_jax.checkpoint.manager import SaveFailed
+    from voxcpm2_jax.checkpoint.mirror import Mirror
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 
     processes.connect()
-    compiled.keep(workdir)
+    compiled.keep(None if is_url(workdir) else workdir)
     try:
-        result = train()
+        with Mirror(workdir) if is_url(workdir) else contextlib.nullcontext(workdir) as place:
+            result = train(place)
         if jax.process_index() == 0:
             print_result(result)
         return DONE

@@ -97,11 +97,11 @@ def run(task: Task, state, workdir, *, origin: Start | None = None, profile_step
         BrokenRun: names the step; that state is not saved.
         Preempted: SIGTERM or SIGINT came to some process; the state is saved if any update was made.
     """
-    workdir = pathlib.Path(workdir)
+    home, workdir = workdir, pathlib.Path(workdir)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(listening())
         dog = stack.enter_context(Watchdog(task.run.watchdog))
-        checkpoints = Checkpoints(workdir, **dataclasses.asdict(task.run.checkpoint))
+        checkpoints = Checkpoints(home, **dataclasses.asdict(task.run.checkpoint))
         stack.callback(checkpoints.close)
         bad: list[int] = []  # batches whose updates were bad and made the run roll back
         while True:

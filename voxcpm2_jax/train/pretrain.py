@@ -89,7 +89,7 @@ def train(
         UserError: shards that the model cannot read (every difference is named), a batch that cannot be split over the
             mesh, or what `start.begin` refuses.
     """
-    workdir = pathlib.Path(workdir)
+    home, workdir = workdir, pathlib.Path(workdir)
     if profile_steps and profile_steps[0] >= config.num_steps:
         raise UserError(f"--profile-steps={'{}:{}'.format(*profile_steps)}: the run ends at step {config.num_steps}")
     source = _open(config, data)
@@ -120,7 +120,7 @@ def train(
             state = jax.jit(partial(backbone.init_state, config), out_shardings=layout, donate_argnums=0)(params)
         _announce(mix, source, config)
         origin = Start(resume_from, fresh, CHANGES, accept_changes)
-        _, row = loop.run(task, state, workdir, origin=origin, profile_steps=profile_steps)
+        _, row = loop.run(task, state, home, origin=origin, profile_steps=profile_steps)
     names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
     return {name: row.get(name) for name in names}
 
