@@ -73,7 +73,7 @@ def test_a_run_killed_while_it_uploads_resumes_elsewhere_bitwise(bucket, toy, tm
     gate = Gate(bucket, "checkpoints/8/checksums.json")
     child = subprocess.Popen([sys.executable, "-c", TRAIN, url])
     try:
-        assert gate.is_reached.wait(60), "step 8 is uploaded but for its mark"
+        assert gate.is_reached.wait(240), "step 8 is uploaded but for its mark"
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -135,11 +135,11 @@ def test_two_processes_without_a_common_disk(bucket, tmp_path, monkeypatch):
     url = f"{bucket.url}/run"
     gate = Gate(bucket, "checkpoints/8/.checksums.process_1.json")
     with processes.start_processes([url], 2, program=("-c", TRAIN)) as started:
-        assert gate.is_reached.wait(90), [process.stderr for process in started]
+        assert gate.is_reached.wait(240), [process.stderr for process in started]
     bucket.before_write = lambda name: None
     assert steps(url) == [4] and any(name.startswith("checkpoints/8/") for name in store.objects(url))
     cache = {"VOXCPM2_JAX_CACHE": str(tmp_path / "others")}
-    results = processes.run_processes([url], 2, program=("-c", TRAIN), env=cache)
+    results = processes.run_processes([url], 2, program=("-c", TRAIN), env=cache, timeout_sec=240)
     gate.open()
     assert [result.stdout.splitlines()[-1] for result in results] == ["finished 12"] * 2, results
     assert "starting from step 4 of" in results[0].stderr and steps(url) == [8, 12]

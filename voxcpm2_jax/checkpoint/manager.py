@@ -65,6 +65,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
             multiprocessing_options=self._processes,
+            enable_per_process_directory_creation=self._is_apart,
         )
         self._saving: int | None = None  # the step that was saved last, finished or not
         self._is_settled = True  # whether it is known to be final
