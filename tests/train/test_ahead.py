@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import pathlib
 import subprocess
 import sys
 
@@ -115,6 +117,31 @@ def test_what_is_compiled_ahead_is_what_the_run_asks_for(tmp_path, monkeypatch):
                 state, metrics = task.train_step(state, next(batches))
             assert np.isfinite(metrics["loss"])
     assert [type(program).__name__ for program in task._programs.values()] == ["Compiled"] * 2
+
+
+def test_the_command_saves_into_a_bucket(tmp_path, monkeypatch, capsys):
+    """Where the run's mirror of the workdir reads it."""
+    from voxcpm2_jax.buckets import store
+    from voxcpm2_jax.checkpoint import staged
+
+    uploaded = {}
+
+    def save_for(case, workdir, data):
+        path = pathlib.Path(workdir) / "compiled/train_step-1"
+        path.parent.mkdir()
+        path.write_bytes(b"program")
+        return [{"file": str(path), "rows": 8}]
+
+    monkeypatch.setattr(compile, "save_for", save_for)
+    monkeypatch.setattr(store, "objects", lambda url: {})
+    monkeypatch.setattr(
+        store, "upload", lambda url, files: uploaded.update({f"{url}/{n}": p.read_bytes() for n, p in files.items()})
+    )
+    argv = ["train", "--config=configs/backbone.py:tiny", "--workdir=gs://bucket/run", "--compile-for=v5e:2x4"]
+    assert main.main(argv) == 0
+    assert uploaded == {"gs://bucket/run/compiled/train_step-1": b"program"} and staged.is_kept_beside("compiled/train_step-1")
+    (one,) = json.loads(capsys.readouterr().out)["saved"]
+    assert one == {"file": "gs://bucket/run/compiled/train_step-1", "rows": 8}
 
 
 def test_the_command_saves_and_stops(tmp_path, monkeypatch, capsys):

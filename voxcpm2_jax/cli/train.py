@@ -1,5 +1,8 @@
 """`voxcpm2-jax train`: trains the model."""
 
+import pathlib
+import tempfile
+
 from voxcpm2_jax.cli import training
 from voxcpm2_jax.cli.configs import load_config
 from voxcpm2_jax.cli.flags import CKPT, add_command, add_config, place
@@ -64,14 +67,7 @@ def run(args, overrides) -> int:
         print_result({"workdir": args.workdir, "data": args.data, "config": to_dict(config), "stages": batches})
         return DONE
     if args.compile_for:
-        from voxcpm2_jax import files
-        from voxcpm2_jax.buckets import stage
-        from voxcpm2_jax.plan import compile, topology
-
-        topology.check(args.compile_for, config)
-        files.check_directory(args.workdir)
-        case = topology.parse(args.compile_for, config)
-        print_result({"saved": compile.save_for(case, args.workdir, stage.local(args.data))})
+        print_result({"saved": _compile_ahead(args, config)})
         return DONE
     from voxcpm2_jax.buckets import stage
     from voxcpm2_jax.checkpoint.staged import local_checkpoint
@@ -87,3 +83,22 @@ def run(args, overrides) -> int:
         return pretrain.train(config, workdir, stage.local(args.data), profile_steps=profile_steps, **local)
 
     return training.run_training(args.workdir, train)
+
+
+def _compile_ahead(args, config: BackboneRun) -> list[dict]:
+    """Saves the train step of every stage for --compile-for, below the workdir or in its bucket."""
+    from voxcpm2_jax import files
+    from voxcpm2_jax.buckets import stage, store
+    from voxcpm2_jax.plan import compile, topology
+
+    topology.check(args.compile_for, config)
+    case, data = topology.parse(args.compile_for, config), stage.local(args.data)
+    if not store.is_url(args.workdir):
+        files.check_directory(args.workdir)
+        return compile.save_for(case, args.workdir, data)
+    store.objects(args.workdir)  # raises if there is no access, before the work
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = compile.save_for(case, scratch, data)
+        paths = {one["file"]: pathlib.Path(one["file"]) for one in saved}
+        store.upload(f"{args.workdir}/compiled", {path.name: path for path in paths.values()})
+    return [one | {"file": f"{args.workdir}/compiled/{paths[one['file']].name}"} for one in saved]
