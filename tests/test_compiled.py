@@ -31,6 +31,7 @@ def kept() -> tuple:
         ("/somewhere", 1, "cpu", "/somewhere"),
         ("/somewhere", 2, "cpu", "/somewhere"),
         (None, 2, "tpu", "{run}/compiled"),
+        (None, 2, "tpu gs://bucket/run/", "gs://bucket/run/compiled"),
         (None, 2, "cpu", None),
     ],
 )
@@ -40,8 +41,9 @@ def test_programs_go_where_the_user_says_or_where_all_processes_find_them(
     jax.config.update("jax_compilation_cache_dir", there)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: processes > 1)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
+    platform, *url = platform.split()
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    compiled.keep(tmp_path / "run")
+    compiled.keep(*url or [tmp_path / "run"])
     assert kept()[0] == (directory and directory.format(run=tmp_path / "run"))
 
 

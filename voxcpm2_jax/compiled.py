@@ -1,7 +1,7 @@
 """Compiled programs, kept on disk so that a process that starts again does not compile them again.
 
     $JAX_COMPILATION_CACHE_DIR         if it is set
-    WORKDIR/compiled                   of a training with several processes, which share it
+    WORKDIR/compiled                   of a training with several processes, which share it; also in a bucket
     ~/.cache/voxcpm2_jax/compiled      else ($XDG_CACHE_HOME in place of ~/.cache)
 
 JAX finds a program by its text, the compiler's version and flags, and the devices. The directory may be removed at any time.
@@ -26,7 +26,7 @@ def keep(workdir: str | os.PathLike | None = None) -> None:
     process finds, waits for ever for the same program just compiled: with jax 0.10.2 their collectives ran in another order.
 
     Args:
-        workdir: of a training.
+        workdir: of a training, or its URL.
     """
     import jax
 
@@ -36,6 +36,9 @@ def keep(workdir: str | os.PathLike | None = None) -> None:
         return
     if jax.distributed.is_initialized() and jax.process_count() > 1:  # the number alone would start the devices
         if workdir is None or jax.default_backend() == "cpu":
+            return
+        if "://" in str(workdir):  # JAX reads and writes it through etils.epath
+            jax.config.update("jax_compilation_cache_dir", f"{str(workdir).rstrip('/')}/compiled")
             return
         directory = pathlib.Path(workdir).absolute()
     else:

@@ -67,7 +67,7 @@ def run_training(workdir: str, train: Callable[[str | os.PathLike], dict]) -> in
     from voxcpm2_jax.train.loop import BrokenRun, Preempted
 
     processes.connect()
-    compiled.keep(None if is_url(workdir) else workdir)
+    compiled.keep(workdir)
     try:
         with Mirror(workdir) if is_url(workdir) else contextlib.nullcontext(workdir) as place:
             result = train(place)
