@@ -40,6 +40,10 @@ def noise(sec, rate, channels=1, seed=0):
         (["--text"], "argument --text: expected one argument"),
         (["--text=a", "--text-file=b"], "unrecognized arguments: --text-file=b"),
         (["--text=a", "--control="], "--control must not be empty"),
+        (["--text=a", "--control=( )"], "--control must not be empty"),
+        (["--text=(deep)"], "text must have a letter or a digit to say, got '(deep)'"),
+        (["--text=a</s>"], "text spells </s>, which a model reads as control pieces"),
+        (["--text=(deep)a", "--prompt-audio=ok.wav", "--prompt-text=b"], "a description, (deep), does not go with a prompt"),
         (["--text=a", "--control=deep", "--prompt-text=b"], "--control does not go with --prompt-text"),
         (
             ["--text=a", "--control=deep", "--prompt-text=b", "--prompt-audio=ok.wav"],
@@ -184,6 +188,10 @@ def test_an_output_that_only_the_system_refuses(speak, monkeypatch, stream):
         (["--input=blank.txt", "--output-dir=d"], "--input=blank.txt: contains no text"),
         (["--input=latin.txt", "--output-dir=d"], "--input=latin.txt: 'utf-8' codec can't decode"),
         (["--input=.", "--output-dir=d"], "--input=."),
+        (
+            ["--input=signs.txt", "--output-dir=d"],
+            "--input=signs.txt, line 3: text must have a letter or a digit to say, got '...'",
+        ),
         (["--input=lines.txt", "--output-dir=lines.txt"], "--output-dir=lines.txt"),
         (["--input=lines.txt", "--output=a.wav"], "--input with --output-dir"),
         (["--input=lines.txt"], "one of the arguments --output --output-dir is required"),
@@ -192,6 +200,7 @@ def test_an_output_that_only_the_system_refuses(speak, monkeypatch, stream):
 def test_files_of_texts(refusal, released_dir, tmp_path, argv, message):
     (tmp_path / "blank.txt").write_text(" \n\n")
     (tmp_path / "lines.txt").write_text("one\n")
+    (tmp_path / "signs.txt").write_text("\ufeffone\u2028two\n\n...\n", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("fünf".encode("latin-1"))
     assert message in refusal("generate", f"--checkpoint={released_dir}", *argv)
 
@@ -277,7 +286,7 @@ def test_directories_without_shards(refusal, tmp_path):
         ('{"text": "a"}', "audio"),
         ('{"audio": "a.wav"}', "text"),
         ('{"audio": "a.wav", "text": "a", "speeker": "b"}', "speeker"),
-        ('{"audio": 3, "text": "a"}', "audio"),
+        ('{"audio": [3], "text": "a"}', "audio"),
     ],
 )
 def test_bad_manifests(refusal, released_dir, tmp_path, line, message):

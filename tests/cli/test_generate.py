@@ -20,7 +20,7 @@ def run(*argv):
 def voice(monkeypatch, tmp_path):
     """Replaces a loaded model: returns constants, and records the requests."""
     from voxcpm2_jax import workdir
-    from voxcpm2_jax.inference import api
+    from voxcpm2_jax.inference import api, room
 
     class Voice:
         sample_rate = 48000
@@ -44,6 +44,7 @@ def voice(monkeypatch, tmp_path):
 
     monkeypatch.setattr(api, "VoxCPM", Voice)
     monkeypatch.setattr(workdir, "kind", lambda path: "released")
+    monkeypatch.setattr(room, "check_all", lambda checkpoint, requests: None)
     return Voice
 
 

@@ -96,7 +96,7 @@ FAULTS = {
     "text or duration outlier": (clip(text="a very long text " * 40), sound(0.5)),
     "duplicate text": (clip(text="word0 and then another0"), sound(1, 99)),
     "duplicate audio": (clip(), sound(1.0, 0)),
-    "upper case": (clip(text="SHOUTED WORDS"), sound(1, 50)),
+    "upper case": (clip(text="(a low voice)SHOUTED WORDS"), sound(1, 50)),
     "no partner": (clip(speaker="lonely"), sound(1, 50)),
 }
 
@@ -240,7 +240,7 @@ def test_samples_that_are_no_numbers(tmp_path, sane):
 
 def test_characters_without_a_piece(tmp_path, sane):
     class Small:
-        sha256 = "small"
+        sha256, rule = "small", None
 
         def encode(self, text):
             return [0] * len(text)

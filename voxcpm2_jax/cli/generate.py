@@ -60,12 +60,22 @@ def _run(args, shown: Callable[[pathlib.Path], str]) -> int:
 
     requests = {}
     for path, text in _texts(args).items():
-        requests[path] = Request(
-            text, args.prompt_audio, args.prompt_text, args.reference_audio, args.cfg_value, args.inference_timesteps,
-            args.min_len, args.max_len, seed=args.seed,
-        )  # fmt: skip
+        try:
+            requests[path] = Request(
+                text, args.prompt_audio, args.prompt_text, args.reference_audio, args.cfg_value, args.inference_timesteps,
+                args.min_len, args.max_len, seed=args.seed,
+            )  # fmt: skip
+        except UserError as error:
+            where = f"--input={args.input}, line {int(path.stem)}: " if args.input else ""
+            raise UserError(f"{where}{error}") from None
         if path.suffix.lower() != ".wav":
             raise UserError(f"{path}: expected a name that ends in .wav")
+    if args.output_dir is not None:
+        try:
+            pathlib.Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output-dir={args.output_dir}: {error}") from None
+    for path in requests:
         files.check_file(path)
     for flag in ("reference_audio", "prompt_audio"):
         recording = getattr(args, flag)
@@ -102,12 +112,7 @@ def _texts(args) -> dict[pathlib.Path, str]:
     texts = {directory / f"{number:04d}.wav": line for number, line in enumerate(lines, 1) if line.strip()}
     if not texts:
         raise UserError(f"--input={args.input}: contains no text; expected one text per line")
-    texts = {path: with_description(style, line) for path, line in texts.items()}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir={directory}: {error}") from None
-    return texts
+    return {path: with_description(style, line) for path, line in texts.items()}
 
 
 def _speak(model, requests: dict[pathlib.Path, Request], shown: Callable[[pathlib.Path], str]) -> int:

@@ -35,6 +35,14 @@ class TextRule:
         return normal_text(prompt_text + text, self.sentence_case)
 
 
+def written(rule: TextRule | None, text: str, prompt_text: str | None) -> tuple[str, str]:
+    """A text as it is tokenized, alone and after its prompt's; without a rule as the PyTorch package does it."""
+    if rule is None:
+        text = re.sub(r"\s+", " ", text)
+        return text, (prompt_text or "") + text
+    return rule.write(text), rule.write(text, prompt_text or "")
+
+
 def normal_text(text: str, sentence_case: bool = False) -> str:
     """One form of a text: Unicode NFC, no invisible characters, white space as single spaces inside, "(description)words".
 

@@ -31,7 +31,7 @@ from voxcpm2_jax import files
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import SPEECH_BATCH, BatchConfig
 from voxcpm2_jax.config.sound import EVERYTHING, SoundConfig
-from voxcpm2_jax.config.text import control_marks, markup, normal_text, says_something
+from voxcpm2_jax.config.text import TextRule, control_marks, markup, says_something, split_description, visible
 from voxcpm2_jax.corpus import comparison, report, sources
 from voxcpm2_jax.corpus.comparison import ROW, Clips
 from voxcpm2_jax.corpus.faults import FAULTY, KINDS, LOOK, SPOILS, Findings, Limits
@@ -185,7 +185,7 @@ def _row(recording: Recording, facts: Facts, num_tokens: int, languages: dict, d
     needs_partner = speaker is not None and recording.ref_audio is None and not recording.is_prompt
     return (
         facts.sec, facts.rate, num_tokens, len(recording.text), facts.sound,
-        hash_name(speaker, recording.description, " ".join(recording.text.split())),
+        hash_name(speaker, recording.description, visible(recording.text)),
         hash_name(dataset, speaker, recording.session), 0 if speaker is None else hash_name(speaker),
         languages.setdefault(recording.language or "unknown", len(languages)),
         datasets.setdefault(dataset, len(datasets)), needs_partner,
@@ -262,8 +262,9 @@ def _check(findings: Findings, recording: Recording, facts: Facts, limits: Limit
         findings.add(kind, where, note)
     if facts.reason:
         return 0
-    if recording.text.isupper() and sum(map(str.isalpha, recording.text)) > 3:
-        findings.add("upper case", where, recording.text[:60])
+    _, words = split_description(visible(recording.text))
+    if words.isupper() and sum(map(str.isalpha, words)) > 3:
+        findings.add("upper case", where, words[:60])
     if recording.ref_audio is not None:
         if facts.reference_reason:
             findings.add("unusable reference", where, f"{recording.ref_audio}: {facts.reference_reason}")
@@ -285,7 +286,7 @@ def _check(findings: Findings, recording: Recording, facts: Facts, limits: Limit
         findings.add("wrong duration", where, f"{recording.duration} s in the manifest, {facts.sec:.2f} s in the file")
     num_tokens = max(1, round(0.3 * len(recording.full_text)))
     if tokenizer is not None:
-        text = normal_text(recording.full_text)  # as prepare does
+        text = (tokenizer.rule or TextRule()).write(recording.full_text)  # as prepare does
         num_tokens = len(tokenizer.encode(text))
         unknown, spelt = tokenizer.uncovered(text)
         if unknown:

@@ -101,6 +101,21 @@ def recording_of(entry, root: pathlib.Path | str) -> Recording:
     """
     if not isinstance(entry, dict):
         raise UserError(f"expected an object, got {entry!r:.80}")
+    given = entry if entry.keys() <= _KEYS.keys() else _renamed(entry)
+    fields = {key: found for key, value in given.items() if (found := _value(key, value)) is not None}
+    for key in ("audio", "text"):
+        if key not in fields:
+            raise UserError(f"no {key}; its keys are {', '.join(map(str, entry)) or 'none'}")
+    start, end = fields.get("start_sec", 0.0), fields.get("end_sec")
+    if start < 0 or (end is not None and end <= start):
+        raise UserError(f"start_sec {start} and end_sec {end} do not bound a part; expected 0 <= start_sec < end_sec")
+    for key in fields.keys() & {"audio", "ref_audio"}:
+        fields[key] = _audio(root, fields[key])
+    return Recording(**fields)
+
+
+def _renamed(entry: dict) -> dict:
+    """An entry with the names that our manifests have, and without what they do not know."""
     for key in entry.keys() - KNOWN:
         if close := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.85):
             raise UserError(f"unknown key {key!r}; did you mean {close[0]!r}?")
@@ -111,17 +126,7 @@ def recording_of(entry, root: pathlib.Path | str) -> Recording:
     if (offset := _number("offset", entry.get("offset"), float)) is not None and "start_sec" not in given:  # NeMo
         length = _number("duration", entry.get("duration"), float)
         given |= {"start_sec": offset, "end_sec": None if length is None else offset + length}
-    fields = {key: _value(key, value) for key, value in given.items()}
-    fields = {key: value for key, value in fields.items() if value is not None}
-    for key in ("audio", "text"):
-        if key not in fields:
-            raise UserError(f"no {key}; its keys are {', '.join(map(str, entry)) or 'none'}")
-    start, end = fields.get("start_sec", 0.0), fields.get("end_sec")
-    if start < 0 or (end is not None and end <= start):
-        raise UserError(f"start_sec {start} and end_sec {end} do not bound a part; expected 0 <= start_sec < end_sec")
-    for key in fields.keys() & {"audio", "ref_audio"}:
-        fields[key] = _audio(root, fields[key])
-    return Recording(**fields)
+    return given
 
 
 def _value(key: str, value):

@@ -13,7 +13,6 @@ these into audio.
 import dataclasses
 import math
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -25,7 +24,7 @@ from voxcpm2_jax.checkpoint.arrays import Weights
 from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.request import Request, as_requests
-from voxcpm2_jax.config.text import check_control, markup
+from voxcpm2_jax.config.text import check_control, markup, written
 from voxcpm2_jax.inference import arguments, decode, load, room
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.processes import say
@@ -311,12 +310,7 @@ class VoxCPM:
 
     def _written(self, request: Request) -> tuple[str, str]:
         """The text of a request as it is tokenized: alone, and after the prompt's."""
-        prompt_text, rule = request.prompt_text or "", self.tokenizer.rule
-        if rule is None:  # released weights: as the PyTorch package
-            text = re.sub(r"\s+", " ", request.text)
-            whole = prompt_text + text
-        else:
-            text, whole = rule.write(request.text), rule.write(request.text, prompt_text)
+        text, whole = written(self.tokenizer.rule, request.text, request.prompt_text)
         check_control(self.tokenizer.control_pieces(whole))
         if marks := markup(whole):
             say(f"text has {', '.join(marks)}: the model reads it as words, unless it was trained on such marks")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from voxcpm2_jax.config.model import AudioVAEConfig, ModelConfig
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.request import Request
+from voxcpm2_jax.config.text import written
 
 
 def check(config: ModelConfig, vae_config: AudioVAEConfig, request: Request, num_text_ids: int) -> float:
@@ -46,7 +47,8 @@ def check_all(checkpoint: str | os.PathLike, requests: Iterable[Request]) -> Non
     config, vae_config, tokenizer_dir = workdir.open_configs(checkpoint)
     tokenizer = load_tokenizer(tokenizer_dir)
     for request in requests:
-        check(config, vae_config, request, len(tokenizer.encode((request.prompt_text or "") + request.text)))
+        _, text = written(tokenizer.rule, request.text, request.prompt_text)
+        check(config, vae_config, request, len(tokenizer.encode(text)))
 
 
 def _recordings(request: Request) -> list[str | os.PathLike]:
