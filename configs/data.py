@@ -7,7 +7,7 @@
     demo        digit strings in English, words of five more languages          3.0 h      80 s
     demo_long   the same, more of them                                          4.5 h      2 min
     debian      voice prompts of a telephone exchange in en, es, fr, it, ru     1.8 h      30 s, half of it downloading
-    manifest    your own: --config.manifest=NAME[,NAME], each a JSON-lines file or tfds:librispeech@train_clean100
+    manifest    your own: --config.manifest=NAME[,NAME], each a list of recordings, or tfds:librispeech@train_clean100
 
 The times are for the recordings; encoding them takes the codec's time on top.
 

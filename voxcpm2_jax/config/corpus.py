@@ -98,7 +98,7 @@ class DataConfig:
     source: str = "demo"  # "demo": synthesised on the spot; "debian": from Debian's packages; "manifest": your own
     demo: DemoConfig = DemoConfig()
     debian: DebianConfig = DebianConfig()
-    manifest: str = ""  # JSON lines or tfds:NAME (corpus/sources.py), or several separated by commas
+    manifest: str = ""  # JSON lines, another list or tfds:NAME (corpus/sources.py), or several separated by commas
     heldout: str = ""  # the same, for clips that are not trained on; their shards are OUTPUT/heldout
     tokenizer: str = ""  # directory or file; empty: a new vocabulary from the transcripts
     vocab_size: int = 512  # V of a new vocabulary

@@ -43,7 +43,7 @@ KINDS = {  # name: (level, meaning)
     "too long": (SPOILS, "longer than max_sec; prepare skips it"),
     "no words": (SPOILS, "a transcript without a letter or digit"),
     "control pieces": (SPOILS, "a transcript spells out control pieces such as </s>; prepare skips the clip"),
-    "markup": (SPOILS, "annotations in a transcript, which nobody says; prepare skips the clip, unless markup=keep"),
+    "markup": (SPOILS, "annotations in a transcript, which nobody says; prepare skips the clip, unless --config.markup=keep"),
     "unusable reference": (SPOILS, "the reference clip is missing, unreadable or silent; prepare skips the clip"),
     "reference is itself": (SPOILS, "the reference clip is or contains the clip itself, which teaches copying"),
     "trailing silence": (SPOILS, "too many clips end in silence: the model never learns to stop, unless prepare cuts it"),

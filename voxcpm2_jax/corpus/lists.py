@@ -40,7 +40,7 @@ def open_list(name: str | os.PathLike) -> Manifest:
             return _open_directory(name, path, split)
         if path.is_file() and suffix in (".csv", ".tsv", ".txt"):
             with path.open("rb") as file:
-                is_json = file.read(1) == b"{"
+                is_json = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
             return Manifest(name) if is_json else Listed(name, root, _table(path, root))
         if path.is_file() and suffix in (".gz", ".json", ".jsonl", ".ndjson"):
             return _open_json(name, path, root, is_packed=suffix == ".gz")
