@@ -160,7 +160,7 @@ def test_debian_keeps_usable_recordings(tmp_path, packages):
         assert {name: r.text.replace("detto", "said") for name, r in found.items()} == CLEAR
         assert {r.speaker for r in mine} == {speaker} and {r.dataset for r in mine} == {"debian"}
         for r in mine:
-            assert audio.properties(r.audio) == (16000, 1) and r.duration == pytest.approx(1.4, abs=0.03)
+            assert audio.properties(r.audio)[:2] == (16000, 1) and r.duration == pytest.approx(1.4, abs=0.03)
             assert audio.load(r.audio, 16000).max() == pytest.approx(0.3, abs=0.06)  # G.722 is not exact
         held = {debian._words(r.text) for r in heldout if r.language == language}
         assert len(held) == 1 and not held & {debian._words(r.text) for r in train}
