@@ -128,6 +128,32 @@ def test_a_video_gives_its_sound_and_one_without_is_refused(tmp_path):
         audio.read(video(False))
 
 
+def test_a_check_finds_what_loading_would(tmp_path):
+    """Block by block, so that hours take no memory."""
+    nan_A = SPEECH_A.copy()
+    nan_A[20000] = np.nan
+    for name, content, reason in (
+        ("whole", written("WAV"), None),
+        ("pipe", WHOLE["flac without a length"](), None),
+        ("m4a", WHOLE["m4a"](), None),
+        ("cut", CUT["wav"](), "cut off"),
+        ("empty", written("WAV", samples=SPEECH_A[:0]), "empty"),
+        ("silent", written("WAV", samples=0 * SPEECH_A + 0.1), "silent"),
+        ("nan", written("WAV", "FLOAT", nan_A), "not finite"),
+        ("scale", written("WAV", "FLOAT", 5620 * SPEECH_A), "wrong scale"),
+        ("antiphase", written("WAV", samples=np.stack([SPEECH_A, -SPEECH_A], axis=1)), None),
+    ):
+        (tmp_path / name).write_bytes(content)
+        for function in (audio.check, lambda path: len(audio.load(path, HZ)) / HZ):
+            if reason:
+                with pytest.raises(audio.BadRecording) as caught:
+                    function(tmp_path / name)
+                assert caught.value.reason == reason
+            else:
+                assert function(tmp_path / name) == pytest.approx(SEC, abs=0.13)
+    assert audio.check(tmp_path / "whole", 0.5, 0.75) == 0.25
+
+
 def test_reading_takes_no_more_than_asked(tmp_path):
     """Containers without seeking, and lengths that nobody knows, are limited too."""
     for name in ("gsm in wav", "aac", "flac without a length"):

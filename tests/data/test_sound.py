@@ -97,10 +97,10 @@ def test_clipping_is_found_at_any_height():
     assert "clipping" in faults(X_A, np.clip(20 * Y_A, -0.5, 0.5))  # of one channel
 
 
-def test_numbers_that_are_not_finite_are_counted_and_placed():
+def test_numbers_that_are_not_finite_are_placed():
     x_A = X_A.copy()
-    x_A[[4000, 4001, 9000]] = np.nan, np.inf, -np.inf
-    with pytest.raises(audio.BadRecording, match=r"3 samples that are not finite numbers, the first at 0.250 s"):
+    x_A[[4000, 9000]] = np.nan, -np.inf
+    with pytest.raises(audio.BadRecording, match=r"clip: samples that are not finite numbers, the first at 0.250 s"):
         load(x_A, Y_A)
 
 

@@ -70,6 +70,24 @@ def test_three_sets_one_judge(judge, released_dir, tmp_path):
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
 
 
+def test_bad_recordings_are_left_out_before_anything_is_spoken(judge, released_dir, tmp_path, monkeypatch):
+    manifest = write(tmp_path, ["one", "two", "three", "four"])
+    (tmp_path / "0.wav").unlink()
+    (tmp_path / "1.wav").write_bytes((tmp_path / "2.wav").read_bytes()[:16000])
+    soundfile.write(tmp_path / "3.wav", np.full(1600, 0.1), 16000)
+    soundfile.write(tmp_path / "4.wav", 0.1 * np.random.default_rng(0).normal(size=1600), 16000)
+    with manifest.open("a") as file:
+        file.write('{"audio": "4.wav", "text": "five"}\n')
+    result = report.evaluate(EvaluateConfig(inference_timesteps=2, num_pictures=0), released_dir, manifest, tmp_path / "out")
+    assert result["texts"] == 1 and [row["text"] for row in result["rows"]] == ["three"]
+    reasons = [line["reason"].rpartition(".wav: ")[2] for line in result["left_out"]]
+    assert [reason[:10] for reason in reasons] == ["no such au", "cut off: t", "silent (pe", "0.100 s is"]
+    (tmp_path / "2.wav").unlink()
+    monkeypatch.setattr(report.VoxCPM, "from_pretrained", None)
+    with pytest.raises(UserError, match=r"none of 5 recordings can be used; the first: .*0.wav: no such audio file"):
+        report.evaluate(EvaluateConfig(), released_dir, manifest, tmp_path / "out")
+
+
 def test_scores_are_of_first_tries_with_retries_beside_them(judge, released_dir, tmp_path, monkeypatch):
     """Text 1 is a bad case; its retries are heard as well, and only they."""
     asked = []

@@ -18,7 +18,8 @@ from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, from_dict
 from voxcpm2_jax.config.run import VAERun
 from voxcpm2_jax.train import guard
-from voxcpm2_jax.train.vae import Crops, _recordings, init_state, tiny_clips, train, train_step
+from voxcpm2_jax.train.crops import Crops, Waves
+from voxcpm2_jax.train.vae import _recordings, init_state, tiny_clips, train, train_step
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "vae.py"
 
@@ -62,7 +63,7 @@ def test_crops_show_both_rates_the_same_moment(config):
     """A ramp in seconds: what stands at a place of the input stands at the same time of the target."""
     vae = config.vae
     ramps = [np.arange(2 * hz, dtype=np.float32) / hz for hz in (vae.sample_rate, vae.out_sample_rate)]
-    batch = Crops(config, [ramps[0]], [ramps[1]]).batch(0, 3)
+    batch = Crops(config, Waves(vae, [ramps[0]], [ramps[1]])).batch(0, 3)
     assert batch["input_BA"].shape == (config.rows, config.crop_frames * vae.encoder_hop)
     assert batch["target_BA"].shape == (config.rows, config.crop_frames * vae.decoder_hop)
     np.testing.assert_allclose(batch["input_BA"][:, ::2], batch["target_BA"][:, ::3], atol=1e-6)
@@ -72,15 +73,15 @@ def test_crops_show_both_rates_the_same_moment(config):
 def test_a_short_clip_stands_whole_within_its_crop(config):
     vae = config.vae
     short = [np.ones(320, np.float32)], [np.ones(320 * vae.out_sample_rate // vae.sample_rate, np.float32)]
-    batch = Crops(config, *short).batch(0, 0)
+    batch = Crops(config, Waves(vae, *short)).batch(0, 0)
     np.testing.assert_array_equal(batch["input_BA"].sum(1), 320)
     np.testing.assert_array_equal(batch["target_BA"].sum(1), 480)
     np.testing.assert_allclose(batch["target_BA"].argmax(1) / batch["input_BA"].argmax(1).clip(1), 1.5, atol=0.01)
 
 
 def test_batches_depend_on_seed_and_step_alone(config):
-    crops = Crops(config, *tiny_clips(config))
-    later = Crops(config, *tiny_clips(config))
+    crops = Crops(config, tiny_clips(config))
+    later = Crops(config, tiny_clips(config))
     later.batch(0, 0)
     np.testing.assert_array_equal(crops.batch(5, 7)["input_BA"], later.batch(5, 7)["input_BA"])
     assert np.abs(crops.batch(5, 7)["input_BA"] - crops.batch(5, 8)["input_BA"]).max() > 0
@@ -89,11 +90,11 @@ def test_batches_depend_on_seed_and_step_alone(config):
 
 def test_no_clip_is_the_users_mistake(config):
     with pytest.raises(UserError, match="at least one clip"):
-        Crops(config, [], [])
+        Crops(config, Waves(config.vae, [], []))
 
 
 def test_an_update_moves_every_parameter(config, step):
-    crops = Crops(config, *tiny_clips(config))
+    crops = Crops(config, tiny_clips(config))
     state = init_state(config)
     new, figures = step(state, crops.batch(0, 0))
     values = {name: pair for name, pair in metrics.fetch(figures).items() if name not in guard.VERDICT}
@@ -152,7 +153,7 @@ def test_rows_that_suit_no_mesh_are_the_users_mistake(tmp_path, config):
 
 
 def test_sharded_equals_unsharded(config, step):
-    crops = Crops(config, *tiny_clips(config))
+    crops = Crops(config, tiny_clips(config))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     one = many = init_state(config)

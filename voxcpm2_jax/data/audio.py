@@ -9,6 +9,7 @@ mono=True)` (tested), but calls soundfile and soxr directly, because librosa tak
 
 import math
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -96,75 +97,110 @@ def read(
 
 
 def _read(recording: str | os.PathLike | Stored, start_sec: float, end_sec: float | None, max_sec: float) -> Sound:
-    if start_sec < 0 or (end_sec is not None and end_sec <= start_sec):
-        raise BadRecording("bad part", f"{recording}: cannot take seconds {start_sec} to {end_sec}; expected 0 <= start < end")
     with opened(recording) as file:
-        source, rate = file.source, file.source.samplerate
-        start, have = int(start_sec * rate), source.frames
-        if have is not None and start >= have > 0:
-            raise BadRecording("bad part", f"{recording}: starts at {start_sec} s, but the recording has {have / rate:.2f} s")
-        count = math.inf if end_sec is None else int((end_sec - start_sec) * rate)
-        sec = min(count, math.inf if have is None else have - start) / rate
-        if have is None and count > max_sec * rate:
-            count = int(max_sec * rate) + 1
-        elif sec > max_sec:  # checked before it takes memory
-            raise too_long(recording, sec, max_sec)
-        channels_AE = _samples(recording, file, start, count)
-    sec = len(channels_AE) / rate
-    if sec > max_sec:
-        raise too_long(recording, sec, max_sec)
-    is_cut, note = _compared(file, sec, start_sec, end_sec)
-    if end_sec is not None and not is_cut and sec < end_sec - start_sec - _CUT_SEC:
-        raise BadRecording("bad part", f"{recording}: ends at {start_sec + sec:.2f} s, but the part at {end_sec:.2f} s")
-    if not np.isfinite(channels_AE).all():
-        wrong = np.flatnonzero(~np.isfinite(channels_AE).all(axis=1))
-        first = start_sec + wrong[0] / rate
-        raise BadRecording(
-            "not finite", f"{recording}: {len(wrong)} samples that are not finite numbers, the first at {first:.3f} s"
-        )
-    return Sound(channels_AE, rate, is_cut, note)
+        blocks = list(_blocks(recording, file, start_sec, end_sec, max_sec))
+        channels_AE = np.concatenate(blocks) if blocks else np.zeros((0, file.source.channels), np.float32)
+    rate = file.source.samplerate
+    return Sound(channels_AE, rate, *_compared(recording, file, len(channels_AE) / rate, start_sec, end_sec))
 
 
-def _compared(file: Opened, sec: float, start_sec: float, end_sec: float | None) -> tuple[bool, str]:
-    """Whether the file ends before its end, and what it says about its length if that is wrong; `sec` were read."""
-    end = math.inf if end_sec is None else end_sec
-    said_sec, frames = file.said_sec, file.source.frames
-    if said_sec is None and file.length.is_cut and sec < end - start_sec - _CUT_SEC:
-        return True, f"{sec:.2f} s are there, the end is missing"
-    if said_sec is None and file.length.there is not None:  # a header that should state a length
-        return False, f"the header states no length, {sec:.2f} s are there"
-    expected = frames / file.source.samplerate if said_sec is None and frames else said_sec
-    if expected is None:
-        return False, ""
-    expected = max(0.0, min(expected, end) - start_sec)
-    is_wrong = abs(sec - expected) > _CUT_SEC
-    return sec < expected - _CUT_SEC, f"the header states {expected:.2f} s, {sec:.2f} s are there" if is_wrong else ""
+def check(recording: str | os.PathLike | Stored, start_sec: float | None = None, end_sec: float | None = None) -> float:
+    """Decodes a recording, or a part of it, to its end -> its seconds. Memory does not grow with them.
+
+    Raises:
+        BadRecording: missing, unreadable, damaged, cut off, empty, not finite, out of scale or silent.
+        ReadError: the machine fails to read the file.
+    """
+    return unless_the_machine_fails(recording, lambda: _check(recording, start_sec or 0.0, end_sec))
 
 
-def _samples(recording: str | os.PathLike | Stored, file: Opened, start: int, count: float) -> np.ndarray:
-    """At most `count` frames from `start` on, [A, channels]."""
+def _check(recording: str | os.PathLike | Stored, start_sec: float, end_sec: float | None) -> float:
+    samples, lowest, highest = 0, math.inf, -math.inf  # the last two of each channel
+    with opened(recording) as file:
+        for block_AE in _blocks(recording, file, start_sec, end_sec, math.inf):
+            if len(block_AE):
+                samples += len(block_AE)
+                lowest, highest = np.minimum(lowest, block_AE.min(axis=0)), np.maximum(highest, block_AE.max(axis=0))
+    sec = samples / file.source.samplerate
+    is_cut, note = _compared(recording, file, sec, start_sec, end_sec)
+    if is_cut:
+        raise BadRecording("cut off", f"{recording}: cut off: {note}; copy it again")
+    if not samples:
+        raise BadRecording("empty", f"{recording}: empty recording")
+    if (peak := max(np.max(highest), -np.min(lowest))) > sound.FULL_SCALE:
+        raise BadRecording("wrong scale", f"{recording}: wrong scale: samples up to {peak:,.5g}, full scale is 1")
+    if (peak := np.max(highest - lowest) / 2) < SILENT:
+        raise BadRecording("silent", f"{recording}: silent (peak {peak:.1e})")
+    return sec
+
+
+def _blocks(
+    recording: str | os.PathLike | Stored, file: Opened, start_sec: float, end_sec: float | None, max_sec: float
+) -> Iterator[np.ndarray]:
+    """The samples of a part [A, channels], some at a time; see `load` for arguments and errors."""
     from voxcpm2_jax.data.decoders import BLOCK, DecodeError
 
-    source, blocks, at = file.source, [], 0
+    if start_sec < 0 or (end_sec is not None and end_sec <= start_sec):
+        raise BadRecording("bad part", f"{recording}: cannot take seconds {start_sec} to {end_sec}; expected 0 <= start < end")
+    source, rate, have = file.source, file.source.samplerate, file.source.frames
+    start = int(start_sec * rate)
+    if have is not None and start >= have > 0:
+        raise BadRecording("bad part", f"{recording}: starts at {start_sec} s, but the recording has {have / rate:.2f} s")
+    count = math.inf if end_sec is None else int((end_sec - start_sec) * rate)
+    if have is not None and (sec := min(count, have - start) / rate) > max_sec:  # before it takes memory
+        raise _too_long(recording, sec, max_sec)
+    at = 0
     wanted = block = 4096 if file.length.is_cut else BLOCK  # decoders fail in the block that is incomplete
     try:
         if start:
             source.seek(start)
         while at < count:
             wanted = int(min(block, count - at))
-            blocks.append(source.read(wanted))
-            at += len(blocks[-1])
-            if len(blocks[-1]) < wanted:
+            samples_AE = source.read(wanted)
+            if not np.isfinite(samples_AE).all():
+                first = (start + at + np.flatnonzero(~np.isfinite(samples_AE).all(axis=1))[0]) / rate
+                raise BadRecording(
+                    "not finite", f"{recording}: samples that are not finite numbers, the first at {first:.3f} s"
+                )
+            at += len(samples_AE)
+            if at > max_sec * rate:  # of a recording that does not state its length
+                raise _too_long(recording, at / rate, max_sec)
+            yield samples_AE
+            if len(samples_AE) < wanted:
                 break
     except DecodeError as error:
         if not file.length.is_cut:
-            begin, end = ((start + n) / source.samplerate for n in (at, at + wanted))
+            begin, end = ((start + n) / rate for n in (at, at + wanted))
             raise BadRecording("unreadable", f"{recording}: damaged between {begin:.1f} and {end:.1f} s ({error})") from None
-    return np.concatenate(blocks) if blocks else np.zeros((0, source.channels), np.float32)
 
 
-def too_long(recording: str | os.PathLike | Stored, sec: float, max_sec: float) -> BadRecording:
+def _too_long(recording: str | os.PathLike | Stored, sec: float, max_sec: float) -> BadRecording:
     return BadRecording("too long", f"{recording}: {sec:.1f} s is too long; expected at most {max_sec:.1f} s")
+
+
+def _compared(
+    recording: str | os.PathLike | Stored, file: Opened, sec: float, start_sec: float, end_sec: float | None
+) -> tuple[bool, str]:
+    """Whether the file ends before its end, and what it says about its length if that is wrong; `sec` were read.
+
+    Raises:
+        BadRecording: the part goes on after the end of the recording.
+    """
+    said_sec, frames = file.said_sec, file.source.frames
+    is_short = end_sec is not None and sec < end_sec - start_sec - _CUT_SEC
+    if said_sec is None and file.length.is_cut and (is_short or end_sec is None):
+        return True, f"{sec:.2f} s are there, the end is missing"
+    expected = frames / file.source.samplerate if said_sec is None and frames else said_sec
+    if expected is not None:
+        expected = max(0.0, min(expected, math.inf if end_sec is None else end_sec) - start_sec)
+        if sec < expected - _CUT_SEC:
+            return True, f"the header states {expected:.2f} s, {sec:.2f} s are there"
+    if is_short:
+        raise BadRecording("bad part", f"{recording}: ends at {start_sec + sec:.2f} s, but the part at {end_sec:.2f} s")
+    if said_sec is None and file.length.there is not None:  # a header that should state a length
+        return False, f"the header states no length, {sec:.2f} s are there"
+    is_wrong = expected is not None and sec > expected + _CUT_SEC
+    return False, f"the header states {expected:.2f} s, {sec:.2f} s are there" if is_wrong else ""
 
 
 def _resampled_as_librosa_does(audio_A: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:

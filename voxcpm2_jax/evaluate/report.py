@@ -17,11 +17,12 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from voxcpm2_jax import files
+from voxcpm2_jax import files, workdir
 from voxcpm2_jax.config.evaluate import EvaluateConfig
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.config.request import Request
@@ -73,6 +74,9 @@ def evaluate(
     recordings, left_out = _speakable(sources.open_corpus(manifest))
     languages = _languages(config, recordings, manifest)
     whisper.whisper_directory()  # raises before anything is spoken if the judge is not installed
+    chosen, unusable = _usable(recordings, checkpoint)
+    recordings, languages = [recordings[i] for i in chosen], [languages[i] for i in chosen]
+    left_out += unusable
     model = VoxCPM.from_pretrained(checkpoint)
     output = pathlib.Path(output)
     try:
@@ -162,6 +166,28 @@ def _speakable(corpus: sources.Corpus) -> tuple[list[Recording], list[dict[str, 
     if not recordings:
         raise UserError(f"{corpus.name}: none of {len(left_out)} texts can be spoken; the first: {left_out[0]['reason']}")
     return recordings, left_out
+
+
+def _usable(recordings: Sequence[Recording], checkpoint: str | os.PathLike) -> tuple[list[int], list[dict[str, str]]]:
+    """The numbers of the recordings whose audio can be used, each decoded to its end, and the others with the reason."""
+    config, codec, _ = workdir.open_configs(checkpoint)
+    least_sec = config.patch_size * codec.encoder_hop / codec.sample_rate
+
+    def fault(recording: Recording) -> audio.BadRecording | None:
+        try:
+            sec = audio.check(recording.audio, recording.start_sec, recording.end_sec)
+        except audio.BadRecording as error:
+            return error
+        short = f"{recording.audio}: {sec:.3f} s is too short; expected at least {least_sec:.3f} s, one patch"
+        return audio.BadRecording("too short", short) if sec < least_sec else None
+
+    with ThreadPoolExecutor() as pool:
+        faults = list(pool.map(fault, recordings))
+    chosen = [i for i, error in enumerate(faults) if error is None]
+    left_out = [{"audio": str(r.audio), "reason": str(error)} for r, error in zip(recordings, faults) if error]
+    if not chosen:
+        raise UserError(f"none of {len(left_out)} recordings can be used; the first: {left_out[0]['reason']}")
+    return chosen, left_out
 
 
 def _languages(config: EvaluateConfig, recordings: Sequence[Recording], manifest) -> list[str]:

@@ -3,15 +3,16 @@
     crop at the encoder's rate -> posterior -> mu + exp(logvar / 2) noise -> decode -> losses against the same crop at the
     decoder's rate
 
-Update i reads `Crops.batch(seed, i)` and draws its noise from `fold_in(key(seed), i)` at global shape. The decoder is
-trained only for its own output rate: the scales and biases of other target rates keep their initial values. All clips are held
-in memory. There is no discriminator yet: spectral losses alone give intelligible, metallic speech.
+Update i reads `Crops.batch(seed, i)` (crops.py) and draws its noise from `fold_in(key(seed), i)` at global shape. The decoder
+is trained only for its own output rate: the scales and biases of other target rates keep their initial values. There is no
+discriminator yet: spectral losses alone give intelligible, metallic speech.
 """
 
+import collections
 import itertools
-import math
 import pathlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -22,13 +23,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from voxcpm2_jax import metrics, sharding
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.config.run import CHANGES, VAERun
-from voxcpm2_jax.corpus import manifest, sources
-from voxcpm2_jax.data import audio
+from voxcpm2_jax.corpus import sources
 from voxcpm2_jax.train import guard, loop
+from voxcpm2_jax.train.crops import Crops, Waves, open_files, samples
 from voxcpm2_jax.train.figures import spectrogram
 from voxcpm2_jax.train.start import Start
 from voxcpm2_jax.train.state import TrainState, apply_update, fresh_state
 from voxcpm2_jax.vae import autoencoder, losses
+
+_AHEAD = 3  # batches that are made before they are needed
 
 
 def init_state(config: VAERun, key=None) -> TrainState:
@@ -78,42 +81,8 @@ def train_step(state: TrainState, batch: dict, *, config: VAERun) -> tuple[Train
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-class Crops:
-    """Random crops of waveforms, each at both rates of the codec.
-
-    Args:
-        inputs, targets: the same clips at the encoder's and at the decoder's rate, float32 [A] each.
-    """
-
-    def __init__(self, config: VAERun, inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]):
-        vae = config.vae
-        divisor = math.gcd(vae.sample_rate, vae.out_sample_rate)
-        # A crop starts at a whole number of units, the shortest time that is whole samples at both rates.
-        self._units = (vae.sample_rate // divisor, vae.out_sample_rate // divisor)
-        self._sizes = (config.crop_frames * vae.encoder_hop, config.crop_frames * vae.decoder_hop)
-        self._clips = list(zip(inputs, targets, strict=True))
-        self._rows = config.rows
-        if not self._clips:
-            raise UserError("the codec needs at least one clip to train on, got none")
-        seconds = np.array([len(x) for x, _ in self._clips], np.float64)
-        self._share = np.cumsum(seconds) / seconds.sum()  # every second of sound is equally likely
-
-    def batch(self, seed: int, step: int) -> dict[str, np.ndarray]:
-        """`input_BA` and `target_BA` of update `step`: a function of its arguments alone."""
-        draw = np.random.default_rng((seed, step))
-        batch = [np.zeros((self._rows, size), np.float32) for size in self._sizes]
-        for row, clip in enumerate(np.searchsorted(self._share, draw.random(self._rows), side="right")):
-            spare = (len(self._clips[clip][0]) - self._sizes[0]) // self._units[0]
-            # A clip shorter than the crop stands somewhere within it, silence around it.
-            start = int(draw.integers(min(spare, 0), max(spare, 0) + 1))
-            for x_BA, wave_A, unit in zip(batch, self._clips[clip], self._units):
-                part_A = wave_A[max(start, 0) * unit :][: x_BA.shape[1] + min(start, 0) * unit]
-                x_BA[row, max(-start, 0) * unit :][: len(part_A)] = part_A
-        return {"input_BA": batch[0], "target_BA": batch[1]}
-
-
-def tiny_clips(config: VAERun, *, num_clips: int = 16, sec: float = 1.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Seeded harmonic glides at both rates: sound enough for a run that needs no data."""
+def tiny_clips(config: VAERun, *, num_clips: int = 16, sec: float = 1.0) -> Waves:
+    """Seeded harmonic glides: sound enough for a run that needs no data."""
     draw = np.random.default_rng(config.seed)
     clips: tuple[list, list] = ([], [])
     for _ in range(num_clips):
@@ -123,17 +92,7 @@ def tiny_clips(config: VAERun, *, num_clips: int = 16, sec: float = 1.0) -> tupl
             angle_A = 2 * np.pi * (low * t_A + (high - low) * t_A**2 / (2 * sec))
             wave_A = sum(np.sin(k * angle_A + phase[k - 1]) / k for k in range(1, 9))
             waves.append((0.15 * wave_A * np.sin(np.pi * t_A / sec) ** 0.5).astype(np.float32))
-    return clips
-
-
-def load_clips(recordings: Sequence[manifest.Recording], config: VAERun) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Every recording at the encoder's and at the decoder's rate, in memory."""
-    inputs, targets = [], []
-    for r in recordings:
-        target_A = audio.load(r.audio, config.vae.out_sample_rate, r.start_sec, r.end_sec)
-        targets.append(target_A)
-        inputs.append(audio.resample(target_A, config.vae.out_sample_rate, config.vae.sample_rate))
-    return inputs, targets
+    return Waves(config.vae, *clips)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -147,24 +106,24 @@ def train(config: VAERun, workdir, data=None, *, resume_from=None, accept_change
             reconstructed as samples. None: synthetic glides.
         resume_from, accept_changes: as in pretrain.py.
     Raises:
-        UserError: recordings that cannot be used, rows that cannot be split over the devices, or what `start.begin` refuses.
+        UserError: no recording that can be used, rows that cannot be split over the devices, or what `start.begin` refuses.
     """
-    if data is None:
-        clips = tiny_clips(config)
-        samples = [wave_A for wave_A, _ in zip(clips[0], range(config.num_samples))]
-    else:
-        recordings, heldout = _recordings(data)
-        clips = load_clips(recordings, config)
-        samples = load_clips(heldout[: config.num_samples], config)[0]
-    crops = Crops(config, *clips)
     mesh = sharding.make_mesh()
     if config.rows % mesh.size:
         raise UserError(f"rows {config.rows} cannot be split over {mesh.size} devices")
+    if data is None:
+        clips = tiny_clips(config)
+        heard = [clips.read(i, 0, int(clips.units_N[i]))[0] for i in range(min(config.num_samples, len(clips.units_N)))]
+    else:
+        recordings, heldout = _recordings(data)
+        clips = open_files(config.vae, recordings, workdir)
+        heard = samples(config.vae, heldout, config.num_samples)
+    crops = Crops(config, clips)
     with jax.set_mesh(mesh):
         copied = NamedSharding(mesh, PartitionSpec())
         state = jax.jit(partial(init_state, config), out_shardings=copied)()
         origin = Start(resume_from, f"scratch (seed {config.seed})", CHANGES, accept_changes)
-        _, row = loop.run(CodecTask(config, crops, mesh, samples), state, workdir, origin=origin)
+        _, row = loop.run(CodecTask(config, crops, mesh, heard), state, workdir, origin=origin)
     return {name: row.get(name) for name in ("step", "loss", "loss_mel", "loss_kl", "audio_sec_per_sec", "mfu")}
 
 
@@ -182,11 +141,14 @@ class CodecTask(loop.Task):
         return self._program(state, batch)
 
     def batches(self, start: int) -> Iterator[dict]:
-        """Batches over all devices. Every process makes the whole batch, which costs no more than copying it."""
+        """Batches over all devices, made ahead. Every process reads the crops of its own rows."""
         rows = sharding.local_rows(self._mesh, self.run.rows)
-        for step in itertools.count(start):
-            batch = self._crops.batch(self.run.seed, step)
-            yield sharding.global_batch({name: x_BA[rows] for name, x_BA in batch.items()}, self._mesh, self.run.rows)
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = collections.deque()
+            for step in itertools.count(start):
+                while len(waiting) < _AHEAD:
+                    waiting.append(ahead.submit(self._crops.batch, self.run.seed, step + len(waiting), rows))
+                yield sharding.global_batch(waiting.popleft().result(), self._mesh, self.run.rows)
 
 
 def _recordings(data) -> tuple[sources.Corpus, sources.Corpus]:
