@@ -276,7 +276,9 @@ def test_what_cannot_be_opened_is_one_line(data_dir):
     assert ", which has ljspeech in 1.1.1;" in refusal("ljspeech:9.9.9")
     assert "its splits are train" in refusal("ljspeech@test") and "its splits are train" in refusal("ljspeech@train[:0]")
     for name in ("", "a b", "ljspeech:", "/ljspeech", "ljspeech/a/b"):
-        assert f"tfds:{name}: expected tfds:NAME[/CONFIG][:VERSION][@SPLIT]" in refusal(name)
+        assert f"tfds:{name}: expected tfds:NAME[/CONFIG][:VERSION][@SPLIT][?rate=HZ]" in refusal(name)
+    for name in ("ljspeech?rate=0", "ljspeech?rate=fast", "ljspeech@train?hz=16000"):
+        assert f"tfds:{name}: expected ?rate=HZ, such as ?rate=32000, as the only option" in refusal(name)
     assert "expected one of tfds:voxcpm2_demo/tiny," in refusal("voxcpm2_demo/huge")
     assert "expected one of tfds:voxcpm2_demo/tiny," in refusal("voxcpm2_demo/tiny:2.0.0")
 
@@ -286,7 +288,7 @@ def test_what_cannot_be_opened_is_one_line(data_dir):
     assert "or an empty one" in refusal("strange")
     write_set(data_dir / "strange/1.0.0", "strange", {"wave": sound(8000), "label": tensor("int64")}, [{"label": 1}])
     assert "its fields are label, wave; known are those of librispeech, " in refusal("strange")
-    assert "neither its field audio nor its metadata states a sample rate" in refusal("silent")
+    assert "neither its field audio nor its metadata states a sample rate; give it, as in tfds:silent?rate" in refusal("silent")
     assert "prepared as tfrecord, which has no random access; prepare it once" in refusal("old")
 
     shard = data_dir / "ljspeech/1.1.1/ljspeech-train.array_record-00000-of-00001"
@@ -302,8 +304,50 @@ def test_doctor_hears_a_set(data_dir):
     common_voice(data_dir)
     report = doctor.examine(["tfds:common_voice/zh-CN@train[:2]"], ["tfds:common_voice/zh-CN@train[2:]"])
     assert report["clips"] == 2 and report["by_language"].keys() == {"zh"} and report["rates"] == {"48000": 2}
-    (finding,) = report["findings"]
-    assert finding["kind"] == "speaker in validation" and "@train[2:]#0: speaker c" in finding["examples"][0]
+    findings = {finding["kind"]: finding["examples"][0] for finding in report["findings"]}
+    assert findings.keys() == {"speaker in validation", "doubtful rate"}  # the clips are white noise
+    assert "@train[2:]#0: speaker c" in findings["speaker in validation"]
+
+
+def test_a_rate_that_the_set_does_not_state_is_an_option(data_dir):
+    name, hz, _ = common_voice(data_dir)
+    guessed, told = sources.open_corpus(f"tfds:{name}"), sources.open_corpus(f"tfds:{name}@train?rate=32000")
+    assert audio.properties(guessed[1].audio).rate == hz == 48000 and audio.properties(told[1].audio).rate == 32000
+    assert guessed[1].audio.is_rate_guessed and not told[1].audio.is_rate_guessed
+    assert (
+        told.sha256 != guessed.sha256 == sources.open_corpus(f"tfds:{name}@train").sha256
+    )  # shards of the one are not the other's
+    assert str(told[1].audio) == f"tfds:{name}@train?rate=32000#1"
+    vctk(data_dir)
+    sources.open_corpus("tfds:vctk/mic1?rate=48000")
+    with pytest.raises(UserError, match="the set states 48000 Hz; expected no rate option"):
+        sources.open_corpus("tfds:vctk/mic1?rate=32000")
+    write_set(data_dir / "mine/1.0.0", "mine", {"audio": sound(), "text": TEXT}, [{"audio": wave(0, 8000), "text": "a"}])
+    assert audio.properties(sources.open_corpus("tfds:mine?rate=8000")[0].audio).rate == 8000
+    name, _, _ = librispeech_as_files(data_dir)
+    with pytest.raises(UserError, match="each of its files states its rate; expected no rate option"):
+        sources.open_corpus(f"tfds:{name}?rate=16000")
+
+
+def test_doctor_hints_at_the_rate_by_the_end_of_the_spectrum(data_dir):
+    """Clips of 32 kHz in a set that states no rate, taken for 48 kHz: as MP3 they end at 15.3 kHz, not at 20.4."""
+    features = {"client_id": TEXT, "sentence": TEXT, "voice": sound(None, "int64")}
+    rng = np.random.default_rng(0)
+    for hz, end_hz in ((32000, 15300), (48000, 20400)):
+        spectrum = np.fft.rfft(rng.standard_normal(2 * hz))
+        spectrum[2 * end_hz :] = 0
+        voice = np.round(3000 * np.fft.irfft(spectrum)).astype(np.int64)
+        examples = [{"client_id": "c", "sentence": "good day", "voice": voice}]
+        write_set(data_dir / f"common_voice/x{hz}/2.0.0", "common_voice", features, examples, configName=f"x{hz}")
+
+    def kinds(name):
+        report = doctor.examine([f"tfds:common_voice/{name}"])
+        return {finding["kind"]: finding["examples"][0] for finding in report["findings"]}
+
+    found = kinds("x32000")
+    assert "taken for 48000 Hz, the spectrum goes on to 23.0 kHz" in found["doubtful rate"]
+    assert "tfds:...?rate=32000" in found["doubtful rate"]
+    assert "doubtful rate" not in kinds("x32000?rate=32000") and "doubtful rate" not in kinds("x48000")
 
 
 def test_a_clip_without_words_is_left_out_by_name(data_dir, tmp_path):

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import soundfile
+import soxr
 
 from voxcpm2_jax.cli import main
 from voxcpm2_jax.config.run import BatchConfig
@@ -92,6 +93,7 @@ FAULTS = {
     "wrong scale": (clip(), 5620 * sound(1, 50)),
     "quiet": (clip(), 0.002 * sound(1, 50) / 0.2),
     "offset": (clip(), sound(1, 50) + 0.05),
+    "narrow spectrum": (clip(), soxr.resample(sound(1, 50, 8000), 8000, RATE)),
     "wrong duration": (clip(duration=9.0), sound(1, 50)),
     "text or duration outlier": (clip(text="a very long text " * 40), sound(0.5)),
     "duplicate text": (clip(text="word0 and then another0"), sound(1, 99)),
@@ -262,6 +264,7 @@ def test_every_kind_is_planted_somewhere():
         "several channels",
         "dead channel",
         "channels cancel",
+        "doubtful rate",
         "low rate",
         "mixed rates",
         "not finite",

@@ -108,3 +108,19 @@ def test_rules_are_checked():
     for field, value in (("cut", "mend"), ("quiet", "lift"), ("channels", ""), ("level_db", 0.0)):
         with pytest.raises(UserError, match=f"sound.{field} must"):
             SoundConfig(**{field: value})
+
+
+def test_the_end_of_the_spectrum():
+    rng = np.random.default_rng(0)
+    white_A = rng.standard_normal(48000).astype(np.float32) * 0.1
+    assert sound.spectrum_end(white_A, 16000) == 8000
+    for hz, new_hz in ((8000, 16000), (16000, 48000), (22050, 44100), (24000, 48000)):
+        resampled_A = audio.resample(white_A, hz, new_hz)
+        for noise in (0, 2**-15):  # of 16 bits
+            end = sound.spectrum_end(resampled_A + np.float32(noise) * rng.standard_normal(len(resampled_A)), new_hz)
+            assert end == pytest.approx(hz / 2, rel=0.05)
+    falling_A = np.cumsum(white_A) - np.cumsum(white_A).mean()  # 6 dB an octave, as voices
+    assert sound.spectrum_end(falling_A, 48000) == 24000
+    for hz in (100, 440, 3000):  # a tone has no spectrum
+        assert sound.spectrum_end(np.sin(2 * np.pi * hz * np.arange(48000) / 16000), 16000) == 8000
+    assert sound.spectrum_end(white_A[:100], 16000) == 8000

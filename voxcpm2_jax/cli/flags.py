@@ -11,7 +11,7 @@ from voxcpm2_jax.config.plain import UserError
 CKPT = "a training workdir, one step of it, or a directory in the released PyTorch layout"
 RECORDINGS = (
     "a manifest (JSON lines), a list in another format (CSV, TSV, Kaldi, lhotse, Hugging Face), or a TensorFlow data set as "
-    "tfds:NAME[/CONFIG][:VERSION][@SPLIT]"
+    "tfds:NAME[/CONFIG][:VERSION][@SPLIT][?rate=HZ]"
 )
 _OVERRIDES = "Every field of the config can be set, for example "
 _RUN_OVERRIDES = "--config.optim.learning_rate=3e-4 --config.mesh=1,8,1 --config.num_steps=100"

@@ -1,13 +1,15 @@
-"""TensorFlow data sets as corpora, without TensorFlow: tfds:NAME[/CONFIG][:VERSION][@SPLIT].
+"""TensorFlow data sets as corpora, without TensorFlow: tfds:NAME[/CONFIG][:VERSION][@SPLIT][?rate=HZ].
 
     tfds:librispeech@train_clean100+train_clean360    tfds:common_voice/de@train    tfds:xtreme_s/fleurs.en_us@validation
     tfds:ljspeech:1.1.1@train[:95%]                   tfds:voxcpm2_demo/tiny@heldout
+    tfds:common_voice/de@train?rate=32000
 
 The default SPLIT is train, the default VERSION the newest one present. Data sets are read from TFDS_DATA_DIR
 (~/tensorflow_datasets). They have to be prepared there once, with TensorFlow, in a format with random access:
 
     tfds.builder("librispeech", file_format="array_record").download_and_prepare()
 
+`rate` is the sample rate of a set that does not state one, such as Common Voice, whose clips have 48 kHz, in newer releases 32.
 Only voxcpm2_demo, the demo corpus, is made here if it is missing. Examples are not kept in memory:
 each is read once for its text and again when its audio is loaded.
 """
@@ -141,6 +143,7 @@ class Dataset(Sequence):
 
     def __init__(self, name: str):
         self.name = f"{TFDS}{name}"
+        name, rate = _rate_option(name)
         name, _, split = name.partition("@")
         builder = _builder(name)
         info = builder.info
@@ -155,8 +158,10 @@ class Dataset(Sequence):
         self._words = tfds.features.FeaturesDict(
             {name: info.features[name] for name in self._fields[1:7] if name is not None and name in info.features}
         )
-        self._rate = self._rate_of(info)
+        self._rate, self._is_rate_guessed = self._rate_of(info, rate)
         digest = hashlib.sha256(info.as_json.encode())
+        if rate:
+            digest.update(f"rate {rate}".encode())
         files = tfds.core.data_sources.base.file_instructions(info, split or "train")
         for part in files:
             if not tfds.core.Path(part.filename).exists():
@@ -166,14 +171,22 @@ class Dataset(Sequence):
         parts = [Part(str(part.filename), part.skip, part.take) for part in files]
         self._records = Records(parts, "prepare the set again, with TensorFlow")
 
-    def _rate_of(self, info) -> int | None:
+    def _rate_of(self, info, option: int | None) -> tuple[int | None, bool]:
+        """The rate of the samples, None where each is the content of a file; and whether it is a guess."""
         feature = info.features[self._fields.audio]
-        if feature.np_dtype == np.object_:
-            return None
-        rate = getattr(feature, "sample_rate", None) or (info.metadata or {}).get("sample_rate") or self._fields.rate
-        if not rate:
-            raise UserError(f"{self.name}: neither its field {self._fields.audio} nor its metadata states a sample rate")
-        return int(rate)
+        in_files = feature.np_dtype == np.object_
+        stated = getattr(feature, "sample_rate", None) or (info.metadata or {}).get("sample_rate")
+        if option and (in_files or (stated and int(stated) != option)):
+            said = "each of its files states its rate" if in_files else f"the set states {int(stated)} Hz"
+            raise UserError(f"{self.name}: {said}; expected no rate option, which is for sets that state none")
+        if in_files:
+            return None, False
+        if not (rate := stated or option or self._fields.rate):
+            raise UserError(
+                f"{self.name}: neither its field {self._fields.audio} nor its metadata states a sample rate; "
+                f"give it, as in {self.name}?rate=16000"
+            )
+        return int(rate), not (stated or option)
 
     num_faults = 0
 
@@ -199,7 +212,7 @@ class Dataset(Sequence):
             return (value.decode() if isinstance(value, bytes) else str(value)) or None
 
         return Recording(
-            audio.Stored(f"{self.name}#{index}", partial(self._read, index), self._place(index)),
+            audio.Stored(f"{self.name}#{index}", partial(self._read, index), self._place(index), self._is_rate_guessed),
             text(fields.text) or "",
             dataset=self._dataset,
             language=fields.code(text(fields.language) or self._config) if fields.code else text(fields.language),
@@ -227,11 +240,22 @@ class Dataset(Sequence):
             raise UserError(f"{self.name}#{index}: {damage}") from None
 
 
+def _rate_option(name: str) -> tuple[str, int | None]:
+    """NAME?rate=HZ -> (NAME, HZ)."""
+    name, _, options = name.partition("?")
+    if not options:
+        return name, None
+    match = re.fullmatch(r"rate=(\d{4,6})", options)
+    if not match:
+        raise UserError(f"{TFDS}{name}?{options}: expected ?rate=HZ, such as ?rate=32000, as the only option")
+    return name, int(match[1])
+
+
 def _builder(name: str) -> tfds.core.DatasetBuilder:
     """The prepared set of NAME[/CONFIG][:VERSION]; prepares the demo set if it is missing."""
     match = re.fullmatch(r"(\w+)(?:/([\w.+-]+))?(?::([\d.]+))?", name)
     if not match:
-        raise UserError(f"{TFDS}{name}: expected {TFDS}NAME[/CONFIG][:VERSION][@SPLIT]")
+        raise UserError(f"{TFDS}{name}: expected {TFDS}NAME[/CONFIG][:VERSION][@SPLIT][?rate=HZ]")
     if match[1] == Voxcpm2Demo.name:
         return _demo_builder(name, match[2], match[3])
     advice = f"prepare it once, with TensorFlow: tfds.builder('{name}', file_format='{_FORMAT}').download_and_prepare()"

@@ -224,6 +224,7 @@ def _open(recording: Recording, limits: Limits) -> Facts:
         return Facts(error.reason, {error.reason: "" if error.reason == "missing" else note})
     figures, rate = sound.measure(found.channels_AE, found.rate), found.rate
     notes = sound.faults(figures)
+    notes |= _spectrum(recording, audio_A, rate)
     if found.note:
         notes["cut off" if found.is_cut else "wrong length"] = found.note
     digest = hashlib.sha1(audio_A.tobytes()).digest()
@@ -232,6 +233,19 @@ def _open(recording: Recording, limits: Limits) -> Facts:
         None, notes, len(audio_A) / rate, rate, figures.channels, start / rate, (len(audio_A) - end) / rate,
         figures.correlation, int.from_bytes(digest[:8]), _reference_fault(recording, limits),
     )  # fmt: skip
+
+
+def _spectrum(recording: Recording, audio_A: np.ndarray, rate: int) -> dict[str, str]:
+    """What the end of the spectrum tells of the rate."""
+    end, half = sound.spectrum_end(audio_A, rate), rate / 2
+    if getattr(recording.audio, "is_rate_guessed", False) and end > sound.WIDE * half:
+        note = f"taken for {rate} Hz, the spectrum goes on to {end / 1000:.1f} kHz, which MP3 of this rate does not reach"
+        return {"doubtful rate": f"{note}; if the set has 32 kHz, name it tfds:...?rate=32000"}
+    if end < sound.NARROW * half:
+        return {
+            "narrow spectrum": f"it ends at {end / 1000:.1f} kHz of {half / 1000:.1f}, as at a rate of {2 * end / 1000:.0f} kHz"
+        }
+    return {}
 
 
 def _reference_fault(recording: Recording, limits: Limits) -> str | None:

@@ -59,6 +59,8 @@ KINDS = {  # name: (level, meaning)
     "several channels": (LOOK, "more than one channel; they are averaged"),
     "dead channel": (LOOK, "one of several channels is silent; only the others are averaged"),
     "channels cancel": (LOOK, "channels in antiphase; only the loudest one is used"),
+    "narrow spectrum": (LOOK, "the spectrum ends where a lower sample rate would: resampled, or encoded at a low bit rate"),
+    "doubtful rate": (LOOK, "the set states no sample rate, and the spectrum does not suit the one that is taken"),
     "mixed rates": (LOOK, "a dataset with more than one sample rate"),
     "wrong duration": (LOOK, "the manifest's duration differs from the recording's"),
     "text or duration outlier": (LOOK, "far more or less text per second than is usual in the language"),

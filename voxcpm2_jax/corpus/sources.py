@@ -1,8 +1,8 @@
 """Where recordings come from: `open_corpus` of a name.
 
-    FILE                                    a manifest, JSON lines (manifest.py)
-    FILE or DIRECTORY                       a list in another format: CSV, TSV, Kaldi, lhotse, Hugging Face (lists.py)
-    tfds:NAME[/CONFIG][:VERSION][@SPLIT]    a TensorFlow data set on this machine (datasets.py)
+    FILE                                              a manifest, JSON lines (manifest.py)
+    FILE or DIRECTORY                                 a list in another format: CSV, TSV, Kaldi, lhotse, Hugging Face (lists.py)
+    tfds:NAME[/CONFIG][:VERSION][@SPLIT][?rate=HZ]    a TensorFlow data set on this machine (datasets.py)
 
 The embedded corpora (demo.py, debian.py) are read through the manifests that they write.
 """

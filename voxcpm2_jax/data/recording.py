@@ -41,11 +41,13 @@ class Stored:
         name: unique; shown in reports.
         read: returns samples, [A] or [A, channels], and their rate; or the content of an audio file and None.
         place: where it lies, whatever split of the set it is read in; empty: the name tells.
+        is_rate_guessed: the set does not state the rate.
     """
 
     name: str
     read: Callable[[], tuple[np.ndarray | bytes, int | None]] = field(compare=False, repr=False)
     place: str = ""
+    is_rate_guessed: bool = False
 
     def __str__(self) -> str:
         return self.name

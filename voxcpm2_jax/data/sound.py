@@ -18,6 +18,8 @@ OFFSET = 0.01  # of the RMS of the loudest 10 ms: beyond it silence is not 40 dB
 QUIET_DB = -45.0  # RMS of the speech; recordings of speech have -35 to -15
 CLIPPED = 1e-3  # share of the samples
 DEAD_DB = -40.0  # a channel this far below the loudest one is dead
+NARROW = 0.55  # of half the rate: a spectrum that ends below it fits into half the rate
+WIDE = 0.9  # of half the rate: MP3 of 48 kHz does not reach it, that of 32 kHz does
 _FLAT = 4  # equal samples in a row at the largest value are a flat top
 
 
@@ -166,3 +168,35 @@ def clipped_share(audio_A: np.ndarray) -> float:
         runs = np.diff(np.flatnonzero(np.diff(at, prepend=-2, append=at[-1] + 2) > 1))
         flat += int(runs[runs >= _FLAT].sum())
     return max(share, flat / len(audio_A))
+
+
+# ---- the spectrum's end ------------------------------------------------------------------------------------------------
+
+_BANDS = 96  # of the spectrum, up to half the rate
+_FALL_DB = 15.0  # within four bands: filters of encoders and resamplers fall by more, voices by less
+
+
+def spectrum_end(audio_A: np.ndarray, rate: int) -> float:
+    """The frequency (Hz) at which the spectrum breaks off and never comes back; half the rate if it goes on to its end.
+
+    Encoders and resamplers cut it: at 20.4 kHz an MP3 of 48 kHz, at 15.3 kHz one of 32 kHz (LAME, 96 kbit/s and more, measured
+    with noise), at half the lower rate a recording that was resampled from it.
+    """
+    window = 8 * _BANDS
+    if len(audio_A) < window:
+        return rate / 2
+    blocks = audio_A[: len(audio_A) // window * window].reshape(-1, window)
+    power = np.zeros(window // 2)
+    for part in np.array_split(blocks, max(1, len(blocks) // 256)):
+        power += (np.abs(np.fft.rfft(part * np.hanning(window)))[:, 1:] ** 2).sum(axis=0)
+    level = 10 * np.log10(power.reshape(_BANDS, -1).mean(axis=1) / len(blocks) + 1e-12)  # dB, of each band
+    above = np.maximum.accumulate(level[::-1])[::-1]  # the loudest from a band on
+    falls = level[:-4] - above[4:] > _FALL_DB
+    if not falls.any():
+        return rate / 2
+    first = last = int(np.flatnonzero(falls)[-1])
+    while first and falls[first - 1]:
+        first -= 1
+    has_spectrum = first > _BANDS // 10 and np.mean(level[: first + 1] > above[last + 4] + _FALL_DB) > 0.5  # a tone has none
+    end = first + np.argmax(level[first : first + 5] < level[first] - 6)
+    return float(end * rate / 2 / _BANDS) if has_spectrum else rate / 2

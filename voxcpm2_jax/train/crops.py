@@ -204,8 +204,8 @@ def samples(vae: AudioVAEConfig, corpus: sources.Corpus, count: int) -> list[np.
         if len(found) == count:
             break
         start = recording.start_sec or 0.0
-        end = min(recording.end_sec or math.inf, start + _SAMPLE_SEC)
         try:
+            end = start + min(_SAMPLE_SEC, audio.check(recording.audio, start, recording.end_sec))
             target_A = audio.load(recording.audio, vae.out_sample_rate, start, end, rules=_RULES)
         except audio.BadRecording as error:
             say(f"not reconstructed as a sample: {error}")
