@@ -10,7 +10,9 @@
     release     94 M             16 -> 48, 25             8 GPUs or TPUs        unmeasured    unmeasured; the released shape
 
 --data is a manifest or tfds:NAME (voxcpm2_jax/data/README.md), or a directory with train.jsonl and, for reconstructions,
-heldout.jsonl, such as `prepare --config=configs/data.py:demo` writes. ":tiny" needs none.
+heldout.jsonl, such as `prepare --config=configs/data.py:demo` writes. ":tiny" needs none. Every recording is decoded once at
+the start: what cannot be used is left out and listed in WORKDIR/skipped.jsonl. Crops are read from the files as they are
+needed, so memory does not grow with the hours.
 
 "demo": share of digits that Whisper-base hears right in reconstructions of the 50 held-out digit strings of
 launch/quickstart.sh (synthetic speech; 100 % in the recordings), on two cores of an AMD EPYC (*shared with other work). The

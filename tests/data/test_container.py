@@ -67,8 +67,9 @@ def test_two_mp3s_one_after_the_other_are_both_read(tmp_path):
 
 def test_headers_are_quoted(tmp_path):
     def note(content):
-        (tmp_path / "a").write_bytes(content)
-        return audio.read(tmp_path / "a").note
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        path.write_bytes(content)
+        return audio.read(path).note
 
     assert note(written("WAV")[:16044]) == "the header states 2.00 s, 0.50 s are there"
     assert note(flac(8000)) == "the header states 0.50 s, 2.00 s are there"

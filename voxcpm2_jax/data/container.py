@@ -306,50 +306,54 @@ def _mp3_frame(head: bytes) -> tuple[int, int] | None:
 
 def _of_mp3(file: BinaryIO, size: int) -> Length:
     """In samples. Without a tag, decoders guess the length from the first frame's bit rate and stop there: one is added."""
-    file.seek(0)
-    content = file.read()
-    at = 0
-    while content[at : at + 3] == b"ID3" and len(content) > at + 10:
-        at += 10 + (content[at + 6] << 21 | content[at + 7] << 14 | content[at + 8] << 7 | content[at + 9])
-    while (at := content.find(b"\xff", at)) >= 0:
-        frame = _mp3_frame(content[at : at + 4].ljust(4, b"\0"))
-        if frame and (at + frame[0] >= size or _mp3_frame(content[at + frame[0] :][:4].ljust(4, b"\0"))):
+    begin = 0
+    while True:
+        file.seek(begin)
+        head = file.read(1 << 16)
+        if head[:3] != b"ID3" or len(head) < 10:
             break
-        at += 1
+        begin += 10 + (head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9])
+    for at in (match.start() for match in re.finditer(b"\xff", head)):
+        frame = _mp3_frame(head[at : at + 4].ljust(4, b"\0"))
+        if frame and (begin + at + frame[0] >= size or _mp3_frame(head[at + frame[0] :][:4].ljust(4, b"\0"))):
+            break
     else:
         return Length()
-    first, (length, samples) = at, frame
-    tag = next((i for t in (b"Xing", b"Info") if (i := content.find(t, at, at + 64)) >= 0), None)
-    said = None
-    if tag is not None and content[tag + 7] & 1:
-        said = int.from_bytes(content[tag + 8 : tag + 12])
-        if content[tag + 7] & 2 and abs(int.from_bytes(content[tag + 12 : tag + 16]) - (size - first)) <= 2048:
-            return Length(said * samples, said * samples)  # the tag fits the file
-    at, count, sizes = first + length * (tag is not None), 0, {}
-    while at + 4 <= size:
-        head = content[at : at + 4]
-        key = head[:3]
-        if key not in sizes:
-            sizes[key] = _mp3_frame(head)
-        if sizes[key] is None:
-            nearby = content.find(b"\xff", at + 1, at + 4096)
-            if content[at : at + 3] == b"TAG" or nearby < 0:
-                break
-            at = nearby
-            continue
-        if at + sizes[key][0] > size:
-            break
-        at += sizes[key][0]
-        count += 1
-    there = count * samples
-    if said is not None:
-        patch = (tag + 8, count.to_bytes(4))
-        return Length(said * samples, there, said > count + 1, (patch,) if abs(said - count) > 1 else ())
-    front = bytearray(length)
-    front[:4] = content[first : first + 4]
+    first, (length, samples), head = begin + at, frame, head[at:]
     sides = (32, 17) if samples == 1152 else (17, 9)
-    mark = 4 + sides[content[first + 3] >> 6 == 3]  # after what describes the channels; one for mono
-    front[mark : mark + 12] = b"Xing" + (1).to_bytes(4) + count.to_bytes(4)
-    if len(front) != length or content[first + 1] & 6 != 2:  # no room, or not layer 3
-        return Length(None, there)
-    return Length(None, there, front=bytes(front), skip=first)
+    mark = 4 + sides[head[3] >> 6 == 3]  # the tag stands after what describes the channels; one for mono
+    said, has_tag = None, head[mark : mark + 4] in (b"Xing", b"Info")
+    if has_tag and head[mark + 7] & 1:
+        said, num_bytes = struct.unpack(">II", head[mark + 8 : mark + 16])
+        if head[mark + 7] & 2 and abs(num_bytes - (size - first)) <= 2048:
+            return Length(said * samples, said * samples)  # the tag fits the file
+    count = _count_mp3_frames(file, first + length * has_tag, size)
+    if said is not None:
+        patches = ((first + mark + 8, count.to_bytes(4)),) if abs(said - count) > 1 else ()
+        return Length(said * samples, count * samples, said > count + 1, patches)
+    if head[1] & 6 != 2 or length < mark + 12:  # not layer 3, or no room for a tag
+        return Length(None, count * samples)
+    tag = b"Xing" + (1).to_bytes(4) + count.to_bytes(4)
+    front = head[:4] + bytes(mark - 4) + tag + bytes(length - mark - len(tag))
+    return Length(None, count * samples, front=front, skip=first)
+
+
+def _count_mp3_frames(file: BinaryIO, at: int, size: int) -> int:
+    """The whole frames from `at` on; what is none of them is stepped over, up to 4 kB of it."""
+    count, begin, content, sizes = 0, at, b"", {}
+    while at + 4 <= size:
+        if at + 4096 > begin + len(content) < size:
+            file.seek(at)
+            begin, content = at, file.read(1 << 20)
+        head = content[at - begin : at - begin + 4]
+        if head[:3] not in sizes:
+            sizes[head[:3]] = _mp3_frame(head)
+        if frame := sizes[head[:3]]:
+            at += frame[0]
+            count += at <= size
+        else:
+            nearby = content.find(b"\xff", at - begin + 1, at - begin + 4096)
+            if head[:3] == b"TAG" or nearby < 0:
+                break
+            at = begin + nearby
+    return count

@@ -139,7 +139,7 @@ def _decoder(recording: str | os.PathLike | Stored, file: BinaryIO) -> Opened:
 
     plain = file if isinstance(recording, Stored) else os.fspath(recording)
     try:
-        length = look(file)
+        length = look(file) if isinstance(recording, Stored) else _look_once(file)
         file.seek(0)
         return Opened(decoders.File(Mended(file, length) if length.patches or length.front else plain), length)
     except OSError as error:
@@ -163,6 +163,20 @@ def _decoder(recording: str | os.PathLike | Stored, file: BinaryIO) -> Opened:
             "unreadable",
             f"{recording}: not a readable recording ({what}; {error}); expected wav, flac, mp3, ogg, opus, m4a or webm",
         ) from None
+
+
+_LENGTHS: dict[tuple[int, ...], Length] = {}  # of files, since many clips are parts of one
+_MOST_LENGTHS = 4096
+
+
+def _look_once(file: BinaryIO) -> Length:
+    is_ = os.fstat(file.fileno())
+    key = (is_.st_dev, is_.st_ino, is_.st_size, is_.st_mtime_ns)
+    if (length := _LENGTHS.get(key)) is None:
+        if len(_LENGTHS) >= _MOST_LENGTHS:
+            _LENGTHS.clear()
+        length = _LENGTHS[key] = look(file)
+    return length
 
 
 def _no_audio(file: BinaryIO) -> str:
