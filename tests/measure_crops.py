@@ -38,7 +38,8 @@ start = time.process_time()
 files = open_files(run.vae, sources.open_corpus(sys.argv[1]), sys.argv[2])
 checked, start, crops = time.process_time() - start, time.process_time(), Crops(run, files)
 sec = sum(crops.batch(0, i)["input_BA"].size for i in range(300)) / run.vae.sample_rate
-print(json.dumps({{"data_peak_mb": {PEAK}, "check_sec": checked, "crops_x_real_time": round(sec / (time.process_time() - start))}}))
+speed = round(sec / (time.process_time() - start))
+print(json.dumps({{"data_peak_mb": {PEAK}, "check_sec": checked, "crops_x_real_time": speed}}))
 """
 
 
