@@ -17,6 +17,7 @@ from tests.corpus.test_embedded import write_packages
 from voxcpm2_jax.config.corpus import DataConfig, DebianConfig
 from voxcpm2_jax.config.model import AudioVAEConfig
 from voxcpm2_jax.config.plain import UserError, from_dict
+from voxcpm2_jax.config.text import written
 from voxcpm2_jax.corpus import demo, encode, manifest, prepare, shard
 from voxcpm2_jax.corpus.prepare import make_shards
 from voxcpm2_jax.data import audio, shards
@@ -509,6 +510,9 @@ def test_transcripts_have_one_form_which_goes_with_the_tokenizer(tmp_path, vae_p
     clips = shards.Shards(tmp_path / "out")
     assert [tokenizer.decode(clip.text_ids) for clip in clips] == ["Caf\u00e9 one", "Two three", "(low)Four five"]
     assert tokenizer.decode(clips[1].described_ids) == "(a low voice)Two three"
+    for clip, recording in zip(clips, found):  # generation reads what the shards hold
+        ids = clip.text_ids if clip.described_ids is None else clip.described_ids
+        assert tokenizer.encode(written(tokenizer.rule, recording.full_text, None)[1]) == ids.tolist()
     assert {"E", "[", "\u0301"}.isdisjoint(tokenizer._backend.get_vocab())
     kept = make_shards(config_of(tmp_path, "", vocab_size=300, markup="keep"), tmp_path / "kept", vae_params, VAE)
     assert kept.skipped == {"no words": 1, "control pieces": 1}
