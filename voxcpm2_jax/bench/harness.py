@@ -100,16 +100,23 @@ class Child:
         self._popen.wait()
 
 
+_XLA_FLAGS = (
+    "--xla_force_host_platform_device_count=1",
+    "--xla_backend_optimization_level=0",  # a child compiles for longer than it trains
+    # Otherwise a process whose program comes out of the cache may start independent collectives in another order than one
+    # that compiled it (jax 0.10.2), and each waits for the other's first for ever.
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+)
+
+
 class Harness:
     """Starts runs of one config below one directory, and compares their results with the control run.
 
-    Args:
-        is_cached: whether compiled programs are kept from one start to the next.
     Attributes:
         control: workdir of the control run.   start_sec: from the start of a process to its first step, once compiled.
     """
 
-    def __init__(self, run: BackboneRun, directory: pathlib.Path, *, is_cached: bool = True):
+    def __init__(self, run: BackboneRun, directory: pathlib.Path):
         self.run, self.directory = run, directory
         self.rng = np.random.default_rng(0)
         self.control = directory / "control"
@@ -120,7 +127,6 @@ class Harness:
             "import json, pathlib\nfrom ml_collections import ConfigDict\n\n"
             "def get_config():\n    return ConfigDict(json.loads(pathlib.Path(__file__).with_name('run.json').read_text()))\n"
         )
-        self._is_cached = is_cached
         self._count = 0
         self._running: set[Child] = set()
         self._is_stopped = threading.Event()
@@ -146,9 +152,8 @@ class Harness:
         env = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {' '.join(_XLA_FLAGS)}",
             "PYTHONPATH": f"{pathlib.Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-            "JAX_ENABLE_COMPILATION_CACHE": str(self._is_cached),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_PROCESSES": str(num),
         }

@@ -9,7 +9,7 @@ the curriculum, several processes that are killed, stopped, resumed in another n
     training   the same curriculum with 1/16 of the slots of a row, patches of 16 times the duration, the model `tiny`, and 40
                updates instead of all; the processes may open no more than 1,024 files each
 
-Nothing is compared with a control run: `chaos` does that. Compiled programs are not kept: see cli/training.py.
+Nothing is compared with a control run: `chaos` does that.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ def rehearsal(
     for line in stages:
         say(line)
     say(_figures("plan", plan))
-    training, problems = _train(Harness(small, directory, is_cached=False), directory / "shards", processes, workers)
+    training, problems = _train(Harness(small, directory), directory / "shards", processes, workers)
     for part in training:
         say(_figures(part["part"], part))
     if not problems and workdir is None:
