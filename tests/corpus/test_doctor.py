@@ -158,7 +158,7 @@ def test_faults_of_rates_and_channels(tmp_path, sane):
 
 def test_channels_and_sound_are_named_with_their_numbers(tmp_path, sane):
     x_A = sound(2, 5)
-    channels = {"dead": (x_A, 0 * x_A), "antiphase": (x_A, -0.9 * x_A), "apart": (x_A, sound(2, 6))}
+    channels = {"dead": (x_A, 0 * x_A), "antiphase": (x_A, -0.9 * x_A), "opposite": (x_A, -x_A), "apart": (x_A, sound(2, 6))}
     notes = {}
     for name, pair in channels.items():
         soundfile.write(tmp_path / f"{name}.wav", np.stack(pair, axis=1), RATE)
@@ -166,7 +166,8 @@ def test_channels_and_sound_are_named_with_their_numbers(tmp_path, sane):
         notes |= {(name, kind): finding["examples"][0].rpartition(".wav: ")[2] for kind, finding in kinds.items()}
     assert notes[("dead", "dead channel")] == "1 of 2 channels; the mean of all loses 6.0 dB"
     assert notes[("antiphase", "channels cancel")] == "correlation -1.00; the mean of 2 loses 26.0 dB"
-    assert notes[("apart", "several channels")] == "2, correlation -0.00" and len(notes) == 5
+    assert notes[("opposite", "channels cancel")].startswith("correlation -1.00; the mean of 2 loses ")
+    assert notes[("apart", "several channels")] == "2, correlation -0.00" and len(notes) == 7
     for name, samples, note in (
         ("quiet", 0.01 * x_A, "speech at -54.0 dB of full scale, expected -35 to -15"),
         ("offset", x_A + 0.1, "a mean of +0.1014 of full scale, 45 % of the loudest 10 ms"),

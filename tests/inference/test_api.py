@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from tests.config import test_request
+from tests.data.containers import CUT, WHOLE, written
 from tests.inference.speaking import PATCH_SAMPLES, QUICK, assert_same_audio
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.request import Request
@@ -81,6 +82,20 @@ def test_a_recording_longer_than_the_model_is_refused_before_it_takes_memory(voi
     monkeypatch.setattr(streaming, "encode", None)
     with pytest.raises(UserError, match=r"long.wav: 1800.0 s are too long; with this text, at most \d\d.\d s fit into"):
         voice.generate("one", reference_wav_path=tmp_path / "long.wav")
+
+
+def test_containers_that_lie_are_read_and_cut_ones_refused(voice, tmp_path):
+    expected = voice.encode_file(_written(tmp_path / "a.wav", written("WAV")), pad="right")
+    for name in ("flac without a length", "wav of a pipe, 2^32 - 1"):
+        np.testing.assert_allclose(voice.encode_file(_written(tmp_path / "b", WHOLE[name]()), pad="right"), expected, atol=1e-5)
+    assert len(voice.encode_file(_written(tmp_path / "c", WHOLE["m4a"]()), pad="right")) in (13, 14)
+    with pytest.raises(UserError, match=r"cut off: the header states 2.00 s, 0.60 s are there; copy it again"):
+        voice.encode_file(_written(tmp_path / "d", CUT["wav"]()), pad="right")
+
+
+def _written(path, content):
+    path.write_bytes(content)
+    return path
 
 
 def test_each_mode_pads_its_recordings_its_own_way(voice, recordings, modes):

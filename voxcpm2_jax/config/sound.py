@@ -37,4 +37,4 @@ class SoundConfig:
 
 # A recording that speech is cloned from or continues is not altered, as in the PyTorch package, except for its channels.
 AS_RECORDED = SoundConfig(offset=KEEP)
-EVERYTHING = SoundConfig(cut=KEEP, channels=KEEP, scale=MEND, offset=KEEP)
+EVERYTHING = SoundConfig(cut=KEEP, scale=MEND, offset=KEEP)  # nothing is left out for its sound
