@@ -132,14 +132,16 @@ def test_manifests_as_people_have_them(tmp_path):
         {"audio": "cafe\u0301/\u00fc.wav", "text": "a", "is_prompt": 0.0, "dataset_id": 3.0},
         {"audio_filepath": "a.wav", "text": "a", "offset": 2.5, "duration": 1.0},  # NeMo
         {"path": "sub\\a.wav", "sentence": "a", "client_id": 7, "locale": "de"},
+        {"audio": "a.wav", "text": "a", "start": 1, "end": "2.5"},  # aligners
     )
-    one, two, three, four, five, six = manifest.Manifest(path)
+    one, two, three, four, five, six, seven = manifest.Manifest(path)
     assert (one.ref_audio, one.speaker, one.session, one.duration, one.order) == (None, "12", "3", 1.0, None)
     assert (two.audio, two.text, two.speaker, two.is_prompt) == (tmp_path / "a.wav", "1984", None, True)
     assert three.audio.exists() and four.audio == three.audio and three.identity[0] == four.identity[0]
     assert (three.description, three.dataset_id, three.start_sec, three.end_sec) == (None, 2, 0.5, 1.0)
     assert (four.is_prompt, four.dataset_id) == (False, 3)
     assert (five.start_sec, five.end_sec) == (2.5, 3.5)
+    assert (seven.start_sec, seven.end_sec) == (1.0, 2.5)
     assert six.audio.exists() and (six.text, six.speaker, six.language) == ("a", "7", "de")
 
 

@@ -75,12 +75,14 @@ _KEYS = {field.name: field for field in dataclasses.fields(Recording)}
 _NUMBERS = {"dataset_id": int, "is_prompt": bool} | dict.fromkeys(
     ("duration", "ref_duration", "start_sec", "end_sec", "order"), float
 )  # all other values are text
-# What others call these fields: NeMo, Common Voice, and data sets on the Hugging Face hub.
+# What others call these fields: NeMo, Common Voice, aligners, and data sets on the Hugging Face hub.
 _ALIASES = {
     "audio": ("audio_filepath", "audio_path", "audio_file", "file_name", "wav", "wav_path", "path"),
     "text": ("sentence", "transcript", "transcription"),
     "speaker": ("speaker_id", "speaker_name", "client_id"),
     "language": ("locale", "lang"),
+    "start_sec": ("start", "start_time"),
+    "end_sec": ("end", "end_time"),
 }
 KNOWN = frozenset(_KEYS) | {"offset", *(alias for aliases in _ALIASES.values() for alias in aliases)}
 
