@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ def _s3():
     import moto.server
     from werkzeug.serving import make_server
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
     app = moto.server.DomainDispatcherApplication(moto.server.create_backend_app)
 
     def gate(environ, respond):

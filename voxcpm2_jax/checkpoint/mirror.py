@@ -87,7 +87,8 @@ class Mirror(os.PathLike):
                 shutil.rmtree(path)
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         wanted = staged.wanted(dict.fromkeys(steps, (META,)))
-        fetch(self.url, self.path, {name: x for name, x in found.items() if wanted(name)})
+        is_program = re.compile("compiled/train_step-").match  # train/ahead.py reads them from a directory
+        fetch(self.url, self.path, {name: x for name, x in found.items() if wanted(name) or is_program(name)})
         self._uploaded = {name: _stamp(path) for name, path in self._beside().items()}
         self._seen = set(steps)
         if self.process == 0:

@@ -13,7 +13,7 @@ from voxcpm2_jax.checkpoint.steps import META
 from voxcpm2_jax.config.plain import UserError
 
 _IN_STEP = re.compile(r"checkpoints/(\d+)/(.+)")
-_UNREAD = ("checkpoints", "tensorboard", "profile")  # of a workdir, never read back
+_UNREAD = ("checkpoints", "tensorboard", "profile", "compiled")  # of a workdir, not read back
 
 
 def local_checkpoint(path, *, whole: bool = False):
