@@ -87,8 +87,7 @@ class Mirror(os.PathLike):
                 shutil.rmtree(path)
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         wanted = staged.wanted(dict.fromkeys(steps, (META,)))
-        is_program = re.compile("compiled/train_step-").match  # train/ahead.py reads them from a directory
-        fetch(self.url, self.path, {name: x for name, x in found.items() if wanted(name) or is_program(name)})
+        fetch(self.url, self.path, {name: x for name, x in found.items() if wanted(name)})
         self._uploaded = {name: _stamp(path) for name, path in self._beside().items()}
         self._seen = set(steps)
         if self.process == 0:

@@ -13,7 +13,8 @@ from voxcpm2_jax.checkpoint.steps import META
 from voxcpm2_jax.config.plain import UserError
 
 _IN_STEP = re.compile(r"checkpoints/(\d+)/(.+)")
-_UNREAD = ("checkpoints", "tensorboard", "profile", "compiled")  # of a workdir, not read back
+_UNREAD = ("checkpoints", "tensorboard", "profile", "compiled")  # of a workdir, not read back, except:
+_PROGRAM = "compiled/train_step-"  # train/ahead.py; JAX reads its own programs from the bucket
 
 
 def local_checkpoint(path, *, whole: bool = False):
@@ -37,7 +38,8 @@ def local_checkpoint(path, *, whole: bool = False):
     step = max(steps)
     prefix = "" if of_step else f"checkpoints/{step}/"
     item = "ema" if any(name.startswith(f"{prefix}ema/") for name in names) else "params"
-    copied = stage(workdir, wanted({step: None if whole else (META, item)}))
+    is_wanted = wanted({step: None if whole else (META, item)})
+    copied = stage(workdir, lambda name: is_wanted(name) and not name.startswith(_PROGRAM))
     return str(copied / "checkpoints" / str(step))
 
 
@@ -62,7 +64,7 @@ def step_of(name: str) -> int | None:
 
 def is_kept_beside(name: str) -> bool:
     """Whether an object of a workdir belongs to no checkpoint and is read again when a run continues."""
-    return name.split("/")[0] not in _UNREAD
+    return name.split("/")[0] not in _UNREAD or name.startswith(_PROGRAM)
 
 
 def wanted(items: dict[int, tuple[str, ...] | None]) -> Callable[[str], bool]:
