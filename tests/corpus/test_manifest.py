@@ -75,10 +75,14 @@ def test_manifest_errors_name_the_line(tmp_path, entry, message):
 
 
 def test_manifest_that_is_none(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"RIFF\x24\0\0\0WAVE")
+    (tmp_path / "utf16.jsonl").write_text('{"audio": "a.wav", "text": "a"}', encoding="utf-16")
     for path, message in (
         (tmp_path / "no", "no such manifest"),
         (tmp_path, "not a manifest"),
         (written(tmp_path, {"audio": "a.wav", "text": "a"}) / "m.jsonl", "not a manifest"),
+        (tmp_path / "a.wav", "binary data, or UTF-16; expected a list of recordings in UTF-8"),
+        (tmp_path / "utf16.jsonl", "binary data, or UTF-16"),
         (written(tmp_path), "empty manifest"),
     ):
         with pytest.raises(UserError, match=message):
@@ -164,6 +168,6 @@ def test_faulty_lines_are_left_out_and_listed(tmp_path, capsys):
         sources.open_corpus(path, strict=True)
     for bad in (b"\xff\xfe{\x00}\n" * 9, b"[" * 100_000):
         path.write_bytes(bad)
-        with pytest.raises(UserError, match=r"entries cannot be used: |not valid JSON") as error:
+        with pytest.raises(UserError, match=r"binary data, or UTF-16|not valid JSON") as error:
             sources.open_corpus(path)
         assert "\n" not in str(error.value)

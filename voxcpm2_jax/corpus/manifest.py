@@ -236,6 +236,9 @@ class Manifest(Sequence):
         """Where each usable line begins; number and beginning of each faulty one; the hash of the file."""
         digest, begins, faulty, at = hashlib.sha256(), array.array("q"), [], 0
         with self.path.open("rb") as file:
+            if b"\0" in file.read(4096):
+                raise UserError(f"{self.name}: binary data, or UTF-16; expected a list of recordings in UTF-8, as JSON lines")
+            file.seek(0)
             for number, line in enumerate(file, 1):
                 digest.update(line)
                 if line.strip(_BLANK):
