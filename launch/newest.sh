@@ -29,6 +29,6 @@ if [ ! -x "$VIRTUAL_ENV/bin/python" ]; then
   "$python" -m venv "$VIRTUAL_ENV"
 fi
 export PATH="$VIRTUAL_ENV/bin:$PATH"
-pip_install "the package and the tests' tools (about 100 packages, 2 min the first time)" --editable '.[test]'
+pip_install "the package and the tests' tools (about 130 packages, 3 min the first time)" --editable '.[test]'
 python -c "import jax; print('the fast tests run on jax', jax.__version__)" >&2
 exec bash launch/fast.sh "$@"

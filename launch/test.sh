@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 . launch/environment.sh
 
 use_environment
-pip_install "the package and what its tests need (about 130 packages, 3 min the first time)" \
-  --editable '.[test,demo,eval,torch,tpu]' transformers einops pydantic
+pip_install "the package and what its tests need (about 200 packages, 4 min the first time)" \
+  --editable '.[test,demo,eval,torch,tpu,lhotse]' transformers einops pydantic
 # --no-deps: the tests use only the models of these two. voxcpm would bring a web demo and downloaders along, resemblyzer a C
 # extension that has to be compiled.
 pip_install "the PyTorch package (voxcpm) and the speaker encoder (resemblyzer)" --no-deps voxcpm==2.0.3 resemblyzer==0.1.4
