@@ -13,4 +13,5 @@ pip_install "the package and what its tests need (about 200 packages, 4 min the 
 pip_install "the PyTorch package (voxcpm) and the speaker encoder (resemblyzer)" --no-deps voxcpm==2.0.3 resemblyzer==0.1.4
 
 ruff check .
-python -m pytest -n 2 --dist loadfile "$@"
+# In the order of their names: xdist would begin with the files of most tests, and end with the few long ones on one core.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -8,10 +8,11 @@ import numpy as np
 
 from voxcpm2_jax import files
 from voxcpm2_jax.corpus.faults import FAULTY
+from voxcpm2_jax.processes import say
 
 
 def write(report: dict, distributions: dict[str, np.ndarray], directory: pathlib.Path) -> None:
-    """Writes report.json and a picture of the distributions."""
+    """Writes report.json and, where matplotlib is installed, a picture of the distributions."""
     files.replace_file(directory / "report.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     _draw(directory / "distributions.png", distributions)
 
@@ -51,8 +52,11 @@ def show(report: dict) -> None:
 
 
 def _draw(path: pathlib.Path, distributions: dict[str, np.ndarray]) -> None:
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        say(f"{path.name} is not drawn: it needs matplotlib (pip install matplotlib)")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
