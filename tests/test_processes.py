@@ -60,7 +60,7 @@ from jax.experimental.multihost_utils import process_allgather
 from voxcpm2_jax.cli.training import run_training
 from voxcpm2_jax.config.plain import UserError
 
-def train():
+def train(workdir):
     process_allgather(np.zeros(1))
     if str(jax.process_index()) in sys.argv[1]:
         raise UserError("this clip is damaged")
