@@ -1,5 +1,7 @@
 """Fixtures: a bucket in an emulator, for S3 and for Google's store."""
 
+import contextlib
+
 import pytest
 
 from tests.buckets import emulators
@@ -13,7 +15,9 @@ def server(request):
     with emulators.emulator(request.param) as server:
         with pytest.MonkeyPatch.context() as patch:
             emulators.apply(patch, server.settings, "unused")
-            fsspec.filesystem(server.scheme, skip_instance_cache=True).mkdir("bucket")
+            # moto keeps its buckets when its server stops, for the next server in this process.
+            with contextlib.suppress(FileExistsError):
+                fsspec.filesystem(server.scheme, skip_instance_cache=True).mkdir("bucket")
         yield server
 
 
