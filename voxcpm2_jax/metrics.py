@@ -215,9 +215,7 @@ class Writer:
         self.last_row = heal(workdir / "metrics.jsonl", start_step)
         self._path = workdir / "metrics.jsonl"
         if importlib.util.find_spec("tensorboardX"):
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+            self._board = _summary_writer()(str(workdir / "tensorboard"), purge_step=start_step + 1)
         if sys.stderr.isatty():
             self._progress = _live_line()
             self._task = self._progress.add_task("train", total=num_steps, completed=start_step, figures="")
@@ -282,6 +280,19 @@ def number(value) -> float | int | None:
     if value is None or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(value)
+
+
+def _summary_writer():
+    """tensorboardX's writer. It imports PyTorch where that is installed, which would take 3 s and 0.2 GB for nothing."""
+    is_absent = "torch" not in sys.modules
+    if is_absent:
+        sys.modules["torch"] = None  # an import of it is an ImportError, which tensorboardX expects
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if is_absent:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _in_words(row: dict) -> str:

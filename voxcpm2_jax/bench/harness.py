@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -218,7 +217,7 @@ class Harness:
                 if a != b and not (a is not None and b is not None and abs(a - b) <= tolerance * abs(b)):
                     found.append(f"{name} of step {row['step']}: {a} instead of {b}")
         if arrays:
-            shapes = jax.eval_shape(partial(backbone.init_state, self.run))
+            shapes = jax.eval_shape(backbone.initialiser(self.run))
             place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
             layout = sharding.abstract(shapes, jax.tree.map(lambda _: place, shapes))
             with self._comparing:

@@ -254,7 +254,7 @@ def _setup(config: BackboneRun, batch):
         raise UserError(f"{config.batch.rows} rows cannot be split over {shares}")
     with jax.set_mesh(mesh):
         layout = jax.tree.map(lambda x: x.sharding, backbone.abstract_state(config, mesh))
-        state = jax.jit(partial(backbone.init_state, config), out_shardings=layout)()
+        state = jax.jit(backbone.initialiser(config), out_shardings=layout)()
         return mesh, state, sharding.global_batch(batch, mesh, config.batch.rows)
 
 

@@ -9,6 +9,7 @@ Update i reads `batch(seed, i)` and draws its noise from `fold_in(key(seed), i)`
 neither on the mesh nor on `accumulate`, the number of micro-batches that an update adds up.
 """
 
+import functools
 from functools import partial
 
 import jax
@@ -30,9 +31,15 @@ def init_state(config: BackboneRun, params=None) -> TrainState:
     return fresh_state(config.optim, config.num_steps, params, guard.init(config.guard))
 
 
+@functools.cache
+def initialiser(config: BackboneRun):
+    """`init_state` of this run. It is one and the same function for equal configs, so that JAX traces it once (a second)."""
+    return partial(init_state, config)
+
+
 def abstract_state(config: BackboneRun, mesh) -> TrainState:
     """The state as ShapeDtypeStructs, each with its sharding on the mesh."""
-    shapes = jax.eval_shape(partial(init_state, config))
+    shapes = jax.eval_shape(initialiser(config))
     return sharding.abstract(shapes, sharding.param_shardings(shapes, mesh))
 
 

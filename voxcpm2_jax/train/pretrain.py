@@ -117,7 +117,8 @@ def train(
             params = initial_params(config, layout.params, init_params=init_params, init_tslm=init_tslm)
             fresh = f"the weights of {init_params} (--init-params)" if init_params else fresh
             fresh = f"the text-semantic LM of {init_tslm} (--init-tslm), else {fresh}" if init_tslm else fresh
-            state = jax.jit(partial(backbone.init_state, config), out_shardings=layout, donate_argnums=0)(params)
+            start = jax.jit(backbone.initialiser(config), out_shardings=layout, donate_argnums=0)
+            state = start() if params is None else start(params)
         _announce(mix, source, config)
         origin = Start(resume_from, fresh, CHANGES, accept_changes)
         _, row = loop.run(task, state, home, origin=origin, profile_steps=profile_steps)
