@@ -39,12 +39,20 @@ class Chip:
         return self.hbm_bytes / self.devices
 
     @property
+    def clock_hz(self) -> float:
+        """TPU: cycles per second, in which the compiler counts time: the peak over what the matrix units do in a cycle."""
+        return self.peak_bf16_flops / _FLOPS_PER_CYCLE[self.name]
+
+    @property
     def network_bytes_per_sec(self) -> float:
         """The chip's share of the network between slices or hosts; the rate of one link if the vendor names no network."""
         return self.dcn_bytes_per_sec or self.ici_bytes_per_sec
 
 
 _GIB = 2.0**30
+
+# Of all matrix units of a chip, each a square that multiplies and adds in every cell [book]: 1.05, 1.50, 1.75 and 1.75 GHz.
+_FLOPS_PER_CYCLE = {"v4": 2 * 8 * 128**2, "v5e": 2 * 4 * 128**2, "v5p": 2 * 8 * 128**2, "v6e": 2 * 4 * 256**2}
 
 # `of_kind` takes the first chip whose pattern matches, so that order matters.
 _TABLE = (

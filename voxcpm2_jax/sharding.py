@@ -183,6 +183,13 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(x.shape, dims, mesh))
 
 
+def num_shards(dim: str, size: int) -> int:
+    """Number of devices over which the mesh in use splits a logical dim of this size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else _axes(dim, size, mesh) or ()
+    return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
+
+
 def spec(shape: tuple[int, ...], dims: tuple[str | None, ...], mesh) -> PartitionSpec:
     """The mesh axes of an array by its logical dims; a dim that the axes do not divide is not split."""
     return PartitionSpec(*(_axes(dim, size, mesh) for dim, size in zip(dims, shape, strict=True)))

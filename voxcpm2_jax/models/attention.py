@@ -1,14 +1,14 @@
-"""Attention of all stacks: one function that picks the kernel of the platform.
+"""Attention of all stacks: it picks the kernel of the platform.
 
-    what a slot attends to                  "tpu"     "gpu"                    "cpu"
-    Segments: itself and what came before   splash    cuDNN, packed offsets    XLA, dense mask
-    a mask [B, T, S] (generation's cache)   XLA       XLA                      XLA
-    None: everything (LocEnc, LocDiT)       XLA       XLA                      XLA
+    what a slot attends to                  "tpu"                 "gpu"                    "cpu"
+    Segments: itself and what came before   splash                cuDNN, packed offsets    XLA, dense mask
+    a mask [B, T, S] (generation's cache)   XLA                   XLA                      XLA
+    Patches: its patch (LocEnc, LocDiT)     local_attention.py    XLA                      XLA
 
-The memory of the two kernels is linear in T, that of XLA is quadratic. Both kernels multiply only in bfloat16 or float16.
-So float32 uses XLA on every platform, because float32 has to mean float32. LocEnc and LocDiT use XLA too, since their
-sequences are short: 1 + P = 5 and 3 + 2 P = 11 slots for the release's P = 4 frames in a patch. cuDNN refuses such lengths,
-and splash, with blocks of 128, would compute mostly padding.
+The memory of the kernels is linear in T, that of XLA is quadratic. The kernels multiply only in bfloat16 or float16. So
+float32 uses XLA on every platform, because float32 has to mean float32. The slots of a patch are few: 1 + P = 5 in LocEnc and
+3 + 2 P = 11 in LocDiT for the release's P = 4 frames. cuDNN refuses such lengths, and splash, with blocks of 128, would
+compute mostly padding.
 
 The kernels run in `shard_map` over the mesh in use, each on the rows and heads of one device. Heads are split if the tensor
 axis divides the key/value heads; otherwise every device of that axis computes all heads. The platform is an argument,
@@ -18,6 +18,7 @@ packed rows, so a program for GPUs has to be compiled on a machine with such GPU
 Sources: splash attention (jax.experimental.pallas.ops.tpu); cuDNN's packed layout. tests/measure_kernels.py times both.
 """
 
+import dataclasses
 import functools
 import inspect
 from typing import NamedTuple
@@ -26,7 +27,9 @@ import jax
 import jax.numpy as jnp
 
 from voxcpm2_jax import processes, sharding
+from voxcpm2_jax.models import local_attention
 from voxcpm2_jax.models.product import einsum
+from voxcpm2_jax.models.rope import Rope, rotate
 
 MIN_SEGMENT_SLOTS = 3  # of the shortest clip in sequence.py: two special tokens and a patch
 _LANES = 128  # the blocks of splash are multiples of this many slots
@@ -34,6 +37,14 @@ _SPLASH_BLOCK_SLOTS = 512  # at most; larger blocks compute more of what the cau
 _FUSED_BACKWARD_SLOTS = (
     4096  # longest row for the fused backward pass, which keeps a partial dq per block of keys: memory T^2 / 512
 )
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """Every `slots` slots are a patch, and attend to all of it and to nothing else."""
+
+    slots: int
 
 
 class Segments(NamedTuple):
@@ -71,12 +82,12 @@ def find_segments(segment_BT: jax.Array, max_segments: int | None = None) -> Seg
 
 
 def attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sees: Segments | jax.Array | None, *, platform: str | None = None
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sees: Segments | jax.Array, *, platform: str | None = None
 ) -> jax.Array:
     """Softmax attention of N query heads over K <= N shared key/value heads.
 
     Args:
-        sees: what slots attend to: `Segments`, a mask [B, T, S], or None for all slots.
+        sees: what slots attend to: `Segments` or a mask [B, T, S].
         platform: whose kernel is used: "cpu", "gpu" or "tpu"; None: see `sharding.current_platform`.
     """
     if not isinstance(sees, Segments):
@@ -87,6 +98,36 @@ def attention(
     if platform == "gpu" and q_BTNH.dtype != jnp.float32 and (kernel := _cudnn()):
         return _by_device(functools.partial(_packed, kernel), q_BTNH, k_BSKH, v_BSKH, sees)
     return _xla(q_BTNH, k_BSKH, v_BSKH, causal_mask(sees.id_BT))
+
+
+def attention_in_patches(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rope: Rope | None, patches: Patches, *, platform: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Attention within every patch of a row. It also does RoPE, which is the same in every patch.
+
+    Args:
+        rope: of the slots of one patch.   platform: as in `attention`.
+    Returns:
+        o_BTNH, and an upper bound of the logits for every patch or more: their maximum from the kernel, else `logit_bound`.
+    """
+    platform = platform or sharding.current_platform()
+    if platform == "tpu" and q_BTNH.dtype != jnp.float32 and q_BTNH.shape[-1] == local_attention.HEAD_DIM:
+        return _by_device(functools.partial(_in_patches, patches), q_BTNH, k_BTKH, v_BTKH, rope)
+    q, k, v = (x.reshape(-1, patches.slots, *x.shape[2:]) for x in (q_BTNH, k_BTKH, v_BTKH))
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
+    return _xla(q, k, v, None).reshape(q_BTNH.shape), logit_bound(q, k)
+
+
+def logit_bound(q_BTNH: jax.Array, k_BTKH: jax.Array) -> jax.Array:
+    """[B, K]: an upper bound of the attention logits: longest query times longest key of a row and head (Cauchy-Schwarz).
+
+    The kernels do not return logits, and computing their true maximum would cost as much as attention itself.
+    """
+    q_BTNH, k_BTKH = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q_BTNH, k_BTKH))
+    q_BN, k_BK = (jnp.max(jnp.sum(x * x, axis=-1), axis=1) for x in (q_BTNH, k_BTKH))
+    q_BK = jnp.max(q_BN.reshape(*k_BK.shape, -1), axis=-1)
+    return jnp.sqrt(q_BK * k_BK / q_BTNH.shape[-1])
 
 
 def causal_mask(segment_BT: jax.Array) -> jax.Array:
@@ -128,23 +169,43 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS) -> jax.Array:
         logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
     probs_BKXS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype).reshape(B * K, G * T, S)
     o_BKXH = einsum("BXS,BSH->BXH", probs_BKXS, v_BKSH)
-    return o_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    o_BTNH = o_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return sharding.constrain(o_BTNH, "batch", None, "heads", None)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _by_device(kernel, q_BTNH, k_BSKH, v_BSKH, segments: Segments) -> jax.Array:
-    """Runs a kernel on each device's rows and heads."""
+def _by_device(kernel, q_BTNH, k_BSKH, v_BSKH, more: Segments | Rope | None):
+    """Runs a kernel on each device's rows and heads.
+
+    Args:
+        more: Segments, which are split with the rows, or what each device needs whole: the kernel of patches, which also
+            returns an array [rows, steps, 1, lanes].
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return kernel(q_BTNH, k_BSKH, v_BSKH, segments)
+        return kernel(q_BTNH, k_BSKH, v_BSKH, more)
     kv = sharding.spec(k_BSKH.shape, ("batch", None, "kv_heads", None), mesh)
     heads = kv[2]  # a group's query heads stay with their key/value head
     q = jax.P(kv[0], None, heads, None)
-    rows = Segments(*(jax.P(kv[0], *(None,) * (x.ndim - 1)) for x in segments))
-    split = jax.shard_map(kernel, in_specs=(q, kv, kv, rows), out_specs=q, check_vma=False)
-    return split(q_BTNH, k_BSKH, v_BSKH, segments)
+    is_packed = isinstance(more, Segments)
+    others = jax.tree.map(lambda x: jax.P(kv[0] if is_packed else None, *(None,) * (x.ndim - 1)), more)
+    results = q if is_packed else (q, jax.P(kv[0], None, None, heads))
+    return jax.shard_map(kernel, in_specs=(q, kv, kv, others), out_specs=results, check_vma=False)(q_BTNH, k_BSKH, v_BSKH, more)
+
+
+def _in_patches(patches: Patches, q_BTNH, k_BTKH, v_BTKH, rope: Rope | None, *, interpret: bool = False):
+    """TPU: the kernel of local_attention.py -> o_BTNH, the greatest logits [B, steps, 1, 128]."""
+    N, H = q_BTNH.shape[2:]
+    if rope is None:
+        cos_TH, sin_TH = jnp.ones((patches.slots, H)), jnp.zeros((patches.slots, H))
+    else:
+        cos_TH, sin_TH = jnp.tile(rope.cos_BTH[0], 2), jnp.concatenate([-rope.sin_BTH[0], rope.sin_BTH[0]], axis=-1)
+    shape = local_attention.Shape(patches.slots, N, k_BTKH.shape[2])
+    q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q_BTNH, k_BTKH, v_BTKH))
+    o_BTE, greatest = local_attention.patch_attention(q, k, v, cos_TH, sin_TH, shape, interpret=interpret)
+    return o_BTE.reshape(q_BTNH.shape), greatest
 
 
 def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, interpret: bool = False) -> jax.Array:

@@ -41,6 +41,11 @@ class Compute:
         return cls(run.remat, run.remat_local, run.batch.segments, platform)
 
     @property
+    def is_flat(self) -> bool:
+        """Activations lie as TPU kernels want them: heads side by side, in LocEnc and LocDiT also patches."""
+        return (self.platform or sharding.current_platform()) == "tpu"
+
+    @property
     def local(self) -> "Compute":
         """The options of LocEnc and LocDiT."""
         return dataclasses.replace(self, remat=self.remat_local or self.remat)

@@ -15,15 +15,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from voxcpm2_jax import sharding
 from voxcpm2_jax.config.model import TransformerConfig
+from voxcpm2_jax.models.attention import Patches
 from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.transformer import Linear, run_layers
 
 TIME_SCALE = 1000.0
 
 
-def _positions(x_RTD: jax.Array) -> jax.Array:
-    return jnp.arange(x_RTD.shape[1])[None]
+def _run(config: TransformerConfig, compute: Compute, x_RTD: jax.Array) -> jax.Array:
+    """All layers.
+
+    If the layout is flat, patches stand side by side in rows, one on every device. A TPU would store 11 slots as 16, and move
+    them between every two operations that want them in another order.
+    """
+    R, T, D = x_RTD.shape
+    rows = sharding.num_shards("batch", R) if compute.is_flat else R
+    x_BTD = sharding.constrain(x_RTD.reshape(rows, R // rows * T, D), "batch", None, None)
+    y_BTD, _ = run_layers(config, compute, x_BTD, jnp.arange(T)[None], Patches(T))
+    return y_BTD.reshape(R, T, D)
 
 
 class LocEnc(nn.Module):
@@ -39,7 +50,7 @@ class LocEnc(nn.Module):
         x_RPD = Linear((width,), name="in_proj")(x_RPC)
         special_R1D = jnp.broadcast_to(special_D[None, None], (len(x_RPD), 1, width)).astype(x_RPD.dtype)
         x_RTD = jnp.concatenate([special_R1D, x_RPD], axis=1)
-        y_RTD, _ = run_layers(self.config, self.compute, x_RTD, _positions(x_RTD), None)
+        y_RTD = _run(self.config, self.compute, x_RTD)
         return y_RTD[:, 0]
 
 
@@ -83,6 +94,6 @@ class LocDiT(nn.Module):
         cond_RPD = Linear((width,), name="cond_proj")(cond_RPC.astype(dtype))
         x_RPD = Linear((width,), name="in_proj")(x_RPC.astype(dtype))
         x_RTD = jnp.concatenate([prefix_R2D, time_RD[:, None], cond_RPD, x_RPD], axis=1)
-        y_RTD, _ = run_layers(self.config, self.compute, x_RTD, _positions(x_RTD), None)
+        y_RTD = _run(self.config, self.compute, x_RTD)
         v_RPC = Linear((C,), name="out_proj", kernel_init=nn.initializers.zeros)(y_RTD[:, -P:])
         return v_RPC.astype(jnp.float32)

@@ -11,18 +11,21 @@ Pass `mutable=["figures"]` to `apply` to also get the maxima of each layer; othe
 Source: MiniCPM-4 report; LongRoPE (arXiv 2402.13753).
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from voxcpm2_jax.config.model import TransformerConfig
 from voxcpm2_jax.config.run import REMAT_POLICIES
-from voxcpm2_jax.models.attention import attention
+from voxcpm2_jax.models.attention import Patches, attention, attention_in_patches, logit_bound
 from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.product import Weight, product
+from voxcpm2_jax.models.rope import rope_table, rotate
 from voxcpm2_jax.sharding import constrain
 
 
@@ -30,6 +33,12 @@ def fan_in(num_in: int, num_out: int) -> nn.initializers.Initializer:
     """Initialiser with variance 1 / (size of the first `num_in` dims), for a kernel whose other `num_out` dims are outputs."""
     axes = tuple(range(num_in)), tuple(range(num_in, num_in + num_out))
     return nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", *axes)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """Keeps an activation in the order of its dims. Left to itself, the TPU compiler transposes the residual stream, and copies
+    what kernels read and write from one order to the other."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 class Kernel(nn.Module):
@@ -43,20 +52,29 @@ class Kernel(nn.Module):
 
 
 class Linear(nn.Module):
-    """`x @ kernel + bias` over the last `num_in` dims of x."""
+    """`x @ kernel + bias` over the last `num_in` dims of x.
+
+    `is_flat` multiplies matrices, with heads and what is in them side by side: the layout that TPU kernels read and write.
+    """
 
     features: tuple[int, ...]
     num_in: int = 1
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer | None = None
+    is_flat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        in_dims = x.shape[-self.num_in :]
+        rows, in_dims = x.shape[: -self.num_in], x.shape[-self.num_in :]
         init = self.kernel_init or fan_in(self.num_in, len(self.features))
         kernel = self.param("kernel", init, in_dims + self.features)
-        rows, contract, out = "ABC"[: x.ndim - self.num_in], "XYZ"[: self.num_in], "UVW"[: len(self.features)]
-        y = product(f"{rows}{contract},{contract}{out}->{rows}{out}", x, kernel)
+        dims = "ABC"[: len(rows)]
+        if self.is_flat:
+            kernel_DE = jax.tree.map(lambda x: row_major(x.reshape(math.prod(in_dims), -1)), kernel)
+            y = product(f"{dims}D,DE->{dims}E", x.reshape(*rows, -1), kernel_DE).reshape(*rows, *self.features)
+        else:
+            contract, out = "XYZ"[: self.num_in], "UVW"[: len(self.features)]
+            y = product(f"{dims}{contract},{contract}{out}->{dims}{out}", x, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
             bias = bias.astype(jnp.float32).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -75,46 +93,12 @@ class RMSNorm(nn.Module):
         return (x32 * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-class Rope(NamedTuple):
-    cos_BTH: jax.Array  # float32, over half a head
-    sin_BTH: jax.Array
-
-
-def rope_table(config: TransformerConfig, position_BT: jax.Array) -> Rope | None:
-    """Cosines and sines for every position; None for a stack without positional encoding."""
-    if config.rope_factor is None:
-        return None
-    half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    # In this order and in float32: angles of late positions are large, so their rounding is part of the model.
-    per_slot = position_BT.astype(jnp.float32)[..., None] * (1.0 / jnp.asarray(config.rope_factor, jnp.float32))[None, None]
-    angle_BTH = per_slot * (1.0 / config.rope_theta**half)[None, None]
-    return Rope(jnp.cos(angle_BTH) * config.rope_scale, jnp.sin(angle_BTH) * config.rope_scale)
-
-
-def rotate(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates the pairs (i, i + H/2) of every head."""
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = rope.cos_BTH[:, :, None], rope.sin_BTH[:, :, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
 def largest(x_BTD: jax.Array) -> jax.Array:
     """[B] float32: the largest magnitude in each row; a figure, without gradient.
 
     Per row and not per batch, because a maximum over all devices would be a collective in every layer.
     """
     return jnp.max(jnp.abs(jax.lax.stop_gradient(x_BTD)), axis=(1, 2)).astype(jnp.float32)
-
-
-def logit_bound(q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
-    """[B, K]: an upper bound of the attention logits: longest query times longest key of a row and head (Cauchy-Schwarz).
-
-    The kernels do not return logits, and computing their true maximum would cost as much as attention itself.
-    """
-    q_BTNH, k_BSKH = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (q_BTNH, k_BSKH))
-    q_BN, k_BK = (jnp.max(jnp.sum(x * x, axis=-1), axis=1) for x in (q_BTNH, k_BSKH))
-    q_BK = jnp.max(q_BN.reshape(*k_BK.shape, -1), axis=-1)
-    return jnp.sqrt(q_BK * k_BK / q_BTNH.shape[-1])
 
 
 class KV(NamedTuple):
@@ -144,10 +128,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, rope, sees, cache=None, start_B=None):
         c = self.config
+        x_BTD = row_major(x_BTD) if self.compute.is_flat else x_BTD
         N, K, H, F = c.num_heads, c.num_kv_heads, c.head_dim, c.mlp_width
 
         def linear(name, *features, num_in=1):
-            return Linear(features, num_in=num_in, use_bias=False, name=name)
+            return Linear(features, num_in, use_bias=False, is_flat=self.compute.is_flat, name=name)
 
         with jax.named_scope("attention"):
             y_BTD = RMSNorm(c.rms_norm_eps, name="attn_norm")(x_BTD)
@@ -155,14 +140,19 @@ class Block(nn.Module):
                 q, k, v = jnp.split(linear("qkv", N + 2 * K, H)(y_BTD), [N, N + K], axis=2)
             else:
                 q, k, v = linear("q", N, H)(y_BTD), linear("k", K, H)(y_BTD), linear("v", K, H)(y_BTD)
-            if rope is not None:
-                q, k = rotate(q, rope), rotate(k, rope)
-            self.sow("figures", "logit_bound_max", logit_bound(q, k))
-            if cache is not None:
-                cache = cache.write(k, v, start_B)
-                k, v = cache
-            q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
-            o_BTNH = constrain(attention(q, k, v, sees, platform=self.compute.platform), "batch", None, "heads", None)
+            if isinstance(sees, Patches):
+                q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+                o_BTNH, bound = attention_in_patches(q, k, v, rope, sees, platform=self.compute.platform)
+            else:
+                if rope is not None:
+                    q, k = rotate(q, rope), rotate(k, rope)
+                bound = logit_bound(q, k)
+                if cache is not None:
+                    cache = cache.write(k, v, start_B)
+                    k, v = cache
+                q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+                o_BTNH = attention(q, k, v, sees, platform=self.compute.platform)
+            self.sow("figures", "logit_bound_max", bound)
             y_BTD = checkpoint_name(linear("o", c.width, num_in=2)(o_BTNH), "o")
             x_BTD += y_BTD * jnp.asarray(c.residual_scale, x_BTD.dtype)
         with jax.named_scope("mlp"):
@@ -180,6 +170,7 @@ class Block(nn.Module):
             gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
             h_BTF = constrain(nn.silu(gate) * up, "batch", None, "mlp")
             x_BTD += linear("down", c.width)(h_BTF) * jnp.asarray(c.residual_scale, x_BTD.dtype)
+        x_BTD = row_major(x_BTD) if self.compute.is_flat else x_BTD
         self.sow("figures", "activation_max", largest(x_BTD))
         return constrain(x_BTD, "batch", None, None), cache
 
@@ -189,7 +180,8 @@ def run_layers(config: TransformerConfig, compute: Compute, x_BTD, position_BT, 
 
     Args:
         compute: if `is_unrolled`, parameters are `layers_0`, `layers_1` .. with fused matrices (`unstack`); a cache needs it.
-        position_BT: for RoPE.   sees: as in `attention`; with a cache it is a mask over the S slots of the cache.
+        position_BT: for RoPE; of one patch, [1, slots], if `sees` is Patches.
+        sees: as in `attention`; with a cache it is a mask over the S slots of the cache; or Patches.
         cache: one KV per layer, written from slot `start_B` of each row on.
     Returns:
         y_BTD and the new cache (None if there was none).

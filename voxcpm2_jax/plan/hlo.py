@@ -34,7 +34,7 @@ def parse_exhausted(message: str) -> dict | None:
 _COLLECTIVES = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([^\s,}]+)")
+_ROLES = re.compile(r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([^\s,}]+)")
 _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
                 "u64": 8, "f64": 8}  # fmt: skip
 # Module name in an operation's path -> part.
@@ -42,7 +42,7 @@ _PART_OF = {"base_lm": "tslm", "residual_lm": "ralm", "feat_encoder": "locenc", 
 
 
 @dataclass(frozen=True)
-class _Instruction:
+class Instruction:
     name: str
     result: str
     op: str
@@ -52,6 +52,26 @@ class _Instruction:
     def path(self) -> str:
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else ""
+
+    @property
+    def stack_frame(self) -> str:
+        """Number of the line of code in the program's table of stack frames."""
+        found = re.search(r"stack_frame_id=(\d+)", self.rest)
+        return found[1] if found else ""
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands."""
+        return re.findall(r"%([^\s,()]+)", self.rest.split("), ")[0])
+
+    @property
+    def called(self) -> dict[str, str]:
+        """The computations that it runs, by role: "body", "calls", .."""
+        return dict(re.findall(_ROLES, self.rest)) | {
+            f"branch {i}": name.strip().lstrip("%")
+            for listed in re.findall(r"branch_computations=\{([^}]*)\}", self.rest)
+            for i, name in enumerate(listed.split(","))
+        }
 
 
 def read_collectives(text: str, mesh) -> tuple[list[Collective], int]:
@@ -63,53 +83,53 @@ def read_collectives(text: str, mesh) -> tuple[list[Collective], int]:
         (collectives, unknown loops). Equal collectives of a part and pass are one entry with their `times` added. Unknown
         loops is the number of loops without a known trip count, whose collectives count once.
     """
-    computations, entry = _computations(text)
+    instructions_of, entry = computations(text)
     found, unknown = Counter(), 0
 
     def visit(name: str, times: int, path: str) -> None:
         nonlocal unknown
-        instructions = computations.get(name, {})
+        instructions = instructions_of.get(name, {})
         for one in instructions.values():
             base = one.op.removesuffix("-done")
             if one.op == "while":
-                length = _loop_length(one, computations)
+                length = loop_length(one, instructions_of)
                 unknown += length is None
-                inner = one.path if _part(one.path) != "rest" else path
-                visit(re.search(r"body=%?([^\s,}]+)", one.rest)[1], times * (length or 1), inner)
+                inner = one.path if part_of(one.path) != "rest" else path
+                visit(one.called["body"], times * (length or 1), inner)
             elif re.fullmatch(_COLLECTIVES, base):
                 start = instructions[re.match(r"\s*%?([^\s,)]+)", one.rest)[1]] if one.op.endswith("-done") else one
                 # On TPU a reduce-scatter is a fusion of this name: an all-reduce of which each device keeps its slice.
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else base
-                found[_collective(kind, base, _result_bytes(one.result), start, path or one.path or start.path, mesh)] += times
+                found[_collective(kind, base, result_bytes(one.result), start, path or one.path or start.path, mesh)] += times
             elif one.op == "send" and "_xla_megascale_transfer_type" in one.rest:
                 kind = re.search(r'transfer_type="(\w+)"', one.rest)[1].lower().replace("_", "-")
-                payload = _result_bytes(one.result) - 4  # without a 4-byte counter
+                payload = result_bytes(one.result) - 4  # without a 4-byte counter
                 found[_between_slices(kind, payload, path or one.path, mesh)] += times
             elif one.op not in ("reduce", "all-reduce", "scatter", "sort", "map", "reduce-window", "select-and-scatter"):
-                for called in _CALLED.findall(one.rest):
+                for called in one.called.values():
                     visit(called, times, path)
 
     visit(entry, 1, "")
     return [dataclasses.replace(one, times=times) for one, times in found.items()], unknown
 
 
-def _computations(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+def computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """The computations by name, each with its instructions by name; and the name of the entry computation."""
-    computations, current, entry = {}, {}, ""
+    found_in, current, entry = {}, {}, ""
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
-            current = computations[head[2]] = {}
+            current = found_in[head[2]] = {}
             entry = head[2] if head[1] else entry
         elif found := _INSTRUCTION.match(line):
-            current[found[1]] = _Instruction(*found.groups())
-    return computations, entry
+            current[found[1]] = Instruction(*found.groups())
+    return found_in, entry
 
 
-def _loop_length(loop: _Instruction, computations) -> int | None:
+def loop_length(loop: Instruction, instructions_of) -> int | None:
     """Trip count of a loop: as noted by the compiler, or the constant with which the condition compares a counter from 0."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
-    condition = computations[re.search(r"condition=%?([^\s,}]+)", loop.rest)[1]]
+    condition = instructions_of[re.search(r"condition=%?([^\s,}]+)", loop.rest)[1]]
     for one in condition.values():
         if one.op == "compare" and "direction=LT" in one.rest:
             limit = condition.get(re.match(r"\s*%?[^\s,]+, %?([^\s,)]+)", one.rest)[1])
@@ -118,17 +138,17 @@ def _loop_length(loop: _Instruction, computations) -> int | None:
     return None
 
 
-def _result_bytes(result: str) -> int:
+def result_bytes(result: str) -> int:
     shapes = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
     return sum(_DTYPE_BYTES.get(d, 0) * math.prod(int(n) for n in dims.split(",") if n) for d, dims in shapes)
 
 
-def _part(path: str) -> str:
+def part_of(path: str) -> str:
     """The part of the model that an operation belongs to."""
     return next((part for module, part in _PART_OF.items() if f"/{module}/" in f"/{path}/"), "rest")
 
 
-def _collective(kind: str, op: str, num_bytes: int, start: _Instruction, path: str, mesh) -> Collective:
+def _collective(kind: str, op: str, num_bytes: int, start: Instruction, path: str, mesh) -> Collective:
     group = max(_groups(start.rest, mesh), key=len)
     if op == "reduce-scatter":
         num_bytes *= len(group)  # the result is one device's slice of the operand
@@ -137,7 +157,7 @@ def _collective(kind: str, op: str, num_bytes: int, start: _Instruction, path: s
     axes = tuple(name for k, name in enumerate(mesh.axis_names) if len({c[k] for c in places_in_mesh}) > 1)
     places = [devices[i].coords for i in group]
     spans = tuple(len(set(along)) for along in zip(*places))
-    return Collective(kind, _part(path), "transpose(" in path, 0, num_bytes, len(group), len(group), spans, axes)
+    return Collective(kind, part_of(path), "transpose(" in path, 0, num_bytes, len(group), len(group), spans, axes)
 
 
 def _coordinates(index: int, shape: Sequence[int]) -> tuple[int, ...]:
@@ -152,7 +172,7 @@ def _coordinates(index: int, shape: Sequence[int]) -> tuple[int, ...]:
 def _between_slices(kind: str, payload: int, path: str, mesh) -> Collective:
     """A collective between slices, which the program of a slice shows as a transfer to its host."""
     slices = len({device.slice_index for device in mesh.devices.flat})
-    return Collective(kind, _part(path), "transpose(" in path, 0, payload, slices, 1, None, ("replica",))
+    return Collective(kind, part_of(path), "transpose(" in path, 0, payload, slices, 1, None, ("replica",))
 
 
 def _groups(rest: str, mesh) -> list[list[int]]:
