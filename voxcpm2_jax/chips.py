@@ -44,6 +44,11 @@ class Chip:
         return self.peak_bf16_flops / _FLOPS_PER_CYCLE[self.name]
 
     @property
+    def compiler_options(self) -> dict[str, str]:
+        """XLA options of every program for this chip; plan/README.md has the clock with and without them."""
+        return _COMPILER_OPTIONS.get(self.name, {})
+
+    @property
     def network_bytes_per_sec(self) -> float:
         """The chip's share of the network between slices or hosts; the rate of one link if the vendor names no network."""
         return self.dcn_bytes_per_sec or self.ici_bytes_per_sec
@@ -53,6 +58,12 @@ _GIB = 2.0**30
 
 # Of all matrix units of a chip, each a square that multiplies and adds in every cell [book]: 1.05, 1.50, 1.75 and 1.75 GHz.
 _FLOPS_PER_CYCLE = {"v4": 2 * 8 * 128**2, "v5e": 2 * 4 * 128**2, "v5p": 2 * 8 * 128**2, "v6e": 2 * 4 * 256**2}
+
+# The fast memory that one fusion may fill. The default suits programs with many small fusions.
+_COMPILER_OPTIONS = {
+    "v5e": {"xla_tpu_scoped_vmem_limit_kib": "65536"},
+    "v6e": {"xla_tpu_scoped_vmem_limit_kib": "98304"},
+}
 
 # `of_kind` takes the first chip whose pattern matches, so that order matters.
 _TABLE = (

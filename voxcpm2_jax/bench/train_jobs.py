@@ -332,53 +332,21 @@ def _parts(config: BackboneRun, *, rounds: int):
     import jax.numpy as jnp
 
     from voxcpm2_jax import flops, sharding
-    from voxcpm2_jax.models import attention, voxcpm2
+    from voxcpm2_jax.bench.parts import gradient, outside, parts_of
     from voxcpm2_jax.models.compute import Compute
     from voxcpm2_jax.train.state import apply_update
 
     machine = _machine(config)
     host_batch, _ = _make_data(config)
-    model, dtype = config.model, jnp.dtype(config.model.dtype)
     mesh, state, batch = _setup(config, host_batch)
-    B, T = host_batch.tokens_BT.shape
-    M = host_batch.slot_BM.shape[1]
-    targets = config.batch.target_patches or M
-    module = voxcpm2.VoxCPM2(model, Compute.of(config, mesh))
-
-    def stack(name):
-        def run(params, x_BTD):
-            sees = attention.find_segments(batch.segment_BT, config.batch.segments)
-            return getattr(module.bind({"params": params}), name)(x_BTD, batch.position_BT, sees)[0]
-
-        return run, jnp.zeros((B, T, model.tslm.width), dtype)
-
-    def locenc(params, x_RPC):
-        return module.apply({"params": params}, x_RPC, method="encode_patches")
-
-    def locdit(params, x_RPC):
-        prefix_R2D = jnp.zeros((len(x_RPC), 2, model.locdit.width), dtype)
-        t_R = jnp.full(len(x_RPC), 0.5)
-        return module.apply({"params": params}, x_RPC, prefix_R2D, x_RPC, t_R, jnp.zeros_like(t_R), method="velocity")
-
-    P, C = model.patch_size, model.feat_dim
-    parts = {
-        "tslm": ("base_lm", *stack("base_lm")), "ralm": ("residual_lm", *stack("residual_lm")),
-        "locenc": ("feat_encoder", locenc, jnp.zeros((B * M, P, C))),
-        "locdit": ("feat_decoder", locdit, jnp.zeros((B * targets, P, C))),
-    }  # fmt: skip
-    useful = flops.forward_flops(model, **_useful_work(host_batch))
+    useful = flops.forward_flops(config.model, **_useful_work(host_batch))
     peak = flops.peak_flops(machine["device"])
     found = []
     with jax.set_mesh(mesh):
-        for name, (module_name, run, x) in parts.items():
-            x = jax.device_put(x, sharding.batch_sharding(mesh))
-            rest = {key: value for key, value in state.params.items() if key != module_name}
-
-            def loss(own_params, x, rest, run=run, module_name=module_name):
-                params = voxcpm2.to_compute(rest | {module_name: own_params}, model)
-                return jnp.sum(run(params, x).astype(jnp.float32) ** 2)
-
-            sec = _time(jax.jit(jax.grad(loss, argnums=(0, 1))), (state.params[module_name], x, rest), rounds)
+        for name, part in parts_of(config, Compute.of(config, mesh)).items():
+            x = jax.device_put(jnp.zeros(part.x.shape, part.x.dtype), sharding.batch_sharding(mesh))
+            inputs = (state.params[part.module], x, outside(state.params), batch.segment_BT, batch.position_BT)
+            sec = _time(jax.jit(gradient(part, config.model)), inputs, rounds)
             mfu = 3 * useful[name] / (sec * peak * machine["devices"]) if peak else None
             found.append({"part": name, "sec": sec, "useful_tflop": 3 * useful[name] / 1e12, "mfu": mfu})
         grads = jax.tree.map(jnp.ones_like, state.params)

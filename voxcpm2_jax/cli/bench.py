@@ -1,6 +1,7 @@
-"""`voxcpm2-jax bench data`, `bench train`, `bench rehearsal`: what this machine does, and how fast."""
+"""`voxcpm2-jax bench data`, `train`, `rehearsal` and `clock`: how fast this machine is, and how fast a TPU would be."""
 
 import dataclasses
+import importlib.util
 
 from voxcpm2_jax.cli.configs import load_config
 from voxcpm2_jax.cli.flags import add_command, add_config, local_path, numbers, words
@@ -8,6 +9,8 @@ from voxcpm2_jax.cli.outcome import DONE, NO, print_error, print_result
 from voxcpm2_jax.config.model import MODELS
 from voxcpm2_jax.config.plain import UserError, from_dict
 from voxcpm2_jax.config.run import SPEECH_BATCH, BackboneRun
+from voxcpm2_jax.flops import STACKS
+from voxcpm2_jax.plan.compile import NO_LIBTPU
 
 _TRAIN_EPILOG = """The data are noise with the lengths of speech, made in memory. With --model, jax, flax and optax are the only
 packages needed. The last line of standard output is a JSON object. Exit codes: 0 done, 3 nothing was timed, because the results
@@ -21,6 +24,7 @@ def add(commands) -> None:
     _add_data(parts)
     _add_train(parts)
     _add_rehearsal(parts)
+    _add_clock(parts)
 
 
 # ---- bench data ------------------------------------------------------------------------------------------------------
@@ -131,3 +135,44 @@ def run_rehearsal(args, overrides) -> int:
     result = rehearsal(config, args.workdir, **sizes)
     print_result(result)
     return DONE if result["ok"] else NO
+
+
+# ---- bench clock -----------------------------------------------------------------------------------------------------
+
+
+def _add_clock(parts) -> None:
+    parser = add_command(
+        parts, "clock", run_clock, "time one stack on a TPU by the compiler's clock, without a TPU (needs the extra tpu)",
+        epilog="The last line of standard output is a JSON object. Exit codes: 0 done, 1 the compiler failed, 2 a mistake.",
+    )  # fmt: skip
+    add_config(parser, "configs/backbone.py:2b")
+    parser.add_argument("--part", required=True, choices=STACKS, help="a stack of the model")
+    parser.add_argument("--chip", required=True, choices=("v4", "v5e", "v5p", "v6e"), help="compiled for one of these")
+    parser.add_argument("--rows", type=int, default=1, metavar="N", help="rows of the batch on the chip (default 1)")
+    parser.add_argument("--against", metavar="COMMIT", help="compile this version of the repository as well")
+    parser.add_argument(
+        "--option", action="append", metavar="NAME=VALUE",
+        help="an XLA option in place of the chip's own; repeatable; --option=none for no option",
+    )  # fmt: skip
+
+
+def run_clock(args, overrides) -> int:
+    config = from_dict(BackboneRun, load_config(args.config, overrides))
+    if args.rows < 1:
+        raise UserError(f"--rows={args.rows}: expected at least 1")
+    options = None
+    if args.option:
+        pairs = [option.split("=", 1) for option in args.option if option != "none"]
+        if wrong := [option for option, pair in zip(args.option, pairs) if len(pair) < 2]:
+            raise UserError(f"--option={wrong[0]}: expected NAME=VALUE, or none")
+        options = dict(pairs)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(NO_LIBTPU)
+    from voxcpm2_jax.bench import clock
+
+    result = clock.clock(
+        config, args.config, overrides, part=args.part, chip=args.chip, rows=args.rows, against=args.against, options=options
+    )
+    clock.show(result)
+    print_result(result)
+    return DONE

@@ -234,6 +234,7 @@ class SampleConfig:
 # "attention" is the state of the kernel, which exists only on TPU. plan/README.md has the figures of each policy.
 REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "full": (),
+    "thin": ("attention", "o"),  # what saves most work per byte; recomputes q, k, v, gate and up
     "narrow": ("q", "k", "v", "attention", "o"),  # recomputes gate and up: the widest arrays, most of the work
     "products": ("q", "k", "v", "attention", "o", "gate", "up"),  # recomputes only norms, activations and softmax
     "none": None,  # saves whatever XLA chooses

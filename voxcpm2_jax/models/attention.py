@@ -34,9 +34,6 @@ from voxcpm2_jax.models.rope import Rope, rotate
 MIN_SEGMENT_SLOTS = 3  # of the shortest clip in sequence.py: two special tokens and a patch
 _LANES = 128  # the blocks of splash are multiples of this many slots
 _SPLASH_BLOCK_SLOTS = 512  # at most; larger blocks compute more of what the causal mask discards
-_FUSED_BACKWARD_SLOTS = (
-    4096  # longest row for the fused backward pass, which keeps a partial dq per block of keys: memory T^2 / 512
-)
 
 
 @jax.tree_util.register_static
@@ -197,14 +194,13 @@ def _by_device(kernel, q_BTNH, k_BSKH, v_BSKH, more: Segments | Rope | None):
 
 def _in_patches(patches: Patches, q_BTNH, k_BTKH, v_BTKH, rope: Rope | None, *, interpret: bool = False):
     """TPU: the kernel of local_attention.py -> o_BTNH, the greatest logits [B, steps, 1, 128]."""
-    N, H = q_BTNH.shape[2:]
+    H = q_BTNH.shape[-1]
     if rope is None:
         cos_TH, sin_TH = jnp.ones((patches.slots, H)), jnp.zeros((patches.slots, H))
     else:
         cos_TH, sin_TH = jnp.tile(rope.cos_BTH[0], 2), jnp.concatenate([-rope.sin_BTH[0], rope.sin_BTH[0]], axis=-1)
-    shape = local_attention.Shape(patches.slots, N, k_BTKH.shape[2])
     q, k, v = (x.reshape(*x.shape[:2], -1) for x in (q_BTNH, k_BTKH, v_BTKH))
-    o_BTE, greatest = local_attention.patch_attention(q, k, v, cos_TH, sin_TH, shape, interpret=interpret)
+    o_BTE, greatest = local_attention.patch_attention(q, k, v, cos_TH, sin_TH, interpret=interpret)
     return o_BTE.reshape(q_BTNH.shape), greatest
 
 
@@ -228,14 +224,12 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, interpret: bool = Fals
     q_BKGTH = by_head(q_BTNH).reshape(B, T + padding, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = (by_head(x_BSKH).transpose(0, 2, 1, 3) for x_BSKH in (k_BSKH, v_BSKH))
     id_BT = by_head(segments.id_BT, fill=-1)
-    is_fused = T <= _FUSED_BACKWARD_SLOTS
     kernel = splash.make_splash_mqa(
         splash.MultiHeadMask([splash.CausalMask((T + padding, T + padding))] * (N // K)),
         block_sizes=splash.BlockSizes(
             block_q=block, block_kv=block, block_kv_compute=block,
             block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-            block_q_dq=None if is_fused else block, block_kv_dq=None if is_fused else block,
-            use_fused_bwd_kernel=is_fused,
+            block_q_dq=block, block_kv_dq=block,
         ),
         head_shards=1, q_seq_shards=1, interpret=interpret, residual_checkpoint_name="attention",
     )  # fmt: skip
@@ -246,6 +240,12 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, interpret: bool = Fals
 
     o_BKGTH = jax.vmap(row)(q_BKGTH, k_BKSH, v_BKSH, id_BT)
     return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T + padding, N, H)[:, :T]
+
+
+def splash_share(slots: int) -> float:
+    """The share of pairs of blocks that the causal mask leaves to splash, in rows of so many slots."""
+    blocks = -(-slots // min(_SPLASH_BLOCK_SLOTS, slots + -slots % _LANES))
+    return (blocks + 1) / (2 * blocks)
 
 
 def _packed(kernel, q_BTNH, k_BSKH, v_BSKH, segments: Segments) -> jax.Array:

@@ -40,20 +40,21 @@ class Shape(NamedTuple):
     slots: int  # positions of a patch
     num_heads: int
     num_kv_heads: int
+    group_rows: int  # rows of a group: whole patches
+    step_rows: int  # rows of a step of the grid: whole groups
 
-    @property
-    def group_rows(self) -> int:
-        """Rows of a group: whole patches, a multiple of 8 rows, 128 if possible and else fewer."""
-        rows = math.lcm(self.slots, _SUBLANES)
-        return rows * max(1, 128 // rows)
+    @classmethod
+    def of(cls, slots: int, num_heads: int, num_kv_heads: int, rows: int) -> "Shape":
+        """The sizes for so many rows: groups of at most 128 rows if possible, of whole tiles, and such that they divide all
+        rows if possible. Otherwise rows are to be padded to whole groups."""
+        least = math.lcm(slots, _SUBLANES)
+        most = max(1, 128 // least)
+        group = least * next((n for n in range(most, 0, -1) if rows % (n * least) == 0), most)
+        groups = -(-rows // group)
+        return cls(slots, num_heads, num_kv_heads, group, group * max(n for n in range(1, _GROUPS + 1) if groups % n == 0))
 
-    def step_rows(self, rows: int) -> int:
-        """Rows of a step of the grid: a few groups that divide all of them."""
-        groups = rows // self.group_rows
-        return self.group_rows * max(n for n in range(1, _GROUPS + 1) if groups % n == 0)
 
-
-def patch_attention(q_BXE, k_BXF, v_BXF, cos_TH, sin_TH, shape: Shape, *, interpret: bool = False):
+def patch_attention(q_BXE, k_BXF, v_BXF, cos_TH, sin_TH, *, interpret: bool = False):
     """Softmax attention of every position to all positions of its own patch, with RoPE.
 
     Args:
@@ -63,8 +64,9 @@ def patch_attention(q_BXE, k_BXF, v_BXF, cos_TH, sin_TH, shape: Shape, *, interp
     Returns:
         o_BXE, and the greatest logit of each step of the grid, float32 [B, steps, 1, 128], without gradient.
     """
-    X = q_BXE.shape[1]
-    assert X % shape.slots == 0, (X, shape)
+    X, slots = q_BXE.shape[1], len(cos_TH)
+    assert X % slots == 0, (X, slots)
+    shape = Shape.of(slots, q_BXE.shape[2] // HEAD_DIM, k_BXF.shape[2] // HEAD_DIM, X)
     padding = -X % shape.group_rows
     q_BXE, k_BXF, v_BXF = (jnp.pad(x, ((0, 0), (0, padding), (0, 0))) if padding else x for x in (q_BXE, k_BXF, v_BXF))
     o_BXE, greatest = _attention(shape, interpret, q_BXE, k_BXF, v_BXF, cos_TH, sin_TH)
@@ -75,7 +77,7 @@ def patch_attention(q_BXE, k_BXF, v_BXF, cos_TH, sin_TH, shape: Shape, *, interp
 def _attention(shape: Shape, interpret: bool, q_BXE, k_BXF, v_BXF, cos_TH, sin_TH):
     tables = _tables(shape, cos_TH, sin_TH)
     B, X, _ = q_BXE.shape
-    greatest = jax.ShapeDtypeStruct((B, X // shape.step_rows(X), 1, HEAD_DIM), jnp.float32)
+    greatest = jax.ShapeDtypeStruct((B, X // shape.step_rows, 1, HEAD_DIM), jnp.float32)
     return _call(_forward_kernel, shape, interpret, (q_BXE, k_BXF, v_BXF), tables, (q_BXE, greatest), "patch_attention")
 
 
@@ -107,7 +109,7 @@ def _tables(shape: Shape, cos_TH, sin_TH) -> tuple[jax.Array, ...]:
 def _call(kernel, shape: Shape, interpret: bool, rows, tables, results, name: str):
     """Runs a kernel over blocks of rows; `tables` are read whole by every step, `results` shaped like these arrays."""
     B, X, _ = rows[0].shape
-    step = shape.step_rows(X)
+    step = shape.step_rows
 
     def block(x):
         if x.ndim == 4:  # one entry for every step

@@ -12,6 +12,7 @@ Source: MiniCPM-4 report; LongRoPE (arXiv 2402.13753).
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.lax import optimization_barrier as barrier
 
 from voxcpm2_jax.config.model import TransformerConfig
 from voxcpm2_jax.config.run import REMAT_POLICIES
@@ -26,7 +28,7 @@ from voxcpm2_jax.models.attention import Patches, attention, attention_in_patche
 from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.product import Weight, product
 from voxcpm2_jax.models.rope import rope_table, rotate
-from voxcpm2_jax.sharding import constrain
+from voxcpm2_jax.sharding import constrain, spec
 
 
 def fan_in(num_in: int, num_out: int) -> nn.initializers.Initializer:
@@ -35,10 +37,16 @@ def fan_in(num_in: int, num_out: int) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", *axes)
 
 
-def row_major(x: jax.Array) -> jax.Array:
-    """Keeps an activation in the order of its dims. Left to itself, the TPU compiler transposes the residual stream, and copies
-    what kernels read and write from one order to the other."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+def row_major(x_BTD: jax.Array) -> jax.Array:
+    """Keeps a row's positions in the order of its dims. Left to itself, the TPU compiler transposes the residual stream, and
+    copies what kernels read and write from one order to the other."""
+    mesh = jax.sharding.get_abstract_mesh()
+    layout = partial(with_layout_constraint, layouts=Layout(tuple(range(x_BTD.ndim))))
+    if mesh.empty:
+        return layout(x_BTD)
+    # On each device by itself: where the compiler splits a program, it gathers what has a layout of its own.
+    rows = spec(x_BTD.shape, ("batch", None, None), mesh)
+    return jax.shard_map(layout, in_specs=rows, out_specs=rows, check_vma=False)(x_BTD)
 
 
 class Kernel(nn.Module):
@@ -70,7 +78,9 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, in_dims + self.features)
         dims = "ABC"[: len(rows)]
         if self.is_flat:
-            kernel_DE = jax.tree.map(lambda x: row_major(x.reshape(math.prod(in_dims), -1)), kernel)
+            # The barrier also stands before the gradient's way back to the kernel's shape. Without it the compiler transposes
+            # the gradients of activations, in order to get the kernel's gradient in the kernel's own order.
+            kernel_DE = jax.tree.map(lambda x: barrier(x.reshape(math.prod(in_dims), -1)), kernel)
             y = product(f"{dims}D,DE->{dims}E", x.reshape(*rows, -1), kernel_DE).reshape(*rows, *self.features)
         else:
             contract, out = "XYZ"[: self.num_in], "UVW"[: len(self.features)]

@@ -7,8 +7,8 @@ counts as often as it runs) and adds the estimates up by part of the model, pass
 What has no estimate:
 
     Pallas kernels       the instructions of one step of the grid, from the compiler's dump of their schedule (`kernels_in`),
-                         times the steps; or the time to move operands and results, if that is longer. Every branch counts
-                         as taken
+                         times the steps that do anything; or the time to move operands and results, if that is longer.
+                         Every branch counts as taken
     copies, converts     bytes read and written at the memory's bandwidth
     transfers            bytes over the links' bandwidth. An asynchronous one runs from its start; only what has not arrived
                          when the program waits for it counts, as "wait". They go one after the other
@@ -24,11 +24,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from voxcpm2_jax.chips import Chip
+from voxcpm2_jax.chips import LINKS_REACHED, Chip
 from voxcpm2_jax.plan import hlo
 from voxcpm2_jax.plan.machine import Machine
 
-PASSES = ("forward", "recompute", "backward")
+PASSES = ("forward", "recompute", "backward", "update")
 # Lets libtpu write the schedule of every kernel and fusion to a folder; LIBTPU_INIT_ARGS of the compiling process.
 DUMP_FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
 
@@ -74,11 +74,19 @@ class Clock:
             total[tuple(getattr(line, name) for name in names)] += line.cycles / self.chip.clock_hz
         return dict(total.most_common())
 
+    def dearest(self, number: int) -> list[dict]:
+        """The dearest lines as plain data: "sec" and the fields of a line."""
+        names = ("run", "part", "place", "scope", "kind")
+        return [{"sec": sec} | dict(zip(names, key)) for key, sec in list(self.seconds_by(*names).items())[:number]]
 
-def kernels_in(folder: pathlib.Path) -> dict[str, float]:
+
+def kernels_in(folder: pathlib.Path, shares: Mapping[str, float] = {}) -> dict[str, float]:
     """Cycles of each Pallas kernel by the name of its instruction, from the schedules that DUMP_FLAGS wrote.
 
     A cycle issues one bundle of instructions. A step of the grid is the loop from the first "LB:" to its exit test.
+
+    Args:
+        shares: share of the grid's steps that do anything, for kernels whose names begin so.
     """
     found = {}
     for path in pathlib.Path(folder).glob("*final_bundles.txt"):
@@ -93,7 +101,8 @@ def kernels_in(folder: pathlib.Path) -> dict[str, float]:
         if grid is None or begin is None or end is None:
             found[name[1]] = float(len(bundles))
         else:
-            steps = math.prod(int(n) for n in grid[1].split(",") if n.strip())
+            share = next((share for kernel, share in shares.items() if name[1].startswith(kernel)), 1.0)
+            steps = share * math.prod(int(n) for n in grid[1].split(",") if n.strip())
             found[name[1]] = float(begin + (end - begin + 1) * steps)
     return found
 
@@ -123,38 +132,52 @@ class _Walk:
         self.places = _places(text)
         self.machine, self.mesh, self.kernels = machine, mesh, kernels
         self.hz = machine.chip.clock_hz
+        self.kinds: dict[str, str] = {}  # of the transfers that fusions begin
         self.cost: dict[tuple, tuple[float, int]] = {}
         self.hidden = 0.0
 
     def computation(self, name: str, times: int, path: str) -> float:
         """Adds the instructions of a computation that runs so many times -> cycles of one run."""
         now = links_free = 0.0
-        arrival: dict[str, tuple[float, float]] = {}  # of transfers under way: when, and how long they take
-        instructions = self.computations.get(name, {})
-        for one in instructions.values():
-            kind = one.op.removesuffix("-start").removesuffix("-done")
+        begun: dict[str, tuple[float, float]] = {}  # transfers under way: when they began, and how long they take
+        for one in self.computations.get(name, {}).values():
             if one.op == "while":
                 inner = one.path if hlo.part_of(one.path) != "rest" else path
                 length = hlo.loop_length(one, self.computations) or 1
                 now += length * self.computation(one.called["body"], times * length, inner)
-            elif one.op in ("call", "conditional"):
+                continue
+            if one.op in ("call", "conditional"):
                 branches = [called for called in one.called.values() if called in self.computations]
                 now += max((self.computation(called, times, path) for called in branches), default=0.0)
-            elif self.mesh is not None and (transfer := self._transfer(one, instructions)):
-                begin = max(now, links_free)
-                links_free = begin + transfer
-                if one.op.endswith("-start"):
-                    arrival[one.name] = links_free, transfer
-                else:
-                    now += self._add(one, path, f"wait for {kind}", links_free - now, times)
-            elif one.op.endswith("-done") and (operand := one.operands[0]) in arrival:
-                ready, length = arrival.pop(operand)
-                wait = max(0.0, ready - now)
-                self.hidden += times * (length - min(wait, length))
-                now += self._add(instructions[operand], path, f"wait for {kind}", wait, times)
+                continue
+            transfers = list(hlo.collectives_of(one, name, path, self.computations, self.mesh)) if self.mesh else []
+            length = sum(max(each.seconds(self.machine)) for each in transfers) / LINKS_REACHED * self.hz
+            kind = f"wait for {transfers[0].kind}" if transfers else ""
+            if one.op.endswith("-start") or one.name.startswith("async-collective-start"):
+                begun[one.name.replace("-start", "-done")] = begun[one.name] = now, length
+                if transfers:
+                    links_free = max(now, links_free) + length
+                    self.kinds[one.name] = kind
+            elif one.name.startswith("async-collective-done"):
+                start = one.name.replace("-done", "-start")
+                at, length = begun.pop(start, (now, 0.0))
+                now += self._wait(one, path, self.kinds.get(start, "wait"), at + length - now, length, times)
+            elif transfers and one.op.endswith("-done"):
+                at, _ = begun.pop(one.operands[0], (now, 0.0))
+                links_free = max(at, links_free) + length
+                now += self._wait(one, path, kind, links_free - now, length, times)
+            elif transfers:
+                links_free = max(now, links_free) + length
+                now += self._wait(one, path, kind, links_free - now, length, times)
             elif one.op not in _FREE:
-                now += self._add(one, path, *self._cycles(one, instructions), times)
+                now += self._add(one, path, *self._cycles(one, name), times)
         return now
+
+    def _wait(self, one, path: str, kind: str, wait: float, length: float, times: int) -> float:
+        """Adds what of a transfer the program waits for; the rest was hidden."""
+        wait = min(max(0.0, wait), length)
+        self.hidden += times * (length - wait)
+        return self._add(one, path, kind, wait, times)
 
     def _add(self, one, path: str, kind: str, cycles: float, times: int) -> float:
         inside = path and hlo.part_of(one.path) == "rest"
@@ -165,34 +188,25 @@ class _Walk:
         self.cost[key] = total + cycles * times, runs + times
         return cycles
 
-    def _cycles(self, one, instructions) -> tuple[str, float]:
+    def _cycles(self, one, name: str) -> tuple[str, float]:
         """What an instruction is called, and its cycles."""
         if found := re.search(r'"estimated_cycles":"(\d+)"', one.rest):
             return one.op, float(found[1])
-        moved = hlo.result_bytes(one.result) + sum(
-            hlo.result_bytes(instructions[name].result) for name in one.operands if name in instructions
-        )
+        instructions = self.computations[name]
+        operands = (instructions[operand].result for operand in one.operands if operand in instructions)
+        moved = sum(map(hlo.result_bytes, (one.result, *operands)))
         by_bytes = moved / self.machine.hbm_bytes_per_sec * self.hz
         if one.op == "custom-call":
             if "tpu_custom_call" not in one.rest:
                 return one.op, 0.0  # allocations and markers
-            name = re.sub(r"[.\d]*$", "", one.name)
-            return f"kernel {name}", max(self.kernels.get(one.name, 0.0), by_bytes)
+            kernel = re.sub(r"[.\d]*$", "", one.name)
+            return f"kernel {kernel}", max(self.kernels.get(one.name, 0.0), by_bytes)
         return one.op, by_bytes
-
-    def _transfer(self, one, instructions) -> float:
-        """Cycles that a collective is on the links; 0 for what is none, or has begun before."""
-        if one.op.endswith("-done"):
-            return 0.0
-        collective = hlo.collective_of(one, instructions, self.computations, self.mesh)
-        if collective is None:
-            return 0.0
-        return max(collective.seconds(self.machine)) * self.hz
 
 
 def _pass_of(path: str) -> str:
     if "transpose(" not in path:
-        return "forward"
+        return "forward" if "jvp(" in path else "update"
     return "recompute" if "rematted_computation" in path else "backward"
 
 

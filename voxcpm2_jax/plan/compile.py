@@ -1,31 +1,41 @@
 """Compiles a run's train step for TPUs that are not present, with libtpu's compiler (extra "tpu").
 
 Each topology is compiled in a child process, which keeps libtpu's environment variables and global state out of the parent.
-The compiled program gives the memory of a device by kind and the collectives with the number of times they run.
+The compiled program gives the memory of a device by kind, the collectives with the number of times they run, and the
+compiler's clock.
 
-`save_for` compiles the run's own program, for `train` to load. The program of `compile_for`, which `plan` reads, is not the one
-that the run executes, in two ways:
-- It is compiled with optimization_level = O0, which takes about a third of the time. At this effort the compiler
-  picks block sizes that make products several times slower (an 8192^3 bfloat16 product on v5e: 79.1 M cycles instead of 9.56 M
-  at the default effort), and for some topologies, such as 2x4 chips, other collectives to gather weights. Memory and
-  collectives are close to those of the run; nothing about speed is read from this program.
-- Losses by dataset and language are left out: only the shards know their names.
+The program is the run's, compiled with the effort and options of the run, but for one thing: losses by dataset and language
+are left out, since only the shards know their names. plan/clock.py reads its time from it. That takes minutes (2.29 B on
+256 chips: about ten on two cores), so that the result is kept and reused while program, libtpu and options stay the same.
+
+`fast` compiles with optimization_level O0, in a tenth of the time. At this effort the compiler picks block sizes that make
+products several times slower (an 8192^3 bfloat16 product on v5e: 79.1 M cycles instead of 9.56 M), and for some topologies,
+such as 2x4 chips, other collectives to gather weights. Memory and collectives are close to those of the run; nothing about
+speed is read from such a program.
+
+`save_for` compiles the run's own program, for `train` to load.
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 
-from voxcpm2_jax import sharding
+from voxcpm2_jax import files, sharding
+from voxcpm2_jax.buckets import cache
+from voxcpm2_jax.chips import CHIPS
 from voxcpm2_jax.config.plain import UserError, from_dict, to_dict
 from voxcpm2_jax.config.run import BackboneRun, BatchConfig
-from voxcpm2_jax.plan import hlo
-from voxcpm2_jax.plan.machine import Collective
+from voxcpm2_jax.flops import STACKS
+from voxcpm2_jax.plan import clock, hlo
+from voxcpm2_jax.plan import machine as machines
+from voxcpm2_jax.plan.machine import Collective, Machine
 from voxcpm2_jax.plan.topology import Case
 
 # Lets libtpu compile with no TPU present, without warnings and in several processes at once. On a real TPU machine some of
@@ -39,23 +49,27 @@ CHILD_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 NO_LIBTPU = "compiling for TPU needs libtpu: pip install 'voxcpm2-jax[tpu]'; GPU topologies (such as 8xh100) do not need it"
-_COMPILER_OPTIONS = {"optimization_level": 9}  # O0; see the module
+_FAST = {"optimization_level": 9}  # O0; see the module
+_DEAREST = 10  # lines of code in a report
 
 
 # ---- parent ----------------------------------------------------------------------------------------------------------
 
 
-def compile_for(case: Case, batch: BatchConfig) -> dict:
-    """Compiles the train step of a case in a child process.
+def compile_for(case: Case, batch: BatchConfig, *, fast: bool = False) -> dict:
+    """Compiles the train step of a case in a child process, or finds what an earlier call gave.
 
+    Args:
+        fast: with little effort, for memory and collectives alone.
     Returns:
-        "fits" and "compile_sec"; if it fits also "memory" (bytes by kind), "collectives" and "unknown_loops", otherwise
-        "needed_bytes", "hbm_bytes" and "message" of the compiler.
+        "fits" and "compile_sec"; if it fits also "memory" (bytes by kind), "collectives", "unknown_loops" and, unless fast,
+        "clock" (`_clock`); otherwise "needed_bytes", "hbm_bytes" and "message" of the compiler.
     Raises:
         UserError: libtpu is missing or does not know the topology, or the mesh or batch does not suit it.
         RuntimeError: the compiler failed; the last lines of its log are the message.
     """
-    result = _in_child(case, {"config": to_dict(dataclasses.replace(case.config, mesh=case.mesh, batch=batch, stages=()))})
+    run = dataclasses.replace(case.config, mesh=case.mesh, batch=batch, stages=())
+    result = _in_child(case, {"config": to_dict(run), "fast": fast})
     if "collectives" in result:
         result["collectives"] = [
             Collective(**one | {"spans": one["spans"] and tuple(one["spans"]), "axes": tuple(one["axes"])})
@@ -83,16 +97,20 @@ def _in_child(case: Case, job: dict) -> dict:
     """The result of a job in a process of its own."""
     machine = case.machine
     job |= {"topology": f"{machine.chip.name}:{'x'.join(map(str, machine.torus))}", "slices": machine.slices}
+    job |= {"name": machine.name, "chip": machine.chip.name, "torus": machine.torus, "slice_chips": machine.slice_chips}
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | CHILD_ENVIRONMENT
     package = str(pathlib.Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-m", "voxcpm2_jax.plan.compile"],
-        input=json.dumps(job),
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = environment.get("LIBTPU_INIT_ARGS", ""), clock.DUMP_FLAGS.format(folder=folder)
+        environment["LIBTPU_INIT_ARGS"] = " ".join(filter(None, arguments))
+        done = subprocess.run(
+            [sys.executable, "-m", "voxcpm2_jax.plan.compile"],
+            input=json.dumps(job | {"dumps": folder}),
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         last = [line for line in done.stderr.splitlines() if line.strip()][-12:]
@@ -116,7 +134,7 @@ def _child() -> None:
 
             result = {"saved": pretrain.compile_ahead(config, job["workdir"], job["data"], devices)}
         else:
-            result = _compile(config, devices)
+            result = _compile(config, devices, job)
     except UserError as error:
         result = {"mistake": str(error)}
     print(json.dumps(result))
@@ -131,7 +149,7 @@ def _devices(topology: str, slices: int) -> list:
         raise UserError(f"{topology}: libtpu cannot be loaded or does not know this topology: {error}") from None
 
 
-def _compile(config: BackboneRun, devices) -> dict:
+def _compile(config: BackboneRun, devices, job: dict) -> dict:
     import jax
 
     from voxcpm2_jax.train import backbone
@@ -140,16 +158,42 @@ def _compile(config: BackboneRun, devices) -> dict:
     with jax.set_mesh(mesh):
         state, batch = backbone.abstract_state(config, mesh), _batch_of(config)
         batch = sharding.abstract(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
-        begin = time.perf_counter()
         lowered = backbone.jit_train_step(config, mesh).lower(state, batch)
-        try:
-            compiled = lowered.compile(compiler_options=_COMPILER_OPTIONS)
-        except jax.errors.JaxRuntimeError as error:
-            found = hlo.parse_exhausted(str(error))
-            if found is None:
-                raise
-            return {"fits": False, "compile_sec": round(time.perf_counter() - begin, 1), **found}
-    seconds = time.perf_counter() - begin
+    kept = _kept_result(lowered.as_text(), job, mesh)
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    begin = time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options=_FAST if job["fast"] else None)
+    except jax.errors.JaxRuntimeError as error:
+        result = hlo.parse_exhausted(str(error))
+        if result is None:
+            raise
+        result = {"fits": False} | result
+    else:
+        result = {"fits": True} | _read(compiled, state, mesh, job, config.batch.slots)
+    result["compile_sec"] = round(time.perf_counter() - begin, 1)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    files.replace_file(kept, json.dumps(result))
+    return result
+
+
+def _kept_result(program: str, job: dict, mesh) -> pathlib.Path:
+    """Where the result of compiling a lowered program is kept."""
+    import jax
+    import libtpu
+
+    arguments = os.environ.get("LIBTPU_INIT_ARGS", "").replace(clock.DUMP_FLAGS.format(folder=job["dumps"]), "")
+    versions = jax.__version__, getattr(libtpu, "__version__", ""), arguments
+    code = [pathlib.Path(module.__file__).read_text() for module in (hlo, clock, machines)]
+    options = CHIPS[job["chip"]].compiler_options
+    devices = [(device.id, device.coords) for device in mesh.devices.flat]
+    parts = program, job["topology"], job["slices"], job["fast"], options, mesh.shape_tuple, devices, versions, code
+    return cache.root() / "plans" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
+
+
+def _read(compiled, state, mesh, job: dict, slots: int) -> dict:
+    """Memory, collectives and clock of a compiled train step."""
     stats = compiled.memory_analysis()
     kinds = {
         "arguments": stats.argument_size_in_bytes,
@@ -165,13 +209,32 @@ def _compile(config: BackboneRun, devices) -> dict:
     }
     if state.ema is not None:
         state_bytes["average"] = sharding.device_bytes(state.ema, mesh)
-    collectives, unknown_loops = hlo.read_collectives(compiled.as_text(), mesh)
-    return {
-        "fits": True,
-        "compile_sec": round(seconds, 1),
+    text = compiled.as_text()
+    collectives, unknown_loops = hlo.read_collectives(text, mesh)
+    result = {
         "memory": state_bytes | kinds,
         "collectives": [dataclasses.asdict(one) for one in collectives],
         "unknown_loops": unknown_loops,
+    }
+    return result if job["fast"] else result | {"clock": _clock(text, mesh, job, slots)}
+
+
+def _clock(text: str, mesh, job: dict, slots: int) -> dict:
+    """The compiler's clock as plain data, in seconds: "step_sec", "hidden_sec" (transfers beside work), "parts", "passes",
+    "kinds" and the dearest "lines"."""
+    from voxcpm2_jax.models.attention import splash_share
+
+    machine = Machine(job["name"], CHIPS[job["chip"]], job["slices"], tuple(job["torus"]), job["slice_chips"])
+    kernels = clock.kernels_in(pathlib.Path(job["dumps"]), {"splash": splash_share(slots)})
+    ticks = clock.read(text, machine, mesh, kernels)
+    parts = {part: sec for (part,), sec in ticks.seconds_by("part").items()}
+    return {
+        "step_sec": ticks.seconds,
+        "hidden_sec": ticks.hidden_cycles / machine.chip.clock_hz,
+        "parts": {part: parts.get(part, 0.0) for part in (*STACKS, "rest")},
+        "passes": [{"part": part, "pass": run, "sec": sec} for (part, run), sec in ticks.seconds_by("part", "run").items()],
+        "kinds": {kind: sec for (kind,), sec in ticks.seconds_by("kind").items()},
+        "lines": ticks.dearest(_DEAREST),
     }
 
 

@@ -16,9 +16,11 @@ from voxcpm2_jax.processes import say
 HEADROOM = 0.95  # share of a device's memory that an estimate may fill
 
 
-def plan_entry(case: Case, batch: BatchConfig) -> dict:
+def plan_entry(case: Case, batch: BatchConfig, *, fast: bool = False) -> dict:
     """Plans one batch size of a case.
 
+    Args:
+        fast: compile with little effort, for memory and collectives: the entry gets no "clock".
     Returns:
         the entry: "fits", "peak_bytes", the figures of `roofline.predict` (none if the batch cannot be split or the compiler
         ran out of memory) and, if it does not fit, "problem": why, in one line.
@@ -52,7 +54,7 @@ def plan_entry(case: Case, batch: BatchConfig) -> dict:
             entry["problem"] = f"needs an estimated {gib(needed)} of {gib(machine.hbm_bytes)} GiB"
     else:
         say(f"{machine.name}: compiling {batch.rows} rows of {batch.slots} slots, mesh {mesh_name(mesh)} ...")
-        compiled = compile_for(case, batch)
+        compiled = compile_for(case, batch, fast=fast)
         entry |= {"compiled": compiled["fits"], "fits": compiled["fits"], "compile_sec": compiled["compile_sec"]}
         if not compiled["fits"]:
             needed, available = compiled["needed_bytes"], compiled["hbm_bytes"]
@@ -63,12 +65,18 @@ def plan_entry(case: Case, batch: BatchConfig) -> dict:
             return entry | {"problem": problem}
         collectives = compiled["collectives"]
         entry |= {name: compiled[name] for name in ("memory", "unknown_loops")} | {"peak_bytes": _peak(compiled["memory"])}
+        entry["fast"] = fast
     if gathers := roofline.positions_for_gathers(config, batch, machine, mesh):
         entry |= dict(zip(("positions_needed", "positions_present"), map(round, gathers)))
     prediction = roofline.predict(config, batch, machine, mesh, collectives)
     entry |= _figures(prediction, collectives)
     if entry["compiled"]:
-        mfu = f"MFU at most {entry['bound']['mfu']:.1%}, calibrated {entry['calibrated']['mfu']:.1%}"
+        mfu = f"MFU at most {entry['bound']['mfu']:.1%}"
+        if not fast:
+            step_sec = compiled["clock"]["step_sec"]
+            hours = prediction.audio_hours_per_day(step_sec)
+            entry["clock"] = compiled["clock"] | {"mfu": prediction.mfu(step_sec), "audio_hours_per_day": hours}
+            mfu += f", by the compiler's clock {entry['clock']['mfu']:.1%}"
         say(f"{machine.name}: compiled in {entry['compile_sec']:.0f} s, {gib(entry['peak_bytes'])} GiB, {mfu}")
     return entry
 
@@ -103,7 +111,7 @@ def _figures(prediction: roofline.Prediction, collectives: Sequence[Collective])
         "useful_flops": prediction.useful_flops,
         "executed_flops": prediction.executed_flops,
         "bound": result(prediction.bound_sec),
-        "calibrated": result(prediction.calibrated_sec),
+        "rule_of_thumb": result(prediction.rule_of_thumb_sec),
         "exposed_sec": prediction.exposed_sec,
         "optimiser_sec": prediction.update_sec,
         "passes": [
@@ -115,7 +123,7 @@ def _figures(prediction: roofline.Prediction, collectives: Sequence[Collective])
                 "ici_sec": p.ici,
                 "dcn_sec": p.dcn,
                 "bound_sec": p.bound,
-                "calibrated_sec": p.calibrated,
+                "rule_of_thumb_sec": p.rule_of_thumb,
                 "exposed_sec": p.exposed,
                 "collectives": traffic(
                     [one for one in collectives if (one.part, one.backward) == (p.part, p.backward)], lambda one: one.kind

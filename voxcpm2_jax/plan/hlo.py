@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,29 +88,47 @@ def read_collectives(text: str, mesh) -> tuple[list[Collective], int]:
 
     def visit(name: str, times: int, path: str) -> None:
         nonlocal unknown
-        instructions = instructions_of.get(name, {})
-        for one in instructions.values():
-            base = one.op.removesuffix("-done")
+        for one in instructions_of.get(name, {}).values():
             if one.op == "while":
                 length = loop_length(one, instructions_of)
                 unknown += length is None
                 inner = one.path if part_of(one.path) != "rest" else path
                 visit(one.called["body"], times * (length or 1), inner)
-            elif re.fullmatch(_COLLECTIVES, base):
-                start = instructions[re.match(r"\s*%?([^\s,)]+)", one.rest)[1]] if one.op.endswith("-done") else one
-                # On TPU a reduce-scatter is a fusion of this name: an all-reduce of which each device keeps its slice.
-                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else base
-                found[_collective(kind, base, result_bytes(one.result), start, path or one.path or start.path, mesh)] += times
-            elif one.op == "send" and "_xla_megascale_transfer_type" in one.rest:
-                kind = re.search(r'transfer_type="(\w+)"', one.rest)[1].lower().replace("_", "-")
-                payload = result_bytes(one.result) - 4  # without a 4-byte counter
-                found[_between_slices(kind, payload, path or one.path, mesh)] += times
-            elif one.op not in ("reduce", "all-reduce", "scatter", "sort", "map", "reduce-window", "select-and-scatter"):
+            elif one.op in ("call", "conditional"):
                 for called in one.called.values():
                     visit(called, times, path)
+            else:
+                for collective in collectives_of(one, name, path, instructions_of, mesh):
+                    found[collective] += times
 
     visit(entry, 1, "")
     return [dataclasses.replace(one, times=times) for one, times in found.items()], unknown
+
+
+def collectives_of(one: Instruction, name: str, path: str, instructions_of, mesh) -> Iterator[Collective]:
+    """The collectives that an instruction of computation `name` begins or, for a pair of start and done, ends with.
+
+    The TPU compiler splits a gather into steps beside products: a fusion "async-collective-start" has it whole, those that
+    follow have its steps, and "async-collective-done" has it again; it counts at the start.
+
+    Args:
+        path: of the loop around it, which says part and pass; "": those of the instruction.
+    """
+    instructions, base = instructions_of[name], one.op.removesuffix("-done")
+    if re.fullmatch(_COLLECTIVES, base):
+        start = instructions[one.operands[0]] if one.op.endswith("-done") else one
+        # On TPU a reduce-scatter is a fusion of this name: an all-reduce of which each device keeps its slice.
+        kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else base
+        yield _collective(kind, base, result_bytes(one.result), start, path or one.path or start.path, mesh)
+    elif one.op == "send" and "_xla_megascale_transfer_type" in one.rest:
+        kind = re.search(r'transfer_type="(\w+)"', one.rest)[1].lower().replace("_", "-")
+        payload = result_bytes(one.result) - 4  # without a 4-byte counter
+        yield _between_slices(kind, payload, path or one.path, mesh)
+    elif one.op in ("fusion", "async-start") and not one.name.startswith("async-collective-done"):
+        for called in one.called.values():
+            if not called.startswith("async_collective_fusion"):
+                for inner in instructions_of.get(called, {}).values():
+                    yield from collectives_of(inner, called, path or one.path, instructions_of, mesh)
 
 
 def computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:

@@ -1,11 +1,11 @@
 """`voxcpm2-jax plan`: memory, traffic and speed of a training run on machines that are not present.
 
 For each topology (topology.py) the run is planned at each of its batch sizes (entry.py). For TPUs the train step is compiled
-(compile.py) and its program read (hlo.py): whether it fits, and how often each collective runs. For GPUs both are estimated.
-roofline.py turns either into seconds. Where the run does not fit, search.py looks for a change with which it does. report.py
+(compile.py) and its program read: whether it fits, how often each collective runs (hlo.py), and how long the compiler thinks
+it takes (clock.py). For GPUs the first two are estimated. roofline.py turns either into seconds by arithmetic. Where the run does not fit, search.py looks for a change with which it does. report.py
 prints the result.
 
-Predicted seconds are arithmetic, not measurements; README.md in this folder says what they assume.
+All seconds are predictions, not measurements; README.md in this folder says what they assume.
 """
 
 import importlib.util
@@ -20,12 +20,13 @@ from voxcpm2_jax.plan.search import pareto_front, suggest
 from voxcpm2_jax.plan.topology import parse
 
 
-def plan(config: BackboneRun, topologies: Sequence[str], *, search: bool = False) -> dict:
+def plan(config: BackboneRun, topologies: Sequence[str], *, search: bool = False, fast: bool = False) -> dict:
     """Plans a run on each topology.
 
     Args:
         config: the run; the batch of each of its stages is planned.   topologies: values of --topology.
         search: also search rows x remat x mesh x accumulation on each machine.
+        fast: compile with little effort: memory and collectives, without the compiler's clock.
     Returns:
         plain data: "ok" (everything fits), "plans" with one entry for each topology and batch, "assumed" (the constants
         behind the figures) and, with `search`, "searches".
@@ -37,7 +38,7 @@ def plan(config: BackboneRun, topologies: Sequence[str], *, search: bool = False
         raise UserError(NO_LIBTPU)
     report = {"ok": True, "plans": [], "assumed": roofline.assumptions()}
     for case in cases:
-        entries = [plan_entry(case, batch) for batch in case.batches]
+        entries = [plan_entry(case, batch, fast=fast) for batch in case.batches]
         if not all(entry["fits"] for entry in entries):
             report["ok"] = False
             worst = next(entry for entry in entries if not entry["fits"])

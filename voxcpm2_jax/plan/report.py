@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from voxcpm2_jax.plan.clock import PASSES
 from voxcpm2_jax.plan.entry import gib
 from voxcpm2_jax.plan.topology import mesh_name
 
@@ -12,7 +13,10 @@ def brief(report: dict) -> dict:
     left_out = ("passes", "collectives", "memory", "estimated_memory")
 
     def short(entry):
-        return {name: value for name, value in entry.items() if name not in left_out}
+        entry = {name: value for name, value in entry.items() if name not in left_out}
+        if "clock" in entry:
+            entry["clock"] = {name: value for name, value in entry["clock"].items() if not isinstance(value, list)}
+        return entry
 
     plans = [short(entry) for entry in report["plans"]]
     for entry in plans:
@@ -53,7 +57,7 @@ def _summary(entries: Sequence[dict], title: str):
     table = Table(title=title)
     for name in ("topology", "rows x slots", "mesh", "remat", "acc."):
         table.add_column(name)
-    for name in ("compile s", "HBM GiB", "of", "PFLOP", "bound s", "MFU", "calibr. s", "MFU", "exposed", "audio h/day"):
+    for name in ("compile s", "HBM GiB", "of", "PFLOP", "clock s", "MFU", "thumb s", "MFU", "bound s", "MFU", "audio h/day"):
         table.add_column(name, justify="right")
     for e in entries:
         remat = "/".join(filter(None, (e["remat"], e["remat_local"])))
@@ -61,18 +65,14 @@ def _summary(entries: Sequence[dict], title: str):
         cells += [f"{e['compile_sec']:.0f}" if "compile_sec" in e else "-"]
         cells += [gib(e["peak_bytes"]) if e.get("peak_bytes") else "-", gib(e["hbm_bytes"])]
         if "bound" in e:
-            bound, calibrated = e["bound"], e["calibrated"]
-            cells += [
-                f"{e['useful_flops'] / 1e15:.3g}",
-                f"{bound['step_sec']:.3g}",
-                f"{bound['mfu']:.1%}",
-                f"{calibrated['step_sec']:.3g}",
-                f"{calibrated['mfu']:.1%}",
-                "no" if not e["exposed_sec"] else f"{e['exposed_sec'] * 1e3:.3g} ms",
-                f"{calibrated['audio_hours_per_day']:,.0f} .. {bound['audio_hours_per_day']:,.0f}",
-            ]
+            cells.append(f"{e['useful_flops'] / 1e15:.3g}")
+            figures = [e.get("clock"), e["rule_of_thumb"], e["bound"]]
+            for figure in figures:
+                cells += [f"{figure['step_sec']:.3g}", f"{figure['mfu']:.1%}"] if figure else ["-", "-"]
+            hours = [f"{figure['audio_hours_per_day']:,.0f}" for figure in figures if figure]
+            cells.append(f"{hours[0]} .. {hours[-1]}")
         else:
-            cells += [""] * 6 + ["does not fit"]
+            cells += [""] * 7 + ["does not fit"]
         table.add_row(*cells)
     return table
 
@@ -84,13 +84,15 @@ def _details(entry: dict):
 
     title = f"{entry['topology']}, {entry['rows']} x {entry['slots']}: ms of an update on each device"
     passes = Table(title=title)
-    for name in ("part", "pass", "compute", "HBM", "ICI", "DCN", "bound", "calibrated", "exposed"):
+    for name in ("part", "pass", "compute", "HBM", "ICI", "DCN", "bound", "thumb", "exposed"):
         passes.add_column(name, justify="left" if name in ("part", "pass") else "right")
     for p in entry["passes"]:
-        names = ("compute", "hbm", "ici", "dcn", "bound", "calibrated", "exposed")
+        names = ("compute", "hbm", "ici", "dcn", "bound", "rule_of_thumb", "exposed")
         passes.add_row(p["part"], p["pass"], *(f"{1e3 * p[f'{name}_sec']:.2f}" for name in names))
     passes.add_row("optimiser", "", "", f"{1e3 * entry['optimiser_sec']:.2f}")
     parts = [passes]
+    if "clock" in entry:
+        parts += _clock(entry["clock"])
     if entry["collectives"]:
         traffic = Table(title="collectives of an update, on each device")
         for name in ("what", "times", "GB whole", "GB over ICI", "GB over DCN"):
@@ -112,6 +114,36 @@ def _details(entry: dict):
     return Group(*parts)
 
 
+def _clock(clock: dict) -> list:
+    """The compiler's clock: by part and pass, and the dearest lines of code."""
+    from rich.table import Table
+
+    times = Table(title="ms of an update by the compiler's clock")
+    for name in ("part", *PASSES, "all"):
+        times.add_column(name, justify="left" if name == "part" else "right")
+    found = {(one["part"], one["pass"]): one["sec"] for one in clock["passes"]}
+    for part, sec in clock["parts"].items():
+        times.add_row(part, *(f"{1e3 * found.get((part, run), 0.0):.2f}" for run in PASSES), f"{1e3 * sec:.2f}")
+    waits = sum(sec for kind, sec in clock["kinds"].items() if kind.startswith("wait"))
+    transfers = (
+        f"Of them {1e3 * waits:.2f} waiting for transfers; {1e3 * clock['hidden_sec']:.2f} ms of transfers ran beside work."
+    )
+    return [times, transfers, line_table("the dearest lines of code", clock["lines"])]
+
+
+def line_table(title: str, lines: Sequence[dict]):
+    """A table of `Clock.dearest`."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in ("ms", "pass", "part", "code", "scope", "what"):
+        table.add_column(name, justify="right" if name == "ms" else "left")
+    for line in lines:
+        names = ("run", "part", "place", "scope", "kind")
+        table.add_row(f"{1e3 * line['sec']:.2f}", *(line[name] for name in names))
+    return table
+
+
 def _explanation(assumed: dict, *, is_compiled: bool) -> list[str]:
     slots, patches = assumed["slots_used"], assumed["patches_used"]
     products, links = assumed["products_reach_of_peak"], assumed["links_reach_of_peak"]
@@ -119,7 +151,7 @@ def _explanation(assumed: dict, *, is_compiled: bool) -> list[str]:
         f"Useful FLOPs assume rows {slots:.1%} full and patches {patches:.1%} full (synthetic lengths of speech, rows of 2,680 "
         "patches); padding, recomputation and attention between clips are not useful.",
         "bound: each pass at the vendor's peak FLOPs, memory bandwidth and links, all overlapped; no real run reaches it.",
-        f"calibrated: products at {products:.0%} of the peak, the rest of a stack at a measured share of the memory bandwidth, "
+        f"thumb: a rule of thumb, products at {products:.0%} of the peak, the rest of a stack at a measured share of the memory bandwidth, "
         f"links at {links:.0%}. The shares were measured on one H100 with a plain-JAX sketch of the model, not with this code; "
         "no TPU was measured.",
         "exposed: transfers that take longer than the work that could hide them. Transfers outside of the layers (rest) may "
@@ -127,7 +159,8 @@ def _explanation(assumed: dict, *, is_compiled: bool) -> list[str]:
     ]
     if is_compiled:
         lines.append(
-            "TPU programs are compiled here with optimization_level = O0, in a run at the default effort: memory "
-            "and collectives are close to the run's, but this is not the program that the run executes."
+            "clock: the compiler's own estimate of the program that a run would execute, with kernels by their schedule and "
+            "transfers by their bytes. plan/README.md compares it with published runs. --fast compiles a worse program, for its "
+            "memory and collectives alone."
         )
     return lines

@@ -7,7 +7,7 @@ This is the *bound*: everything inside a pass overlaps perfectly at the vendor's
 takes longer than the pass's own work, so that no schedule can hide it; transfers outside the layers ("rest") may also overlap
 with LocEnc, which does not depend on them.
 
-The *calibrated* figure replaces the peaks by efficiencies measured on one NVIDIA H100 80 GB, 2026-11-23. What was measured
+The *rule of thumb* replaces the peaks by efficiencies measured on one NVIDIA H100 80 GB, 2026-11-23. What was measured
 was a plain-JAX sketch of the released shape, not this package's code: the figures stand at `_MEASURED_SEC`. For
 other chips they are an assumption: no TPU has been measured.
 
@@ -304,7 +304,7 @@ class Seconds:
     hbm: float
     ici: float
     dcn: float
-    calibrated_compute: float  # compute and HBM at the measured efficiencies
+    thumb_compute: float  # compute and HBM at the measured efficiencies
     spare: float = 0.0  # work of another pass that may overlap with this one's transfers
 
     @property
@@ -321,8 +321,8 @@ class Seconds:
         return max(self.compute, self.hbm)
 
     @property
-    def calibrated(self) -> float:
-        return max(self.calibrated_compute, self.ici / LINKS_REACHED, self.dcn / LINKS_REACHED)
+    def rule_of_thumb(self) -> float:
+        return max(self.thumb_compute, self.ici / LINKS_REACHED, self.dcn / LINKS_REACHED)
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,7 @@ class Prediction:
 
     passes: tuple[Seconds, ...]
     update_sec: float
-    calibrated_update_sec: float
+    thumb_update_sec: float
     useful_flops: float  # of all devices
     executed_flops: float
     audio_sec: float  # audio in the batch
@@ -342,8 +342,8 @@ class Prediction:
         return sum(p.bound for p in self.passes) + self.update_sec
 
     @property
-    def calibrated_sec(self) -> float:
-        return sum(p.calibrated for p in self.passes) + self.calibrated_update_sec
+    def rule_of_thumb_sec(self) -> float:
+        return sum(p.rule_of_thumb for p in self.passes) + self.thumb_update_sec
 
     @property
     def exposed_sec(self) -> float:
@@ -359,7 +359,7 @@ class Prediction:
 def predict(
     config: BackboneRun, batch: BatchConfig, machine: Machine, mesh: Sequence[int], collectives: Iterable[Collective]
 ) -> Prediction:
-    """Predicts one update: the bound, and the calibrated figure.
+    """Predicts one update: the bound, and the rule of thumb.
 
     Args:
         collectives: those of the compiled program, or of `layer_collectives`.
@@ -382,7 +382,7 @@ def predict(
                 hbm=p.hbm_bytes / machine.hbm_bytes_per_sec,
                 ici=ici.get(key, 0.0),
                 dcn=dcn.get(key, 0.0),
-                calibrated_compute=p.flops / (products_reached() * machine.flops)
+                thumb_compute=p.flops / (products_reached() * machine.flops)
                 + overhead * p.moved_bytes / machine.hbm_bytes_per_sec,
             )
         )
@@ -397,7 +397,7 @@ def predict(
     return Prediction(
         passes=tuple(rows),
         update_sec=update_sec,
-        calibrated_update_sec=update_sec * _MEASURED_UPDATE_SEC / ideal_sec,
+        thumb_update_sec=update_sec * _MEASURED_UPDATE_SEC / ideal_sec,
         useful_flops=flops.train_flops(
             config.model, slots=slots, patches=patches, targets=targets, squares=slots * min(SEGMENT_SLOTS, batch.slots)
         ),

@@ -1,7 +1,7 @@
 """Other ways to run the same training on the same machine: a suggestion where a run does not fit, and `plan --search`.
 
 Both vary rows, remat, mesh and accumulation, estimate memory and speed of all variants by arithmetic, and plan (for TPU:
-compile) only the few best.
+compile, fast) only the few best.
 """
 
 import dataclasses
@@ -50,11 +50,11 @@ def _estimated_bytes(case: Case) -> float:
 
 
 def _speed(case: Case) -> float:
-    """Calibrated hours of audio per day for the run's own batch."""
+    """Hours of audio per day for the run's own batch, by the rule of thumb."""
     batch = case.config.batch
     collectives = roofline.layer_collectives(case.config, batch, case.machine, case.mesh)
     prediction = roofline.predict(case.config, batch, case.machine, case.mesh, collectives)
-    return prediction.audio_hours_per_day(prediction.calibrated_sec)
+    return prediction.audio_hours_per_day(prediction.rule_of_thumb_sec)
 
 
 def suggest(case: Case, failed: dict) -> dict | None:
@@ -79,7 +79,7 @@ def suggest(case: Case, failed: dict) -> dict | None:
         left = [(v, num_bytes) for v, num_bytes in left if v is not variant]
         entries = []
         for batch in sorted(variant.batches, key=lambda b: -sum(roofline.memory(variant.config, b, variant.mesh).values())):
-            entries.append(plan_entry(variant, batch))
+            entries.append(plan_entry(variant, batch, fast=True))
             if not entries[-1]["fits"]:
                 break
         else:
@@ -124,5 +124,5 @@ def pareto_front(case: Case) -> list[dict]:
     found = []
     for variant, _, _ in front[::step]:
         batch = variant.config.batch
-        found.append(plan_entry(variant, batch) | {"as": _topology_argument(variant, case)})
+        found.append(plan_entry(variant, batch, fast=True) | {"as": _topology_argument(variant, case)})
     return found

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from voxcpm2_jax import metrics, sharding
+from voxcpm2_jax import chips, metrics, sharding
 from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.models import flow, voxcpm2
 from voxcpm2_jax.models.compute import Compute
@@ -196,4 +196,6 @@ def jit_train_step(config: BackboneRun, mesh, labels: metrics.Labels | None = No
     """
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
     step = partial(train_step, config=config, compute=Compute.of(config, mesh), labels=labels)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, layout.step))
+    chip = chips.of_kind(mesh.devices.flat[0].device_kind)
+    options = chip.compiler_options if chip else {}
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, layout.step), compiler_options=options)

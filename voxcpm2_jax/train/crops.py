@@ -67,9 +67,7 @@ class Waves:
         self.units_N = np.array([len(x_A) // self._units.encoder for x_A in inputs], np.int64)
 
     def read(self, clip: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        x_A, y_A = (
-            wave_A[start * unit : (start + count) * unit] for wave_A, unit in zip(self._clips[clip], self._units[:2])
-        )
+        x_A, y_A = (wave_A[start * unit : (start + count) * unit] for wave_A, unit in zip(self._clips[clip], self._units[:2]))
         return x_A, y_A
 
 
