@@ -74,7 +74,7 @@ def test_without_a_limit_there_is_room_for_clips_of_three_slots():
 # ---- CPU -------------------------------------------------------------------------------------------------------------
 
 
-def test_segments_are_a_causal_mask_and_none_is_everything():
+def test_segments_are_a_causal_mask():
     q, k, v = some_rows(2, 12)
     segment_BT = ids([5, 4, -3], [12])
     mask_BTS = np.array([np.equal.outer(row, row) & np.tri(12, dtype=bool) for row in segment_BT])
@@ -85,8 +85,14 @@ def test_segments_are_a_causal_mask_and_none_is_everything():
     logits = np.asarray(k)[0, :, 1] @ np.asarray(q)[0, 6, 3] / np.sqrt(H)
     weight = np.exp(logits) * seen / (np.exp(logits) * seen).sum()
     np.testing.assert_allclose(by_mask[0, 6, 3], weight @ np.asarray(v)[0, :, 1], rtol=1e-5)
-    everything = attention(q, k, v, jnp.ones_like(mask_BTS))
-    np.testing.assert_array_equal(attention(q, k, v, None), everything)
+
+
+def test_patches_are_a_mask_of_blocks():
+    q, k, v = some_rows(2, 12)
+    mask_BTS = np.repeat([np.kron(np.eye(3), np.ones((4, 4))) > 0], 2, axis=0)
+    got, bound = attn.attention_in_patches(q, k, v, None, attn.Patches(4))
+    np.testing.assert_allclose(got, attention(q, k, v, jnp.asarray(mask_BTS)), atol=2e-7)
+    assert bound.shape == (6, K), "one bound for each patch"
 
 
 def test_logits_of_bfloat16_are_not_rounded():
@@ -94,7 +100,7 @@ def test_logits_of_bfloat16_are_not_rounded():
     rows = [(scale * x).astype(jnp.bfloat16) for x, scale in zip(some_rows(1, 48), (4.0, 4.0, 1.0))]
 
     def gradients(q, k, v):
-        o_BTNH, backward = jax.vjp(lambda *rows: attention(*rows, None), q, k, v)
+        o_BTNH, backward = jax.vjp(lambda *rows: attention(*rows, jnp.ones((1, 48, 48), bool)), q, k, v)
         return [o_BTNH, *backward(jnp.sign(q).astype(o_BTNH.dtype))]
 
     exact = jax.jit(gradients)(*(x.astype(jnp.float32) for x in rows))

@@ -120,7 +120,7 @@ def test_gpus_are_predicted(capsys, tmp_path):
     whole = json.loads((tmp_path / "plan.json").read_text())
     assert status == outcome.DONE and got["ok"] and whole["plans"][0]["passes"] and "64xh100" in err
     first = got["plans"][0]
-    assert not first["compiled"] and first["fits"] and 0 < first["calibrated"]["mfu"] < first["bound"]["mfu"] < 1
+    assert not first["compiled"] and first["fits"] and 0 < first["rule_of_thumb"]["mfu"] < first["bound"]["mfu"] < 1
 
 
 def test_gpus_that_are_too_small_get_a_suggestion(capsys):
@@ -136,7 +136,7 @@ def test_gpus_that_are_too_small_get_a_suggestion(capsys):
 def test_a_search_shows_the_pareto_front(capsys):
     _, got, err = command(capsys, "--config=configs/backbone.py:2b", "--topology=64xh100", "--search")
     (found,) = got["searches"]
-    front = [(e["calibrated"]["audio_hours_per_day"], e["peak_bytes"]) for e in found["front"]]
+    front = [(e["rule_of_thumb"]["audio_hours_per_day"], e["peak_bytes"]) for e in found["front"]]
     assert len(front) >= 2 and "the fastest for each amount of memory" in err
     assert front == sorted(front, reverse=True) and [m for _, m in front] == sorted((m for _, m in front), reverse=True)
 
@@ -167,7 +167,7 @@ def test_suggestions_are_compiled_until_one_fits(capsys, monkeypatch):
     """With a fake compiler that needs 1.5 times the estimate."""
     asked = []
 
-    def compile_for(case, batch):
+    def compile_for(case, batch, *, fast):
         needed = round(1.5 * sum(roofline.memory(case.config, batch, case.mesh).values()))
         asked.append((case.config.batch.rows, case.config.remat, case.config.accumulate, batch.slots, needed))
         if needed > 15.75 * 2**30:
@@ -193,12 +193,18 @@ def test_suggestions_are_compiled_until_one_fits(capsys, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(tmp_path_factory):
     """Plans of the tiny run for v5e:2x4: as it is, and with too many rows for the memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VOXCPM2_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield plan_tiny()
+
+
+def plan_tiny():
     run = from_dict(BackboneRun, load_config("configs/backbone.py:tiny"))
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="bfloat16"))
     cases = [topology.parse(text, run) for text in ("v5e:2x4", "v5e:2x4,rows=16384")]
-    return [entry.plan_entry(case, case.config.batch) for case in cases]
+    return [entry.plan_entry(case, case.config.batch, fast=i > 0) for i, case in enumerate(cases)]
 
 
 def test_the_train_step_compiles_for_tpu_with_these_collectives(compiled, tiny_params):
@@ -219,6 +225,19 @@ def test_the_train_step_compiles_for_tpu_with_these_collectives(compiled, tiny_p
     assert 2 * matrices <= sum(gradients) < 2.05 * matrices  # of the matrices, and of the norms, in float32
     # Nothing gathers a whole batch, nor a whole stack of layers.
     assert all(t["bytes"] / t["times"] < 2**18 for t in planned["collectives"].values())
+
+
+def test_the_compilers_clock_is_in_the_plan(compiled):
+    planned, _ = compiled
+    clock = planned["clock"]
+    assert set(clock["parts"]) == {"tslm", "ralm", "locenc", "locdit", "rest"} and all(clock["parts"].values())
+    assert sum(clock["parts"].values()) == pytest.approx(clock["step_sec"]) == pytest.approx(sum(clock["kinds"].values()))
+    assert sum(one["sec"] for one in clock["passes"]) == pytest.approx(clock["step_sec"])
+    assert planned["bound"]["step_sec"] < clock["step_sec"] < 1 and 0 < clock["mfu"] < planned["bound"]["mfu"]
+    assert {"forward", "recompute", "backward", "update"} == {one["pass"] for one in clock["passes"]}
+    lines = clock["lines"]
+    assert len(lines) == 10 and lines == sorted(lines, key=lambda line: -line["sec"])
+    assert any(line["place"].startswith(("transformer.py:", "product.py:", "voxcpm2.py:", "optim.py:")) for line in lines)
 
 
 def test_what_does_not_fit_is_reported_with_the_compilers_message(compiled):

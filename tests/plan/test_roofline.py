@@ -128,6 +128,6 @@ def test_calibration_reproduces_the_measurement():
     batch = BatchConfig(rows=2, slots=4096, patches=2624)
     got = roofline.predict(RUN, batch, machine, (1, 1, 1), [])
     for part, measured in {"tslm": 0.177, "ralm": 0.051, "locdit": 0.240, "locenc": 0.105}.items():
-        seconds = sum(p.calibrated for p in got.passes if p.part == part)
+        seconds = sum(p.rule_of_thumb for p in got.passes if p.part == part)
         assert measured <= seconds < 1.06 * measured
-    assert got.calibrated_update_sec == pytest.approx(0.037)
+    assert got.thumb_update_sec == pytest.approx(0.037)

@@ -8,8 +8,8 @@ from voxcpm2_jax.cli.outcome import DONE, NO, print_result
 from voxcpm2_jax.config.plain import from_dict
 from voxcpm2_jax.config.run import BackboneRun
 
-_EPILOG = """For TPU topologies the run's train step is compiled (needs the extra "tpu", no TPU), and timed by the compiler's own
-clock. The released shape takes about ten minutes a batch size; the result is kept. GPUs are predicted by arithmetic.
+_EPILOG = """For TPU topologies the run's train step is compiled (needs the extra "tpu", no TPU), and timed by the compiler's
+own clock. The released shape takes about ten minutes a batch size; the result is kept. GPUs are predicted by arithmetic.
 
 [SLICESx]KIND:AxB[xC] names TPU slices, COUNTxKIND names GPUs. Fields after commas change the run for one topology:
 --topology=v5p:8x8x8,rows=512,mesh=1x512x1,remat=full,accumulate=2 (mesh is REPLICAxDATAxTENSOR). The last line of standard

@@ -2,8 +2,8 @@
 
 For each topology (topology.py) the run is planned at each of its batch sizes (entry.py). For TPUs the train step is compiled
 (compile.py) and its program read: whether it fits, how often each collective runs (hlo.py), and how long the compiler thinks
-it takes (clock.py). For GPUs the first two are estimated. roofline.py turns either into seconds by arithmetic. Where the run does not fit, search.py looks for a change with which it does. report.py
-prints the result.
+it takes (clock.py). For GPUs the first two are estimated. roofline.py turns either into seconds by arithmetic. Where the run
+does not fit, search.py looks for a change with which it does. report.py prints the result.
 
 All seconds are predictions, not measurements; README.md in this folder says what they assume.
 """

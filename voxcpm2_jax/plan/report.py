@@ -151,16 +151,16 @@ def _explanation(assumed: dict, *, is_compiled: bool) -> list[str]:
         f"Useful FLOPs assume rows {slots:.1%} full and patches {patches:.1%} full (synthetic lengths of speech, rows of 2,680 "
         "patches); padding, recomputation and attention between clips are not useful.",
         "bound: each pass at the vendor's peak FLOPs, memory bandwidth and links, all overlapped; no real run reaches it.",
-        f"thumb: a rule of thumb, products at {products:.0%} of the peak, the rest of a stack at a measured share of the memory bandwidth, "
-        f"links at {links:.0%}. The shares were measured on one H100 with a plain-JAX sketch of the model, not with this code; "
-        "no TPU was measured.",
+        f"thumb: a rule of thumb, products at {products:.0%} of the peak, the rest of a stack at a measured share of the "
+        f"memory bandwidth, links at {links:.0%}. The shares were measured on one H100 with a plain-JAX sketch of the model, "
+        "not with this code; no TPU was measured.",
         "exposed: transfers that take longer than the work that could hide them. Transfers outside of the layers (rest) may "
         "also hide behind LocEnc; the bound counts them as if they could not.",
     ]
     if is_compiled:
         lines.append(
             "clock: the compiler's own estimate of the program that a run would execute, with kernels by their schedule and "
-            "transfers by their bytes. plan/README.md compares it with published runs. --fast compiles a worse program, for its "
-            "memory and collectives alone."
+            "transfers by their bytes. plan/README.md compares it with published runs. --fast compiles a worse program, for "
+            "its memory and collectives alone."
         )
     return lines
