@@ -91,7 +91,7 @@ def test_patches_are_a_mask_of_blocks():
     q, k, v = some_rows(2, 12)
     mask_BTS = np.repeat([np.kron(np.eye(3), np.ones((4, 4))) > 0], 2, axis=0)
     got, bound = attn.attention_in_patches(q, k, v, None, attn.Patches(4))
-    np.testing.assert_allclose(got, attention(q, k, v, jnp.asarray(mask_BTS)), atol=2e-7)
+    np.testing.assert_allclose(got, attention(q, k, v, jnp.asarray(mask_BTS)), atol=2e-6)
     assert bound.shape == (6, K), "one bound for each patch"
 
 
@@ -116,12 +116,10 @@ def test_logits_of_bfloat16_are_not_rounded():
 LAYOUTS = {"blocks": ids([100, 90, 66], [200, -56]), "ragged": ids([50, 40, -17], [107])}
 
 
-@pytest.mark.parametrize("is_fused", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_splash_equals_xla(layout, is_fused, monkeypatch):
+def test_splash_equals_xla(layout, monkeypatch):
     """Several blocks in a row, and a row that is no whole number of them."""
     monkeypatch.setattr(attn, "_SPLASH_BLOCK_SLOTS", 128)
-    monkeypatch.setattr(attn, "_FUSED_BACKWARD_SLOTS", 1000 if is_fused else 0)
     segment_BT = jnp.asarray(LAYOUTS[layout])
     rows = some_rows(*segment_BT.shape)
     ours = outcome(partial(attn.splash, interpret=True), *rows, segment_BT)
@@ -242,8 +240,7 @@ CALLS = {"gpu": ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"), "tpu": (
 
 
 @pytest.mark.parametrize("platform", CALLS)
-def test_kernels_are_lowered_with_memory_linear_in_slots(platform, hopper, monkeypatch):
-    monkeypatch.setattr(attn, "_FUSED_BACKWARD_SLOTS", 0)
+def test_kernels_are_lowered_with_memory_linear_in_slots(platform, hopper):
     texts = [lowered(platform, T) for T in (1024, 2048)]
     for call in CALLS[platform]:
         assert f"@{call}(" in texts[0]
@@ -275,5 +272,5 @@ def test_the_models_loss_uses_the_kernels_on_a_mesh(platform, hopper):
     with jax.set_mesh(sharding.make_mesh((2, 2, 2))):
         traced = jax.jit(jax.grad(total)).trace(shapes)
         text = traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
-    counts = {"gpu": [4, 2], "tpu": [6]}  # cuDNN's passes have a name each, splash's share one
+    counts = {"gpu": [4, 2], "tpu": [8]}  # cuDNN's passes have a name each; splash has two backward
     assert [executions(text, call) for call in CALLS[platform]] == counts[platform]

@@ -6,6 +6,7 @@ which the model is made faster: two to four minutes a try.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 
 from voxcpm2_jax import flops
 from voxcpm2_jax.chips import CHIPS
-from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.models.attention import splash_share
 from voxcpm2_jax.plan.clock import DUMP_FLAGS, PASSES, Clock, kernels_in, read
@@ -32,8 +33,6 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6
 
 def clock(
     config: BackboneRun,
-    source: str,
-    overrides: list[str],
     *,
     part: str,
     chip: str,
@@ -44,8 +43,8 @@ def clock(
     """Compiles a stack for one chip and reads its clock.
 
     Args:
-        config: what `source`, a config file, and `overrides` give; the versions read the file themselves.
-        rows: of the batch, on the chip.   against: a git commit of this repository to compile as well.
+        config: whose stack; the other version has to know its fields.   rows: of the batch, on the chip.
+        against: a git commit of this repository to compile as well.
         options: of the compiler; None: those of a run on this chip (`chips.COMPILER_OPTIONS`).
     Returns:
         plain data: "part", "chip", "rows", "options", "useful_flops" and "versions", each with "name", "sec", "mfu",
@@ -55,12 +54,10 @@ def clock(
         RuntimeError: the compiler failed; the message has its last lines.
     """
     machine = Machine(f"{chip}, one chip", CHIPS[chip], 1, (1, 1), 1)
-    file = pathlib.Path(source.partition(":")[0]).absolute()
-    if file.is_file() and not file.is_relative_to(_ROOT):  # a config of the user's own is the same for all versions
-        source = str(file) + source[source.find(":") :] * (":" in source)
-    job = {"config": source, "overrides": overrides, "rows": rows, "part": part, "topology": TOPOLOGIES[chip]}
+    batch = dataclasses.replace(config.batch, rows=rows)
+    run = dataclasses.replace(config, stages=(), batch=batch)
+    job = {"config": to_dict(run), "part": part, "topology": TOPOLOGIES[chip]}
     job["options"] = dict(CHIPS[chip].compiler_options if options is None else options)
-    batch = config.batch
     sizes = {"slots": rows * batch.slots, "patches": rows * batch.patches}
     sizes |= {"targets": rows * (batch.target_patches or batch.patches), "squares": rows * batch.slots**2}
     useful = 3.0 * flops.forward_flops(config.model, **sizes)[part]

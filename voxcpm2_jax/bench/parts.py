@@ -4,7 +4,6 @@ As a script (`python parts.py < job.json`) it compiles one stack for one TPU chi
 finds: bench/clock.py also runs it on other versions of this package. It uses only what versions have in common.
 """
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -90,13 +89,11 @@ def _compile(job: dict) -> dict:
     from jax.experimental import topologies
 
     from voxcpm2_jax import sharding
-    from voxcpm2_jax.cli.configs import load_config
     from voxcpm2_jax.config.plain import from_dict
     from voxcpm2_jax.config.run import BackboneRun
     from voxcpm2_jax.models.compute import Compute
 
-    config = from_dict(BackboneRun, load_config(job["config"], job["overrides"]))
-    config = dataclasses.replace(config, stages=(), batch=dataclasses.replace(config.batch, rows=job["rows"]))
+    config = from_dict(BackboneRun, job["config"])
     devices = topologies.get_topology_desc(topology_name=job["topology"], platform="tpu").devices[:1]
     mesh = sharding.make_mesh((1, 1, 1), devices=devices)
     part = parts_of(config, Compute.of(config, mesh))[job["part"]]

@@ -170,9 +170,7 @@ def run_clock(args, overrides) -> int:
         raise UserError(NO_LIBTPU)
     from voxcpm2_jax.bench import clock
 
-    result = clock.clock(
-        config, args.config, overrides, part=args.part, chip=args.chip, rows=args.rows, against=args.against, options=options
-    )
+    result = clock.clock(config, part=args.part, chip=args.chip, rows=args.rows, against=args.against, options=options)
     clock.show(result)
     print_result(result)
     return DONE
