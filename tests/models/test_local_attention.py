@@ -1,7 +1,10 @@
 """The TPU kernel of LocEnc and LocDiT equals XLA's attention: forward and gradients, interpreted on a CPU."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.local import LocDiT
 from voxcpm2_jax.models.local_attention import HEAD_DIM, Shape
 from voxcpm2_jax.models.rope import Rope
+from voxcpm2_jax.plan.compile import CHILD_ENVIRONMENT
 
 RNG = np.random.default_rng(0)
 
@@ -123,3 +127,27 @@ def test_a_model_with_other_heads_uses_xla():
     text = jax.jit(lambda q: attention.attention_in_patches(q, q, q, None, Patches(5), platform="tpu")).lower(q).as_text()
     assert not re.search("tpu_custom_call", text)
     assert dataclasses.replace(Compute(), platform="tpu").is_flat and not Compute(platform="cpu").is_flat
+
+
+COMPILE = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from voxcpm2_jax.models.local_attention import patch_attention
+for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+    device = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices[:1]
+    whole = jax.NamedSharding(jax.sharding.Mesh(device, ("x",)), jax.P())
+    for slots, patches in ((11, 64), (5, 48)):
+        q, k = (jax.ShapeDtypeStruct((1, slots * patches, 128 * n), jnp.bfloat16, sharding=whole) for n in (16, 2))
+        table = jax.ShapeDtypeStruct((slots, 128), jnp.float32, sharding=whole)
+        total = lambda q, k, v, cos, sin: jnp.sum(patch_attention(q, k, v, cos, sin)[0].astype(jnp.float32))
+        text = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, k, table, table).compile().as_text()
+        print(topology, slots, "patch_attention_backward" in text)
+"""
+
+
+def test_the_kernel_compiles_for_every_tpu():
+    """At the released heads, with the TPU compiler, without a TPU."""
+    environment = os.environ | CHILD_ENVIRONMENT
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split()[2] for line in done.stdout.splitlines()] == ["True"] * 6

@@ -48,7 +48,8 @@ def clock(
         options: of the compiler; None: those of a run on this chip (`chips.COMPILER_OPTIONS`).
     Returns:
         plain data: "part", "chip", "rows", "options", "useful_flops" and "versions", each with "name", "sec", "mfu",
-        "temporary_bytes", "compile_sec", "passes" (seconds by pass) and "lines" (the dearest first).
+        "stack_sec" (without casts of all weights and the like), "temporary_bytes", "compile_sec", "passes" (seconds by pass)
+        and "lines" (the dearest first).
     Raises:
         UserError: `against` is no commit, or this is no git repository.
         RuntimeError: the compiler failed; the message has its last lines.
@@ -71,7 +72,14 @@ def clock(
             figures, ticks = _finish(child, folder / str(i), machine, batch.slots)
             passes = {run: ticks.seconds_by("run").get((run,), 0.0) for run in PASSES}
             mfu = useful / machine.flops / ticks.seconds
-            seconds = {"sec": ticks.seconds, "mfu": mfu, "passes": passes, "lines": ticks.dearest(_DEAREST)}
+            stack_sec = ticks.seconds_by("part").get((part,), 0.0)
+            seconds = {
+                "sec": ticks.seconds,
+                "stack_sec": stack_sec,
+                "mfu": mfu,
+                "passes": passes,
+                "lines": ticks.dearest(_DEAREST),
+            }
             found.append({"name": name} | seconds | figures)
     return {"part": part, "chip": chip, "rows": rows, "options": job["options"], "useful_flops": useful, "versions": found}
 
