@@ -59,8 +59,8 @@ _GIB = 2.0**30
 # Of all matrix units of a chip, each a square that multiplies and adds in every cell [book]: 1.05, 1.50, 1.75 and 1.75 GHz.
 _FLOPS_PER_CYCLE = {"v4": 2 * 8 * 128**2, "v5e": 2 * 4 * 128**2, "v5p": 2 * 8 * 128**2, "v6e": 2 * 4 * 256**2}
 
-# The fast memory that one fusion may fill, as MaxText sets it. On v5e 65536 would save 3 % of LocDiT's time, but the compiler then
-# needs several times as long.
+# The fast memory that one fusion may fill, as MaxText sets it. On v5e 65536 would save 3 % of LocDiT's time, but the compiler
+# then needs several times as long.
 _COMPILER_OPTIONS = {"v6e": {"xla_tpu_scoped_vmem_limit_kib": "98304"}}
 
 # `of_kind` takes the first chip whose pattern matches, so that order matters.
