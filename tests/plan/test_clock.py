@@ -90,6 +90,11 @@ def test_loops_kernels_and_lines_of_code():
     assert lines["kernel attention", "update"].cycles == pytest.approx(2 * 8192 * 128 * 2 / 819e9 * ticks.chip.clock_hz)
     assert lines["copy", "update"].cycles == pytest.approx((819_000 + 8192 * 128) * 2 / 819e9 * ticks.chip.clock_hz)
     assert found(PROGRAM.replace("CYCLES", "1"), {"attention.1": 5e6})[1]["kernel attention", "update"].cycles == 5e6
+    again = PROGRAM.replace(
+        "  %mark.1 =", '  %attention.2 = bf16[8192,128] custom-call(%a), custom_call_target="tpu_custom_call"\n  %mark.1 ='
+    )
+    twice = found(again, {"attention.2": 5e6})[1]["kernel attention", "update"]
+    assert (twice.cycles, twice.times) == (1e7, 2), "the compiler has the schedule of only one of two equal kernels"
     assert ticks.seconds == pytest.approx(sum(ticks.seconds_by("part").values()))
     assert ticks.dearest(1)[0]["place"] == "transformer.py:42"
 

@@ -132,6 +132,9 @@ class _Walk:
         self.places = _places(text)
         self.machine, self.mesh, self.kernels = machine, mesh, kernels
         self.hz = machine.chip.clock_hz
+        # The compiler schedules equal kernels once, under the name of one of them.
+        calls = (one for of in self.computations.values() for one in of.values() if one.op == "custom-call")
+        self.alike = {_signature(one): kernels[one.name] for one in calls if one.name in kernels}
         self.kinds: dict[str, str] = {}  # of the transfers that fusions begin
         self.cost: dict[tuple, tuple[float, int]] = {}
         self.hidden = 0.0
@@ -199,9 +202,19 @@ class _Walk:
         if one.op == "custom-call":
             if "tpu_custom_call" not in one.rest:
                 return one.op, 0.0  # allocations and markers
-            kernel = re.sub(r"[.\d]*$", "", one.name)
-            return f"kernel {kernel}", max(self.kernels.get(one.name, 0.0), by_bytes)
+            cycles = self.kernels.get(one.name) or self.alike.get(_signature(one), 0.0)
+            return f"kernel {_base(one.name)}", max(cycles, by_bytes)
         return one.op, by_bytes
+
+
+def _base(name: str) -> str:
+    """The name of a kernel, without the number that tells its calls apart."""
+    return re.sub(r"[.\d]*$", "", name)
+
+
+def _signature(one) -> tuple[str, str]:
+    """What equal kernels share: name, and dtypes and shapes of the results."""
+    return _base(one.name), " ".join(re.findall(r"\w+\[[\d,]*\]", one.result))
 
 
 def _pass_of(path: str) -> str:
