@@ -106,6 +106,27 @@ def test_a_transfer_counts_as_far_as_the_program_waits_for_it():
         assert waits == pytest.approx([3 * wait]) and ticks.hidden_cycles == pytest.approx(3 * (GATHER_CYCLES - wait))
 
 
+def test_a_transfer_between_slices_runs_beside_work_until_it_is_received():
+    """Two slices of two chips; half of 4 MB crosses the network twice."""
+    text = """
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %send.1 = (f32[1000,1000], u32[], token[]) send(%x), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (f32[1000,1000], u32[], token[]) recv(%y), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %work.1 = bf16[8] fusion(%w), calls=%fused, backend_config={"estimated_cycles":"100000"}
+  %recv-done.1 = (f32[1000,1000], token[]) recv-done(%recv.1)
+}
+"""
+    mesh = FakeMesh()
+    for device in mesh.devices.flat:
+        device.slice_index = device.coords[0]
+    slices = Machine("2xv5e:1x2", CHIPS["v5e"], 2, (1, 2), 2)
+    ticks = clock.read(text, slices, mesh)
+    network = 4_000_000 / (0.9 * 3.125e9) * CHIPS["v5e"].clock_hz
+    waits = {line.kind: line.cycles for line in ticks.lines}
+    assert waits["wait for other slices"] == pytest.approx(network - 100_000)
+    assert ticks.hidden_cycles == pytest.approx(100_000)
+
+
 def test_kernels_are_timed_by_their_schedule(tmp_path):
     text = """= control target key start
 LB: loop body

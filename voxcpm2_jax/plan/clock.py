@@ -141,7 +141,7 @@ class _Walk:
 
     def computation(self, name: str, times: int, path: str) -> float:
         """Adds the instructions of a computation that runs so many times -> cycles of one run."""
-        now = links_free = 0.0
+        now = links_free = network_free = sent = 0.0
         begun: dict[str, tuple[float, float]] = {}  # transfers under way: when they began, and how long they take
         for one in self.computations.get(name, {}).values():
             if one.op == "while":
@@ -165,6 +165,11 @@ class _Walk:
                 start = one.name.replace("-done", "-start")
                 at, length = begun.pop(start, (now, 0.0))
                 now += self._wait(one, path, self.kinds.get(start, "wait"), at + length - now, length, times)
+            elif transfers and one.op == "send":  # to another slice, over the network
+                network_free, sent = max(now, network_free) + length, sent + length
+            elif one.op == "recv-done" and sent:
+                now += self._wait(one, path, "wait for other slices", network_free - now, sent, times)
+                sent = 0.0
             elif transfers and one.op.endswith("-done"):
                 at, _ = begun.pop(one.operands[0], (now, 0.0))
                 links_free = max(at, links_free) + length
