@@ -5,7 +5,8 @@
 Two layers of each shape are compiled for one chip from our blocks, forward and backward, with the remat policy that comes
 nearest to the published one, and the chip's compiler options. Casts of weights and initial zeros are left out, since in a run
 they are split over all chips; so are transfers. Published: model FLOP utilisation of whole runs, MaxText's README and
-performance tables (github.com/AI-Hypercomputer/maxtext), causal attention counted in full.
+performance tables (github.com/AI-Hypercomputer/maxtext). The clock's MFU counts what
+a causal mask leaves of attention.
 """
 
 import dataclasses

@@ -45,7 +45,7 @@ class Chip:
 
     @property
     def compiler_options(self) -> dict[str, str]:
-        """XLA options of every program for this chip; plan/README.md has the clock with and without them."""
+        """XLA options of the train step on this chip; plan/README.md has the clock with and without them."""
         return _COMPILER_OPTIONS.get(self.name, {})
 
     @property

@@ -123,7 +123,7 @@ def test_the_roofline_by_hand():
 
 
 def test_calibration_reproduces_the_measurement():
-    """On one H100 with the measured batch the calibrated seconds are the measured ones, plus attention within clips."""
+    """On one H100 with the measured batch the rule of thumb gives the measured seconds, plus attention within clips."""
     machine = Machine("1xh100", CHIPS["h100"], 1, None, 1)
     batch = BatchConfig(rows=2, slots=4096, patches=2624)
     got = roofline.predict(RUN, batch, machine, (1, 1, 1), [])

@@ -8,7 +8,6 @@ which the model is made faster: two to four minutes a try.
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -20,8 +19,8 @@ from voxcpm2_jax.chips import CHIPS
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.models.attention import splash_share
-from voxcpm2_jax.plan.clock import DUMP_FLAGS, PASSES, Clock, kernels_in, read
-from voxcpm2_jax.plan.compile import CHILD_ENVIRONMENT
+from voxcpm2_jax.plan.clock import PASSES, Clock, kernels_in, read
+from voxcpm2_jax.plan.compile import child_environment
 from voxcpm2_jax.plan.machine import Machine
 from voxcpm2_jax.plan.report import line_table
 from voxcpm2_jax.processes import say
@@ -45,11 +44,11 @@ def clock(
     Args:
         config: whose stack; the other version has to know its fields.   rows: of the batch, on the chip.
         against: a git commit of this repository to compile as well.
-        options: of the compiler; None: those of a run on this chip (`chips.COMPILER_OPTIONS`).
+        options: of the compiler; None: those of a run (`Chip.compiler_options`).
     Returns:
         plain data: "part", "chip", "rows", "options", "useful_flops" and "versions", each with "name", "sec", "mfu",
-        "stack_sec" (without casts of all weights and the like), "temporary_bytes", "compile_sec", "passes" (seconds by pass)
-        and "lines" (the dearest first).
+        "stack_sec" (without casts of all weights and the like), "temporary_bytes", "compile_sec", "passes" (seconds by pass),
+        "lines" (the dearest first) and "unscheduled" (kernels that count by their bytes alone).
     Raises:
         UserError: `against` is no commit, or this is no git repository.
         RuntimeError: the compiler failed; the message has its last lines.
@@ -67,6 +66,8 @@ def clock(
         versions = {"this": _ROOT} | ({against: stack.enter_context(_checked_out(against))} if against else {})
         say(f"compiling {part}, {rows} rows, for one {chip}: {', '.join(versions)}; a few minutes")
         children = {name: _start(root, job, folder / str(i)) for i, (name, root) in enumerate(versions.items())}
+        for child in children.values():
+            stack.callback(child.kill)  # if another one fails
         found = []
         for i, (name, child) in enumerate(children.items()):
             figures, ticks = _finish(child, folder / str(i), machine, batch.slots)
@@ -80,6 +81,7 @@ def clock(
                 "passes": passes,
                 "lines": ticks.dearest(_DEAREST),
             }
+            seconds["unscheduled"] = ticks.unscheduled
             found.append({"name": name} | seconds | figures)
     return {"part": part, "chip": chip, "rows": rows, "options": job["options"], "useful_flops": useful, "versions": found}
 
@@ -121,8 +123,7 @@ def _checked_out(commit: str) -> Iterator[pathlib.Path]:
 
 def _start(root: pathlib.Path, job: dict, folder: pathlib.Path) -> subprocess.Popen:
     (folder / "dumps").mkdir(parents=True)
-    environment = os.environ | CHILD_ENVIRONMENT | {"PYTHONPATH": str(root)}
-    environment["LIBTPU_INIT_ARGS"] = DUMP_FLAGS.format(folder=folder / "dumps")
+    environment = child_environment(root, folder / "dumps")
     script = pathlib.Path(__file__).with_name("parts.py")
     with (folder / "log").open("w") as log:
         child = subprocess.Popen(

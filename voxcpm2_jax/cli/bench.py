@@ -162,10 +162,10 @@ def run_clock(args, overrides) -> int:
         raise UserError(f"--rows={args.rows}: expected at least 1")
     options = None
     if args.option:
-        pairs = [option.split("=", 1) for option in args.option if option != "none"]
-        if wrong := [option for option, pair in zip(args.option, pairs) if len(pair) < 2]:
+        given = [option for option in args.option if option != "none"]
+        if wrong := [option for option in given if "=" not in option]:
             raise UserError(f"--option={wrong[0]}: expected NAME=VALUE, or none")
-        options = dict(pairs)
+        options = dict(option.split("=", 1) for option in given)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(NO_LIBTPU)
     from voxcpm2_jax.bench import clock

@@ -108,7 +108,9 @@ def attention_in_patches(
         o_BTNH, and an upper bound of the logits for every patch or more: their maximum from the kernel, else `logit_bound`.
     """
     platform = platform or sharding.current_platform()
-    if platform == "tpu" and q_BTNH.dtype != jnp.float32 and q_BTNH.shape[-1] == local_attention.HEAD_DIM:
+    N, H = q_BTNH.shape[2:]
+    is_kernel = platform == "tpu" and q_BTNH.dtype != jnp.float32
+    if is_kernel and local_attention.fits(patches.slots, N, k_BTKH.shape[2], H):
         return _by_device(functools.partial(_in_patches, patches), q_BTNH, k_BTKH, v_BTKH, rope)
     q, k, v = (x.reshape(-1, patches.slots, *x.shape[2:]) for x in (q_BTNH, k_BTKH, v_BTKH))
     if rope is not None:

@@ -27,7 +27,7 @@ TIME_SCALE = 1000.0
 def _run(config: TransformerConfig, compute: Compute, x_RTD: jax.Array) -> jax.Array:
     """All layers.
 
-    If the layout is flat, patches stand side by side in rows, one on every device. A TPU would store 11 slots as 16, and move
+    If the layout is flat, patches stand side by side in one row per device. A TPU would store 11 slots as 16, and move
     them between every two operations that want them in another order.
     """
     R, T, D = x_RTD.shape

@@ -31,6 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 HEAD_DIM = 128  # the kernel's: a head fills the lanes
 _SUBLANES = 8
 _GROUPS = 4  # of patches, at most, per step of the grid
+_STEP_BYTES = 10 * 2**20  # of the fast memory, for what a step of the backward pass reads and writes, twice: one is on its way
 _FAR = -1e30
 
 
@@ -45,13 +46,24 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, slots: int, num_heads: int, num_kv_heads: int, rows: int) -> "Shape":
-        """The sizes for so many rows: groups of at most 128 rows if possible, of whole tiles, and such that they divide all
-        rows if possible. Otherwise rows are to be padded to whole groups."""
+        """The sizes for so many rows: groups of at most 128 rows if possible, of a multiple of 8, and such that they divide
+        all rows if possible. Otherwise rows are to be padded to whole groups."""
         least = math.lcm(slots, _SUBLANES)
         most = max(1, 128 // least)
         group = least * next((n for n in range(most, 0, -1) if rows % (n * least) == 0), most)
-        groups = -(-rows // group)
-        return cls(slots, num_heads, num_kv_heads, group, group * max(n for n in range(1, _GROUPS + 1) if groups % n == 0))
+        groups, most = -(-rows // group), min(_GROUPS, _STEP_BYTES // (group * row_bytes(num_heads, num_kv_heads)))
+        return cls(slots, num_heads, num_kv_heads, group, group * max(n for n in range(1, most + 1) if groups % n == 0))
+
+
+def row_bytes(num_heads: int, num_kv_heads: int) -> int:
+    """Bytes of the fast memory for a row of the backward pass: q, k, v, do, dq, dk and dv in bfloat16, twice."""
+    return 2 * 2 * HEAD_DIM * (3 * num_heads + 4 * num_kv_heads)
+
+
+def fits(slots: int, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
+    """Whether the kernel can be used: heads fill the lanes, and the smallest group fits the fast memory."""
+    least = math.lcm(slots, _SUBLANES) * row_bytes(num_heads, num_kv_heads)
+    return head_dim == HEAD_DIM and least * max(1, 128 // math.lcm(slots, _SUBLANES)) <= _STEP_BYTES
 
 
 def patch_attention(q_BXE, k_BXF, v_BXF, cos_TH, sin_TH, *, interpret: bool = False):

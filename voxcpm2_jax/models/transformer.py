@@ -46,7 +46,7 @@ def row_major(x_BTD: jax.Array) -> jax.Array:
         return layout(x_BTD)
     # On each device by itself: where the compiler splits a program, it gathers what has a layout of its own.
     rows = spec(x_BTD.shape, ("batch", None, None), mesh)
-    return jax.shard_map(layout, in_specs=rows, out_specs=rows, check_vma=False)(x_BTD)
+    return jax.shard_map(layout, in_specs=rows, out_specs=rows)(x_BTD)
 
 
 class Kernel(nn.Module):

@@ -13,6 +13,7 @@ What has no estimate:
     transfers            bytes over the links' bandwidth. An asynchronous one runs from its start; only what has not arrived
                          when the program waits for it counts, as "wait". They go one after the other
     prefetches           copies into the chip's fast memory (copy-start, slice-start): nothing, they run beside the products
+    branches             all of them
 
 This is the compiler's opinion, not a measurement: see README.md of this folder for how it compares with published runs.
 """
@@ -58,6 +59,7 @@ class Clock:
     lines: tuple[Line, ...]
     chip: Chip
     hidden_cycles: float = 0.0  # of transfers that ran beside work
+    unscheduled: tuple[str, ...] = ()  # kernels without a schedule, which count by their bytes alone
 
     @property
     def cycles(self) -> float:
@@ -91,7 +93,7 @@ def kernels_in(folder: pathlib.Path, shares: Mapping[str, float] = {}) -> dict[s
     found = {}
     for path in pathlib.Path(folder).glob("*final_bundles.txt"):
         name = re.fullmatch(r"\d+-(.+)-\d+-final_bundles\.txt", path.name)
-        if name is None or "schedule-analysis" in path.name:
+        if name is None:
             continue
         text = path.read_text(errors="replace")
         grid = re.search(r"iteration_bounds: \(([\d, ]+)\)", text)
@@ -121,7 +123,8 @@ def read(text: str, machine: Machine, mesh=None, kernels: Mapping[str, float] = 
     walk = _Walk(text, machine, mesh, kernels)
     walk.computation(walk.entry, 1, "")
     lines = [Line(*key, cycles, times) for key, (cycles, times) in walk.cost.items()]
-    return Clock(tuple(sorted(lines, key=lambda line: -line.cycles)), machine.chip, walk.hidden)
+    lines = tuple(sorted(lines, key=lambda line: -line.cycles))
+    return Clock(lines, machine.chip, walk.hidden, tuple(sorted(walk.unscheduled)))
 
 
 class _Walk:
@@ -135,14 +138,14 @@ class _Walk:
         # The compiler schedules equal kernels once, under the name of one of them.
         calls = (one for of in self.computations.values() for one in of.values() if one.op == "custom-call")
         self.alike = {_signature(one): kernels[one.name] for one in calls if one.name in kernels}
-        self.kinds: dict[str, str] = {}  # of the transfers that fusions begin
+        self.unscheduled: set[str] = set()
         self.cost: dict[tuple, tuple[float, int]] = {}
         self.hidden = 0.0
 
     def computation(self, name: str, times: int, path: str) -> float:
         """Adds the instructions of a computation that runs so many times -> cycles of one run."""
         now = links_free = network_free = sent = 0.0
-        begun: dict[str, tuple[float, float]] = {}  # transfers under way: when they began, and how long they take
+        under_way: dict[str, tuple[float, float, str]] = {}  # transfer: when it has arrived, how long it takes, what it is
         for one in self.computations.get(name, {}).values():
             if one.op == "while":
                 inner = one.path if hlo.part_of(one.path) != "rest" else path
@@ -150,36 +153,43 @@ class _Walk:
                 now += length * self.computation(one.called["body"], times * length, inner)
                 continue
             if one.op in ("call", "conditional"):
-                branches = [called for called in one.called.values() if called in self.computations]
-                now += max((self.computation(called, times, path) for called in branches), default=0.0)
+                now += sum(
+                    self.computation(called, times, path) for called in one.called.values() if called in self.computations
+                )
                 continue
             transfers = list(hlo.collectives_of(one, name, path, self.computations, self.mesh)) if self.mesh else []
             length = sum(max(each.seconds(self.machine)) for each in transfers) / LINKS_REACHED * self.hz
             kind = f"wait for {transfers[0].kind}" if transfers else ""
             if one.op.endswith("-start") or one.name.startswith("async-collective-start"):
-                begun[one.name.replace("-start", "-done")] = begun[one.name] = now, length
+                begin = max(now, links_free) if transfers else now  # what XLA itself starts shows its bytes when it is done
+                under_way[one.name] = begin + length, length, kind
+                links_free = begin + length if transfers else links_free
+            elif (done := self._ends(one, under_way)) is not None:
+                arrival, known, known_kind = under_way.pop(done)
                 if transfers:
-                    links_free = max(now, links_free) + length
-                    self.kinds[one.name] = kind
-            elif one.name.startswith("async-collective-done"):
-                start = one.name.replace("-done", "-start")
-                at, length = begun.pop(start, (now, 0.0))
-                now += self._wait(one, path, self.kinds.get(start, "wait"), at + length - now, length, times)
+                    arrival = links_free = max(arrival, links_free) + length
+                length, kind = length or known, kind or known_kind
+                if length:
+                    now += self._wait(one, path, kind, arrival - now, length, times)
             elif transfers and one.op == "send":  # to another slice, over the network
                 network_free, sent = max(now, network_free) + length, sent + length
             elif one.op == "recv-done" and sent:
                 now += self._wait(one, path, "wait for other slices", network_free - now, sent, times)
                 sent = 0.0
-            elif transfers and one.op.endswith("-done"):
-                at, _ = begun.pop(one.operands[0], (now, 0.0))
-                links_free = max(at, links_free) + length
-                now += self._wait(one, path, kind, links_free - now, length, times)
             elif transfers:
                 links_free = max(now, links_free) + length
                 now += self._wait(one, path, kind, links_free - now, length, times)
             elif one.op not in _FREE:
                 now += self._add(one, path, *self._cycles(one, name), times)
         return now
+
+    def _ends(self, one, under_way) -> str | None:
+        """The start that an instruction ends; a fusion "async-collective-done.N" does not name it among its operands."""
+        if one.name.startswith("async-collective-done"):
+            start = one.name.replace("-done", "-start", 1)
+        else:
+            start = one.operands[0] if one.op.endswith("-done") and one.operands else ""
+        return start if start in under_way else None
 
     def _wait(self, one, path: str, kind: str, wait: float, length: float, times: int) -> float:
         """Adds what of a transfer the program waits for; the rest was hidden."""
@@ -208,6 +218,8 @@ class _Walk:
             if "tpu_custom_call" not in one.rest:
                 return one.op, 0.0  # allocations and markers
             cycles = self.kernels.get(one.name) or self.alike.get(_signature(one), 0.0)
+            if not cycles:
+                self.unscheduled.add(_base(one.name))
             return f"kernel {_base(one.name)}", max(cycles, by_bytes)
         return one.op, by_bytes
 

@@ -34,7 +34,6 @@ from voxcpm2_jax.config.plain import UserError, from_dict, to_dict
 from voxcpm2_jax.config.run import BackboneRun, BatchConfig
 from voxcpm2_jax.flops import STACKS
 from voxcpm2_jax.plan import clock, hlo
-from voxcpm2_jax.plan import machine as machines
 from voxcpm2_jax.plan.machine import Collective, Machine
 from voxcpm2_jax.plan.topology import Case
 
@@ -93,17 +92,28 @@ def save_for(case: Case, workdir: str, data: str | None) -> list[dict]:
     return _in_child(case, {"config": to_dict(case.config), "workdir": str(workdir), "data": data})["saved"]
 
 
+def child_environment(root: pathlib.Path, dumps: str | os.PathLike | None = None) -> dict[str, str]:
+    """The environment of a process that compiles for TPU.
+
+    Args:
+        root: of the version of this repository that it imports.   dumps: where the schedules of kernels go.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | CHILD_ENVIRONMENT
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    if dumps is not None:
+        arguments = os.environ.get("LIBTPU_INIT_ARGS", ""), clock.DUMP_FLAGS.format(folder=dumps)
+        environment["LIBTPU_INIT_ARGS"] = " ".join(filter(None, arguments))
+    return environment
+
+
 def _in_child(case: Case, job: dict) -> dict:
     """The result of a job in a process of its own."""
     machine = case.machine
     job |= {"topology": f"{machine.chip.name}:{'x'.join(map(str, machine.torus))}", "slices": machine.slices}
     job |= {"name": machine.name, "chip": machine.chip.name, "torus": machine.torus, "slice_chips": machine.slice_chips}
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | CHILD_ENVIRONMENT
-    package = str(pathlib.Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
-        arguments = environment.get("LIBTPU_INIT_ARGS", ""), clock.DUMP_FLAGS.format(folder=folder)
-        environment["LIBTPU_INIT_ARGS"] = " ".join(filter(None, arguments))
+        is_timed = not job.get("fast") and "workdir" not in job
+        environment = child_environment(pathlib.Path(__file__).parents[2], folder if is_timed else None)
         done = subprocess.run(
             [sys.executable, "-m", "voxcpm2_jax.plan.compile"],
             input=json.dumps(job | {"dumps": folder}),
@@ -161,7 +171,8 @@ def _compile(config: BackboneRun, devices, job: dict) -> dict:
         lowered = backbone.jit_train_step(config, mesh).lower(state, batch)
     kept = _kept_result(lowered.as_text(), job, mesh)
     if kept.is_file():
-        return json.loads(kept.read_text())
+        return json.loads(kept.read_text()) | {"kept": True}
+    kept.parent.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=_FAST if job["fast"] else None)
@@ -173,7 +184,6 @@ def _compile(config: BackboneRun, devices, job: dict) -> dict:
     else:
         result = {"fits": True} | _read(compiled, state, mesh, job, config.batch.slots)
     result["compile_sec"] = round(time.perf_counter() - begin, 1)
-    kept.parent.mkdir(parents=True, exist_ok=True)
     files.replace_file(kept, json.dumps(result))
     return result
 
@@ -185,7 +195,10 @@ def _kept_result(program: str, job: dict, mesh) -> pathlib.Path:
 
     arguments = os.environ.get("LIBTPU_INIT_ARGS", "").replace(clock.DUMP_FLAGS.format(folder=job["dumps"]), "")
     versions = jax.__version__, getattr(libtpu, "__version__", ""), arguments
-    code = [pathlib.Path(module.__file__).read_text() for module in (hlo, clock, machines)]
+    package = pathlib.Path(__file__).parents[1]  # what reads the program, and the lines of code that it names
+    code = [
+        path.read_text() for path in sorted([*package.glob("plan/*.py"), *package.glob("models/*.py"), package / "chips.py"])
+    ]
     options = CHIPS[job["chip"]].compiler_options
     devices = [(device.id, device.coords) for device in mesh.devices.flat]
     parts = program, job["topology"], job["slices"], job["fast"], options, mesh.shape_tuple, devices, versions, code
@@ -233,6 +246,7 @@ def _clock(text: str, mesh, job: dict, slots: int) -> dict:
         "hidden_sec": ticks.hidden_cycles / machine.chip.clock_hz,
         "parts": {part: parts.get(part, 0.0) for part in (*STACKS, "rest")},
         "passes": [{"part": part, "pass": run, "sec": sec} for (part, run), sec in ticks.seconds_by("part", "run").items()],
+        "unscheduled": ticks.unscheduled,
         "kinds": {kind: sec for (kind,), sec in ticks.seconds_by("kind").items()},
         "lines": ticks.dearest(_DEAREST),
     }

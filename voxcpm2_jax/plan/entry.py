@@ -77,7 +77,8 @@ def plan_entry(case: Case, batch: BatchConfig, *, fast: bool = False) -> dict:
             hours = prediction.audio_hours_per_day(step_sec)
             entry["clock"] = compiled["clock"] | {"mfu": prediction.mfu(step_sec), "audio_hours_per_day": hours}
             mfu += f", by the compiler's clock {entry['clock']['mfu']:.1%}"
-        say(f"{machine.name}: compiled in {entry['compile_sec']:.0f} s, {gib(entry['peak_bytes'])} GiB, {mfu}")
+        kept = " (kept from an earlier plan)" if compiled.get("kept") else ""
+        say(f"{machine.name}: compiled in {entry['compile_sec']:.0f} s{kept}, {gib(entry['peak_bytes'])} GiB, {mfu}")
     return entry
 
 

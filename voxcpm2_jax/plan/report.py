@@ -128,6 +128,8 @@ def _clock(clock: dict) -> list:
     transfers = (
         f"Of them {1e3 * waits:.2f} waiting for transfers; {1e3 * clock['hidden_sec']:.2f} ms of transfers ran beside work."
     )
+    if clock["unscheduled"]:
+        transfers += f" Kernels without a schedule, which count by their bytes alone: {', '.join(clock['unscheduled'])}."
     return [times, transfers, line_table("the dearest lines of code", clock["lines"])]
 
 

@@ -18,7 +18,7 @@ import jax
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
-from voxcpm2_jax import files
+from voxcpm2_jax import chips, files
 from voxcpm2_jax.processes import all_agree, say
 
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -79,8 +79,10 @@ def _name(lowered, state) -> str:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    chip = chips.of_kind(devices[0].device_kind)
+    options = chip.compiler_options if chip else {}
     digest = hashlib.sha256(lowered.as_text().encode())
-    digest.update(repr((versions, [(device.device_kind, device.id) for device in devices])).encode())
+    digest.update(repr((versions, options, [(device.device_kind, device.id) for device in devices])).encode())
     return f"train_step-{digest.hexdigest()[:32]}"
 
 
