@@ -65,7 +65,14 @@ def objects(url: str) -> dict[str, Object]:
         BucketError: no such bucket, no access to it, or no answer.
     """
     system, path = _system(url)
-    found = _ask(url, lambda: system.find(path, detail=True, refresh=True))
+    for pause_sec in (0.2, 1.0, None):
+        try:
+            found = _ask(url, lambda: system.find(path, detail=True, refresh=True))
+            break
+        except Missing:  # no such bucket; or another process has just deleted the only object below the URL
+            if pause_sec is None:
+                raise
+            time.sleep(pause_sec)
     below, names = path.rstrip("/") + "/", {}
     for full, info in found.items():
         name = full.removeprefix(below) if full.startswith(below) else "" if full == path else None

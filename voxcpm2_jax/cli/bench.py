@@ -9,8 +9,6 @@ from voxcpm2_jax.cli.outcome import DONE, NO, print_error, print_result
 from voxcpm2_jax.config.model import MODELS
 from voxcpm2_jax.config.plain import UserError, from_dict
 from voxcpm2_jax.config.run import SPEECH_BATCH, BackboneRun
-from voxcpm2_jax.flops import STACKS
-from voxcpm2_jax.plan.compile import NO_LIBTPU
 
 _TRAIN_EPILOG = """The data are noise with the lengths of speech, made in memory. With --model, jax, flax and optax are the only
 packages needed. The last line of standard output is a JSON object. Exit codes: 0 done, 3 nothing was timed, because the results
@@ -146,7 +144,7 @@ def _add_clock(parts) -> None:
         epilog="The last line of standard output is a JSON object. Exit codes: 0 done, 1 the compiler failed, 2 a mistake.",
     )  # fmt: skip
     add_config(parser, "configs/backbone.py:2b")
-    parser.add_argument("--part", required=True, choices=STACKS, help="a stack of the model")
+    parser.add_argument("--part", required=True, choices=("tslm", "ralm", "locenc", "locdit"), help="a stack")
     parser.add_argument("--chip", required=True, choices=("v4", "v5e", "v5p", "v6e"), help="compiled for one of these")
     parser.add_argument("--rows", type=int, default=1, metavar="N", help="rows of the batch on the chip (default 1)")
     parser.add_argument("--against", metavar="COMMIT", help="compile this version of the repository as well")
@@ -166,10 +164,11 @@ def run_clock(args, overrides) -> int:
         if wrong := [option for option in given if "=" not in option]:
             raise UserError(f"--option={wrong[0]}: expected NAME=VALUE, or none")
         options = dict(option.split("=", 1) for option in given)
+    from voxcpm2_jax.bench import clock
+    from voxcpm2_jax.plan.compile import NO_LIBTPU
+
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(NO_LIBTPU)
-    from voxcpm2_jax.bench import clock
-
     result = clock.clock(config, part=args.part, chip=args.chip, rows=args.rows, against=args.against, options=options)
     clock.show(result)
     print_result(result)
