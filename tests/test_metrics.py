@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import subprocess
 import sys
 
 import jax
@@ -265,3 +266,8 @@ def test_peak_of_known_chips(kind, tera):
 
 def test_mfu_is_unknown_on_a_cpu():
     assert flops.peak_flops("cpu") is None and flops.mfu(1e12, 1.0) is None
+
+
+def test_tensorboard_imports_no_pytorch():
+    code = "import sys; from voxcpm2_jax import metrics; metrics._summary_writer(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

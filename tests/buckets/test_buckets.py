@@ -163,3 +163,19 @@ def test_a_manifest_in_a_bucket_names_recordings_beside_it(bucket, tmp_path, cap
     (missing,) = (found for found in result["findings"] if found["kind"] == "missing")
     assert code == 3 and missing["count"] == 1 and "none.wav" in str(missing["examples"])
     assert "report.json" in store.objects(f"{bucket.url}/found")
+
+
+def test_a_prefix_whose_only_object_vanishes_meanwhile_is_listed_again(monkeypatch):
+    answers = [FileNotFoundError(), {}]
+
+    def find(path, **_):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(store, "_system", lambda url: (types.SimpleNamespace(find=find), "bucket/run"))
+    assert store.objects("s3://bucket/run") == {} and not answers
+    answers += [FileNotFoundError()] * 3
+    with pytest.raises(store.Missing):
+        store.objects("s3://bucket/run")

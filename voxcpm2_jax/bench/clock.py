@@ -27,7 +27,7 @@ from voxcpm2_jax.processes import say
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _DEAREST = 12  # lines of code in a report
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # the smallest with such chips
+_TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}  # the smallest with such chips
 
 
 def clock(
@@ -56,7 +56,7 @@ def clock(
     machine = Machine(f"{chip}, one chip", CHIPS[chip], 1, (1, 1), 1)
     batch = dataclasses.replace(config.batch, rows=rows)
     run = dataclasses.replace(config, stages=(), batch=batch)
-    job = {"config": to_dict(run), "part": part, "topology": TOPOLOGIES[chip]}
+    job = {"config": to_dict(run), "part": part, "topology": _TOPOLOGIES[chip]}
     job["options"] = dict(CHIPS[chip].compiler_options if options is None else options)
     sizes = {"slots": rows * batch.slots, "patches": rows * batch.patches}
     sizes |= {"targets": rows * (batch.target_patches or batch.patches), "squares": rows * batch.slots**2}
@@ -72,16 +72,14 @@ def clock(
         for i, (name, child) in enumerate(children.items()):
             figures, ticks = _finish(child, folder / str(i), machine, batch.slots)
             passes = {run: ticks.seconds_by("run").get((run,), 0.0) for run in PASSES}
-            mfu = useful / machine.flops / ticks.seconds
-            stack_sec = ticks.seconds_by("part").get((part,), 0.0)
             seconds = {
                 "sec": ticks.seconds,
-                "stack_sec": stack_sec,
-                "mfu": mfu,
+                "stack_sec": ticks.seconds_by("part").get((part,), 0.0),
+                "mfu": useful / machine.flops / ticks.seconds,
                 "passes": passes,
                 "lines": ticks.dearest(_DEAREST),
+                "unscheduled": ticks.unscheduled,
             }
-            seconds["unscheduled"] = ticks.unscheduled
             found.append({"name": name} | seconds | figures)
     return {"part": part, "chip": chip, "rows": rows, "options": job["options"], "useful_flops": useful, "versions": found}
 
@@ -101,6 +99,8 @@ def show(result: dict) -> None:
     console.print(table)
     for one in result["versions"]:
         console.print(line_table(f"{one['name']}: the dearest lines", one["lines"]))
+        if one["unscheduled"]:
+            console.print(f"kernels without a schedule, which count by their bytes alone: {', '.join(one['unscheduled'])}")
 
 
 # ---- versions --------------------------------------------------------------------------------------------------------
