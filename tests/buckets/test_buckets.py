@@ -52,6 +52,16 @@ def test_what_is_published_is_staged(bucket, capsys):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("end", [b"", b"\r", b"\n", b"\r\n", b"\n--==0==--"])
+def test_every_byte_arrives(bucket, tmp_path, end):
+    whole = bytes(range(256)) + end
+    file = tmp_path / "file"
+    file.write_bytes(whole)
+    store.upload(bucket.url, {"put": file})
+    store.write(f"{bucket.url}/written", whole)
+    assert [store.read(f"{bucket.url}/{name}") for name in ("put", "written")] == [whole] * 2
+
+
 def test_an_upload_that_did_not_end_is_not_read_and_can_be_repeated(bucket):
     url = f"{bucket.url}/out"
     store.write(f"{url}/{RECORD}", json.dumps({"complete": False, "files": {}}).encode())  # what a kill leaves
