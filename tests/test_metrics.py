@@ -127,16 +127,18 @@ def test_writer_writes_rows_and_tensorboard(tmp_path, capsys):
     with metrics.Writer(tmp_path, start_step=0, num_steps=10) as writer:
         writer.write(3, {"loss": np.float32(0.5), "mfu": None, "val_loss": float("nan")})
         sound = metrics.Audio(np.zeros(4800, np.float32), 48000)
-        writer.write(6, {"loss": 0.25, "heard": sound, "seen": metrics.Image(np.zeros((4, 5, 3), np.uint8))})
+        picture = metrics.Image(np.zeros((4, 5, 3), np.uint8))
+        writer.write(6, {"loss": 0.25, "slowest_host": "n7", "heard": sound, "seen": picture})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"step": 3, "loss": 0.5, "mfu": None, "val_loss": None}, {"step": 6, "loss": 0.25}]  # fmt: skip
-    assert writer.last_row == {"step": 6, "loss": 0.25}
+        {"step": 3, "loss": 0.5, "mfu": None, "val_loss": None}, {"step": 6, "loss": 0.25, "slowest_host": "n7"}]  # fmt: skip
+    assert writer.last_row == {"step": 6, "loss": 0.25, "slowest_host": "n7"}
     out = capsys.readouterr()
     assert out.out == "" and "step 6/10  loss 0.25" in out.err  # standard output is the command's
     (file,) = (tmp_path / "tensorboard").iterdir()
     for tag in (b"loss", b"heard", b"seen"):
         assert tag in file.read_bytes()
+    assert b"slowest_host" not in file.read_bytes()  # text is no curve
 
 
 def test_writer_closes_the_file_after_every_row(tmp_path):

@@ -22,6 +22,7 @@ from jax.experimental.multihost_utils import process_allgather
 from voxcpm2_jax import processes, sharding
 
 processes.connect()
+assert processes.from_each("n" * jax.process_index()) == ["", "n", "nn", "nnn"]
 whole_BT = np.arange(24).reshape(8, 3)
 found = []
 for shape, order in ((1, 4, 1), "0123"), ((2, 2, 1), "2031"), ((1, 2, 2), "0123"), ((1, 2, 2), "3012"):

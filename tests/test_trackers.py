@@ -24,7 +24,9 @@ def write(workdir, name, steps, *, start_step=0, media=None):
         workdir, start_step=start_step, num_steps=9, services=[name], project="speech", record={"model": {"width": 32}}
     ) as writer:
         for step in steps:
-            writer.write(step, {"loss": 1 / step, "loss/language/de+at": 2.0, "mfu": None} | (media or {}))
+            writer.write(
+                step, {"loss": 1 / step, "loss/language/de+at": 2.0, "mfu": None, "slowest_host": "n7"} | (media or {})
+            )
     state = json.loads((workdir / f"trackers/{name}.json").read_text())
     assert state["sent"] == max(steps)
     return state["id"]

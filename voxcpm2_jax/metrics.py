@@ -227,9 +227,9 @@ class Writer:
                 print(f"{name} gets no rows: {error}", file=sys.stderr)
 
     def write(self, step: int, figures: dict) -> None:
-        """Writes one row: numbers (or None) everywhere, Audio and Image to TensorBoard and the services."""
+        """Writes one row: numbers (or None) everywhere, text to the file, Audio and Image to TensorBoard and the services."""
         media = {k: v for k, v in figures.items() if isinstance(v, Audio | Image)}
-        row = {"step": step} | {k: number(v) for k, v in figures.items() if k not in media}
+        row = {"step": step} | {k: v if isinstance(v, str) else number(v) for k, v in figures.items() if k not in media}
         self.last_row = row
         if self._path is None:
             return
@@ -254,7 +254,7 @@ class Writer:
 
     def _write_board(self, step, row, media):
         for name, value in row.items():
-            if name != "step" and value is not None:
+            if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
         for name, value in media.items():
             if isinstance(value, Audio):

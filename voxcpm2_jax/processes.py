@@ -3,10 +3,12 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from voxcpm2_jax.config.plain import UserError
 
@@ -88,3 +90,29 @@ def from_first(value):
     size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
     data = data if jax.process_index() == 0 else np.zeros(size, np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+
+
+def from_each(value) -> list:
+    """The values (plain data) of all processes in their order, on every process. Every process must call this."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    data_PX = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - data.size)))
+    return [json.loads(x[:size].tobytes()) for x, size in zip(data_PX, sizes, strict=True)]
+
+
+def exchange(combine: Callable) -> Callable:
+    """A function from a small array [X] of each process to combine(x_PX), on the devices of all; it waits for nothing.
+
+    Every process must call it between the same two programs.
+    """
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
+    split = NamedSharding(mesh, PartitionSpec("process"))
+    combined = jax.jit(combine, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def send(x_X: np.ndarray) -> jax.Array:
+        return combined(jax.make_array_from_process_local_data(split, x_X[None], (jax.process_count(), *x_X.shape)))
+
+    return send

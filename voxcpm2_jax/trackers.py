@@ -295,7 +295,7 @@ def _child(name: str) -> None:
             message = json.loads(line)
             row = message["row"]
             step = row.pop("step")
-            service.log(step, {key: value for key, value in row.items() if value is not None})
+            service.log(step, {key: value for key, value in row.items() if isinstance(value, int | float)})
             if takes_media:
                 takes_media = _log_media(service, name, step, message["media"])
             print(step, file=answers, flush=True)

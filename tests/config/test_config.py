@@ -285,6 +285,7 @@ BRANCH = OptimConfig(schedule="wsd", warmup_steps=9, decay_start=60, decay_steps
         (CheckpointConfig, {"every_steps": 0}, "every_steps"),
         (CheckpointConfig, {"keep": 0}, "keep"),
         (LogConfig, {"every_steps": 0}, "log.every_steps"),
+        (LogConfig, {"slow_share": 0.0}, "log.slow_share must be None or a share over 0, got 0.0"),
         (LogConfig, {"trackers": ("wandb", "neptune")}, "log.trackers: expected some of wandb, trackio, mlflow, got neptune"),
         (LogConfig, {"project": ""}, "log.project"),
         (BatchConfig, {"rows": 0}, "rows"),

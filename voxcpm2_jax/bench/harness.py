@@ -31,7 +31,7 @@ STEPS, SAVE_EVERY = 40, 5
 LOSS_TOLERANCE = 1e-6  # relative, between runs on different numbers of processes
 TIMEOUT_SEC = 600.0  # for everything that is waited for
 
-_CLOCKS = re.compile(r".*_per_sec|step_sec|data_wait_sec|checkpoint_sec|goodput|mfu")
+_CLOCKS = re.compile(r".*_per_sec|step_sec|data_wait_sec|checkpoint_sec|goodput|mfu|slowest.*|spread_sec/.*")
 
 
 class Outcome(NamedTuple):

@@ -92,10 +92,14 @@ class LogConfig:
     every_steps: int = 20  # updates between two rows of metrics.jsonl
     trackers: tuple[str, ...] = ()  # services that get the rows too: names in TRACKERS, each with an extra of its name
     project: str = "voxcpm2-jax"  # that the run belongs to there (MLflow: experiment)
+    # Warn of a process that may cost more than this share of each step (train/peers.py); None: do not compare processes.
+    slow_share: float | None = 0.1
 
     def __post_init__(self):
         if self.every_steps < 1:
             raise UserError(f"log.every_steps must be at least 1, got {self.every_steps}")
+        if self.slow_share is not None and not self.slow_share > 0:
+            raise UserError(f"log.slow_share must be None or a share over 0, got {self.slow_share!r}")
         if unknown := set(self.trackers) - set(TRACKERS):
             raise UserError(f"log.trackers: expected some of {', '.join(TRACKERS)}, got {', '.join(sorted(unknown))}")
         if not self.project:

@@ -9,7 +9,8 @@ complete up to every checkpoint.
 A run resumes by itself from its workdir. When too many updates in a row are bad (train/guard.py), the run rolls back to its
 last checkpoint in the same way, without leaving the process: that is a new attempt.
 
-A signal to any process stops all processes between the same two steps (signals.py).
+A signal to any process stops all processes between the same two steps (signals.py). What each process does by itself is
+compared, to find a slow one (peers.py).
 """
 
 import abc
@@ -29,6 +30,7 @@ from voxcpm2_jax.config.run import BackboneRun, VAERun
 from voxcpm2_jax.processes import say
 from voxcpm2_jax.train.clock import Clock
 from voxcpm2_jax.train.guard import VERDICT, BrokenRun, Ledger, complaint, not_finite
+from voxcpm2_jax.train.peers import Peers
 from voxcpm2_jax.train.profiler import Profiler
 from voxcpm2_jax.train.signals import Stop, listening
 from voxcpm2_jax.train.start import Start, begin
@@ -101,6 +103,7 @@ def run(task: Task, state, workdir, *, origin: Start | None = None, profile_step
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(listening())
         dog = stack.enter_context(Watchdog(task.run.watchdog))
+        peers = stack.enter_context(Peers(task.run.log.slow_share))
         checkpoints = Checkpoints(home, **dataclasses.asdict(task.run.checkpoint))
         stack.callback(checkpoints.close)
         bad: list[int] = []  # batches whose updates were bad and made the run roll back
@@ -110,7 +113,7 @@ def run(task: Task, state, workdir, *, origin: Start | None = None, profile_step
             if bad and not is_resumed:
                 raise BrokenRun(f"step {bad[-1] + 1}: {len(bad)} bad updates in a row, and no checkpoint yet to roll back to")
             state, meta = begin(checkpoints, state, task.record, origin or Start())
-            attempt = _Attempt(task, workdir, checkpoints, stop, dog, state, meta, is_resumed)
+            attempt = _Attempt(task, workdir, checkpoints, stop, dog, peers, state, meta, is_resumed)
             attempt.train(bad, profile_steps)
             state, bad = attempt.state, attempt.ledger.bad
             if not bad:
@@ -130,6 +133,7 @@ class _Pending(NamedTuple):
 
     figures: dict  # of the update; empty for a batch that is stepped over
     asked: Any  # from `Stop.ask`
+    compared: Any  # from `Peers.ask`; None for a step that is not logged
 
 
 class _Attempt:
@@ -141,9 +145,11 @@ class _Attempt:
     """
 
     def __init__(
-        self, task: Task, workdir: pathlib.Path, checkpoints: Checkpoints, stop: Stop, dog: Watchdog, state, meta, is_resumed
-    ):
-        self._task, self._workdir, self._checkpoints, self._stop, self._dog = task, workdir, checkpoints, stop, dog
+        self, task: Task, workdir: pathlib.Path, checkpoints: Checkpoints, stop: Stop, dog: Watchdog, peers: Peers, state,
+        meta, is_resumed,
+    ):  # fmt: skip
+        self._task, self._workdir, self._checkpoints = task, workdir, checkpoints
+        self._stop, self._dog, self._peers = stop, dog, peers
         self.state = state
         self.start = self.step = int(state.step)
         self.last_row: dict | None = None
@@ -202,10 +208,12 @@ class _Attempt:
         self._settle()
         if ledger.is_stuck:
             return
+        self._peers.turn(None)
         self._dog.slow(f"evaluating step {step}")
         figures = {name: value for e in due for name, value in e.run(self.state)}
         self._log(figures, is_forced=bool(due) or step == self._task.run.num_steps)
         if self._is_save_due and (is_last or ledger.is_sound):
+            self._peers.time_devices()
             self._dog.slow(f"saving step {step}")
             with self._clock.saving():
                 counters = self._task.counters(step, ledger.without_update(step))
@@ -217,8 +225,10 @@ class _Attempt:
         """Dispatches the next step, then settles and logs the one before."""
         step = self.step
         self._dog.waiting(step)
+        self._peers.turn("data")
         with self._clock.waiting():
             batch, is_new_shape = self._feed.next()
+        self._peers.turn("host")
         self._dog.stepping(step + 1, is_compiling=is_new_shape)
         self._profiler.at(step, self._pending and self._pending.figures)
         with self._clock.compiling() if is_new_shape else self._clock.busy():
@@ -227,13 +237,16 @@ class _Attempt:
             else:
                 self.state, figures = self._task.train_step(self.state, batch)
             asked = self._stop.ask()
+            compared = self._peers.ask() if self._is_regular(step + 1) else None
+        if self._pending is None or is_new_shape:
+            self._peers.drop()
         if self._pending is not None:
             self._settle()
             if self.ledger.is_stuck:
                 return
             self._log({}, is_forced=False)
         self._dog.stepped()
-        self._pending = _Pending(figures, asked)
+        self._pending = _Pending(figures, asked, compared)
         self.step += 1
         self._writer.advance(self.step)
 
@@ -241,11 +254,14 @@ class _Attempt:
         """Waits for the pending step, if there is one, checks its figures and counts them."""
         if self._pending is None:
             return
-        (figures, asked), self._pending = self._pending, None
+        (figures, asked, compared), self._pending = self._pending, None
         step, ledger, meter = self.step, self.ledger, self._meter
+        self._peers.settling(figures)
         with self._clock.busy():
             values = metrics.fetch(figures)
             self._stop.settle(asked)
+            self._peers.settle(compared)
+        self._peers.turn("host")
         verdict = {name: values.pop(name)[0] for name in VERDICT if name in values}
         is_skipped = bool(verdict.get("skipped"))
         self._clock.settled(is_kept=bool(values) and not is_skipped)
@@ -266,7 +282,7 @@ class _Attempt:
     def _log(self, figures: dict, *, is_forced: bool) -> None:
         """Writes a row if one is due. A forced row between two regular ones leaves the means of the regular rows alone."""
         step, clock, writer = self.step, self._clock, self._writer
-        is_regular = step % self._task.run.log.every_steps == 0
+        is_regular = self._is_regular(step)
         if not (is_regular or is_forced):
             return
         means = self._meter.means() or {name: None for name in writer.last_row or {} if name.startswith("loss")}
@@ -274,7 +290,7 @@ class _Attempt:
         has_update = row.get("loss") is not None  # at least one update of these steps was kept
         for name in [name for name in row if name.endswith("_sec")]:
             row[f"{name}_per_sec"] = row[name] / clock.step_sec if has_update else None
-        row |= clock.row | {"skipped": len(self.ledger.without_update(step))}
+        row |= clock.row | self._peers.row(clock.step_sec) | {"skipped": len(self.ledger.without_update(step))}
         parts = self._task.flops(row) if has_update else {}
         row["mfu"] = flops.mfu(sum(parts.values()), clock.step_sec) if parts else None
         row |= {f"tflop/{part}": of_part / 1e12 for part, of_part in parts.items()}
@@ -282,6 +298,10 @@ class _Attempt:
         if is_regular:
             clock.reset()
             self._meter = metrics.Meter()
+
+    def _is_regular(self, step: int) -> bool:
+        """Whether a row is due after this step, whatever else happens."""
+        return step % self._task.run.log.every_steps == 0
 
 
 _next = jax.jit(lambda step: step + 1)

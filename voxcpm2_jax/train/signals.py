@@ -13,7 +13,8 @@ import time
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from voxcpm2_jax.processes import exchange
 
 
 class Stop:
@@ -27,10 +28,7 @@ class Stop:
         self._received = 0  # by this process
         self._agreed = 0
         if jax.process_count() > 1:
-            devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-            mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
-            self._split = NamedSharding(mesh, PartitionSpec("process"))
-            self._highest = jax.jit(lambda received: received.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+            self._highest = exchange(lambda received_P1: received_P1.max())
 
     @property
     def number(self) -> int:
@@ -40,8 +38,7 @@ class Stop:
         """Called with every step: the highest signal that any process has received so far, still on the devices."""
         if jax.process_count() == 1:
             return None
-        received = np.array([self._received], np.int32)
-        return self._highest(jax.make_array_from_process_local_data(self._split, received, (jax.process_count(),)))
+        return self._highest(np.array([self._received], np.int32))
 
     def settle(self, asked) -> None:
         """Called when that step is settled, with what `ask` gave for it."""
