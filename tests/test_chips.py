@@ -3,6 +3,8 @@
 import pytest
 
 from voxcpm2_jax import chips
+from voxcpm2_jax.config.plain import UserError
+from voxcpm2_jax.config.run import PRODUCTS
 
 pytestmark = pytest.mark.fast
 
@@ -24,6 +26,21 @@ def test_a_device_finds_its_chip(kind, name):
 
 def test_an_unknown_device_has_none():
     assert chips.of_kind("cpu") is None and chips.of_kind("NVIDIA L400") is None
+
+
+def test_products_in_8_bits_where_they_pay():
+    for name, products in (("v5e", "int8"), ("v6e", "int8"), ("tpu7x", "fp8"), ("h100", "int8"), ("h100", "fp8"), ("v4", None)):
+        chips.check_products(products, chips.CHIPS[name])
+    for name, products, expected in (
+        ("v5e", "fp8", "expected products int8, or None"),
+        ("tpu7x", "int8", "expected products fp8, or None"),
+        ("v4", "int8", "expected products None"),
+    ):
+        with pytest.raises(UserError, match=f"products '{products}': {name} is not known to gain by them .*; {expected}$"):
+            chips.check_products(products, chips.CHIPS[name])
+    with pytest.raises(UserError, match="NVIDIA L400 is not known"):
+        chips.check_products("int8", chips.of_kind("NVIDIA L400"), "NVIDIA L400")
+    assert set(chips._EIGHT_BITS) == set(PRODUCTS) and {n for of in chips._EIGHT_BITS.values() for n in of} <= set(chips.CHIPS)
 
 
 def test_figures_per_chip_and_per_device():

@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from voxcpm2_jax.config.plain import UserError
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -39,6 +41,11 @@ class Chip:
         return self.hbm_bytes / self.devices
 
     @property
+    def eight_bits(self) -> tuple[str, ...]:
+        """The 8-bit products that it does at twice the bfloat16 rate: names in config/run.py's PRODUCTS."""
+        return tuple(products for products, names in _EIGHT_BITS.items() if self.name in names)
+
+    @property
     def clock_hz(self) -> float:
         """TPU: cycles per second, in which the compiler counts time: the peak over what the matrix units do in a cycle."""
         return self.peak_bf16_flops / _FLOPS_PER_CYCLE[self.name]
@@ -62,6 +69,15 @@ _FLOPS_PER_CYCLE = {"v4": 2 * 8 * 128**2, "v5e": 2 * 4 * 128**2, "v5p": 2 * 8 * 
 # The fast memory that one fusion may fill, as MaxText sets it. On v5e 65536 would save 3 % of LocDiT's time, but the compiler
 # then needs several times as long.
 _COMPILER_OPTIONS = {"v6e": {"xla_tpu_scoped_vmem_limit_kib": "98304"}}
+
+# GPUs by their data sheets [sheet]. TPUs by the TPU compiler, because the documents name an int8 rate also for chips that only
+# store 8 bits: its cycles for an 8192^3 product in bfloat16 over those in int8 and fp8 (tests/measure_products.py, jax 0.10.2):
+#     v4  0.93, 0.85     v5e  2.14, 1.06     v5p  1.89, 0.97     v6e  1.62, 1.16     tpu7x  0.88, 2.06
+_ADA_AND_LATER = ("gb200", "b200", "gh200", "h200", "h100-pcie", "h100-nvl", "h100", "h800", "l40s", "l4", "rtx4090")
+_EIGHT_BITS = {
+    "int8": ("v5e", "v5p", "v6e", "a100-40gb", "a100", "a800", "a10", *_ADA_AND_LATER),
+    "fp8": ("tpu7x", *_ADA_AND_LATER),
+}
 
 # `of_kind` takes the first chip whose pattern matches, so that order matters.
 _TABLE = (
@@ -95,6 +111,20 @@ CHIPS = {chip.name: chip for chip in _TABLE}
 def of_kind(device_kind: str) -> Chip | None:
     """The chip with this `jax.Device.device_kind`; None if the table has no such chip (a CPU, for one)."""
     return next((chip for chip in _TABLE if re.search(chip.pattern, device_kind)), None)
+
+
+def check_products(products: str | None, chip: Chip | None, name: str = "") -> None:
+    """Raises UserError if a chip is not known to multiply in 8 bits as `products` says, faster than in bfloat16.
+
+    Args:
+        chip: None: it is not in the table.   name: of the device, if the table has another one.
+    """
+    known = chip.eight_bits if chip else ()
+    if products is not None and products not in known:
+        others = f"expected products {' or '.join(known)}, or None" if known else "expected products None"
+        raise UserError(
+            f"products {products!r}: {name or chip.name} is not known to gain by them (_EIGHT_BITS in chips.py); {others}"
+        )
 
 
 LINKS_REACHED = 0.9  # share of the links' peak that large collectives reach [book]

@@ -300,6 +300,7 @@ BRANCH = OptimConfig(schedule="wsd", warmup_steps=9, decay_start=60, decay_steps
         ),
         (BackboneRun, {"model": TINY, "accumulate": 0}, "accumulate"),
         (BackboneRun, {"model": TINY, "remat": "some"}, "remat"),
+        (BackboneRun, {"model": TINY, "products": "int4"}, "products must be None or one of int8, fp8, got 'int4'"),
         (BackboneRun, {"model": dataclasses.replace(TINY, dtype="float16")}, "train in bfloat16 or float32"),
         (BackboneRun, {"model": TINY, "batch": BatchConfig(slots=513, patches=1)}, "batch.slots 513"),
         (DemoConfig, {"num_digit_clips": 0}, "num_digit_clips"),

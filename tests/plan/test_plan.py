@@ -64,6 +64,7 @@ def test_a_dry_run_accepts_what_every_stage_can_use(text, capsys):
         ("96", "512 rows of 4096 slots cannot be split into 96 parts (replica x data x accumulate); 256 rows of 8192 slots"),
         ("4x64,mesh=2x128x1", "replica must be a multiple of the 4 slices"),
         ("64,mesh=1x8x1", "has 8 devices; 64 has 64"),
+        ("v5e:16x16,products=fp8", "products 'fp8': v5e is not known to gain by them"),
         ("0", "expected TPU slices as"),
     ],
 )

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 
 from voxcpm2_jax import flops
-from voxcpm2_jax.chips import CHIPS
+from voxcpm2_jax.chips import CHIPS, check_products
 from voxcpm2_jax.config.plain import UserError, to_dict
 from voxcpm2_jax.config.run import BackboneRun
 from voxcpm2_jax.models.attention import splash_share
@@ -50,9 +50,10 @@ def clock(
         "stack_sec" (without casts of all weights and the like), "temporary_bytes", "compile_sec", "passes" (seconds by pass),
         "lines" (the dearest first) and "unscheduled" (kernels that count by their bytes alone).
     Raises:
-        UserError: `against` is no commit, or this is no git repository.
+        UserError: `against` is no commit, this is no git repository, or the chip does not suit the run's products.
         RuntimeError: the compiler failed; the message has its last lines.
     """
+    check_products(config.products, CHIPS[chip])
     machine = Machine(f"{chip}, one chip", CHIPS[chip], 1, (1, 1), 1)
     batch = dataclasses.replace(config.batch, rows=rows)
     run = dataclasses.replace(config, stages=(), batch=batch)

@@ -65,14 +65,15 @@ def parts_of(config, compute) -> dict[str, Part]:
     }
 
 
-def gradient(part: Part, model):
+def gradient(part: Part, model, products: str | None = None):
     """Forward and backward of a stack: (own_params, x, rest, segment_BT, position_BT) -> (loss, figures), gradients.
 
     `rest`: parameters outside of all stacks, which LocEnc's projection is one of.
     """
+    products = {} if products is None else {"products": products}  # which earlier versions do not have
 
     def loss(own_params, x, rest, segment_BT, position_BT):
-        params = voxcpm2.to_compute(rest | {part.module: own_params}, model)
+        params = voxcpm2.to_compute(rest | {part.module: own_params}, model, **products)
         y, figures = part.run(params, x, segment_BT, position_BT)
         return jnp.sum(y.astype(jnp.float32) ** 2), figures
 
@@ -104,7 +105,7 @@ def _compile(job: dict) -> dict:
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), inputs)
     with jax.set_mesh(mesh):
         begin = time.perf_counter()
-        program = jax.jit(gradient(part, config.model)).lower(*inputs).compile(compiler_options=job["options"])
+        program = jax.jit(gradient(part, config.model, config.products)).lower(*inputs).compile(compiler_options=job["options"])
     pathlib.Path(job["program"]).write_text(program.as_text())
     temporary = program.memory_analysis().temp_size_in_bytes
     return {"compile_sec": round(time.perf_counter() - begin, 1), "temporary_bytes": temporary}

@@ -346,7 +346,7 @@ def _parts(config: BackboneRun, *, rounds: int):
         for name, part in parts_of(config, Compute.of(config, mesh)).items():
             x = jax.device_put(jnp.zeros(part.x.shape, part.x.dtype), sharding.batch_sharding(mesh))
             inputs = (state.params[part.module], x, outside(state.params), batch.segment_BT, batch.position_BT)
-            sec = _time(jax.jit(gradient(part, config.model)), inputs, rounds)
+            sec = _time(jax.jit(gradient(part, config.model, config.products)), inputs, rounds)
             mfu = 3 * useful[name] / (sec * peak * machine["devices"]) if peak else None
             found.append({"part": name, "sec": sec, "useful_tflop": 3 * useful[name] / 1e12, "mfu": mfu})
         grads = jax.tree.map(jnp.ones_like, state.params)

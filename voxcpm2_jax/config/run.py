@@ -244,6 +244,8 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "none": None,  # saves whatever XLA chooses
 }
 
+PRODUCTS = ("int8", "fp8")  # 8-bit products of the layers; train/README.md has their losses, plan/README.md their speed
+
 
 @dataclass(frozen=True)
 class ValidationConfig:
@@ -267,6 +269,7 @@ class BackboneRun:
     num_steps: int = 1000  # updates
     remat: str = "full"  # what the backward pass recomputes: a name in REMAT_POLICIES
     remat_local: str | None = None  # the same for LocEnc and LocDiT; None: as remat
+    products: str | None = None  # how layers multiply: a name in PRODUCTS (models/product.py); None: in model.dtype
     diff_weight: float = 1.0  # weight of the flow-matching loss
     stop_weight: float = 1.0  # weight of the stop loss
     batch: BatchConfig = BatchConfig()
@@ -297,6 +300,7 @@ class BackboneRun:
         for name in ("remat", "remat_local"):
             is_known = getattr(self, name) in REMAT_POLICIES or (name == "remat_local" and self.remat_local is None)
             check(name, is_known, f"one of {', '.join(REMAT_POLICIES)}")
+        check("products", self.products in (None, *PRODUCTS), f"None or one of {', '.join(PRODUCTS)}")
         if self.model.dtype == "float16":
             raise UserError("model.dtype float16: small gradients become zero in it; train in bfloat16 or float32")
         for batch in self.batches:
@@ -331,7 +335,7 @@ CHANGES: tuple[tuple[str, str, str], ...] = (
     (r"optim\.ema_decay: (None ->|.* -> None$)", SHAPE, "whether averaged weights exist"),
     # Length, machine, logging. A schedule without schedule_steps is as long as the run, so it stretches with num_steps. If that
     # changes the rate at the step where the run resumes, train/start.py adds "learning rate of update N" to the changes.
-    (r"(num_steps|remat|remat_local|accumulate|mesh|model\.dtype|model\.max_length)\b", FREE, ""),
+    (r"(num_steps|remat|remat_local|products|accumulate|mesh|model\.dtype|model\.max_length)\b", FREE, ""),
     (r"(checkpoint|log|samples|sample_every_steps|num_samples|validation|guard|watchdog|profile)\b", FREE, ""),
     # An unexpected change for a run that resumes, but the purpose of a branch.
     (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_(fraction|steps|start)|end_ratio)\b", SCHEDULE,

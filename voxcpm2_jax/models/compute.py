@@ -1,14 +1,15 @@
 """How the model is computed: one object that travels from the run's config down to the kernels.
 
-None of it changes a result beyond rounding: it says what the backward pass recomputes, whose attention kernels run, and
-whether layers are scanned or unrolled.
+None of it changes a result beyond rounding: it says what the backward pass recomputes, whose attention kernels run, whether
+layers are scanned or unrolled, and whether they multiply in 8 bits, which rounds coarsely.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
-from voxcpm2_jax import sharding
-from voxcpm2_jax.config.run import REMAT_POLICIES, BackboneRun
+from voxcpm2_jax import chips, sharding
+from voxcpm2_jax.config.run import PRODUCTS, REMAT_POLICIES, BackboneRun
+from voxcpm2_jax.models.product import check_installed
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Compute:
         platform: whose attention kernels run: "cpu", "gpu" or "tpu". None: the platform of the mesh in `jax.set_mesh`, or
             without one that of JAX's default device.
         is_unrolled: layers one by one with fused matrices (`transformer.unstack`), as generation wants them.
+        products: how layers multiply in training: a name in PRODUCTS; None: in the model's dtype.
     """
 
     remat: str = "full"
@@ -29,16 +31,26 @@ class Compute:
     max_segments: int | None = None
     platform: str | None = None
     is_unrolled: bool = False
+    products: str | None = None
 
     def __post_init__(self):
         assert self.remat in REMAT_POLICIES and (self.remat_local or self.remat) in REMAT_POLICIES, self
+        assert self.products in (None, *PRODUCTS), self.products
         assert self.platform in (None, "cpu", "gpu", "tpu"), self.platform
 
     @classmethod
     def of(cls, run: BackboneRun, mesh=None) -> "Compute":
-        """The options of a training run on a mesh; without a mesh the platform is derived where a kernel is chosen."""
+        """The options of a training run on a mesh; without a mesh the platform is derived where a kernel is chosen.
+
+        Raises:
+            UserError: the devices of the mesh do not multiply in 8 bits as the run wants, or qwix is not installed.
+        """
         platform = None if mesh is None else sharding.platform(mesh)
-        return cls(run.remat, run.remat_local, run.batch.segments, platform)
+        check_installed(run.products)
+        if platform in ("tpu", "gpu"):
+            kind = mesh.devices.flat[0].device_kind
+            chips.check_products(run.products, chips.of_kind(kind), kind)
+        return cls(run.remat, run.remat_local, run.batch.segments, platform, products=run.products)
 
     @property
     def is_flat(self) -> bool:

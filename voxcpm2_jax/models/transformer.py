@@ -80,7 +80,7 @@ class Linear(nn.Module):
         if self.is_flat:
             # The barrier also stands before the gradient's way back to the kernel's shape. Without it the compiler transposes
             # the gradients of activations, in order to get the kernel's gradient in the kernel's own order.
-            kernel_DE = jax.tree.map(lambda x: barrier(x.reshape(math.prod(in_dims), -1)), kernel)
+            kernel_DE = jax.tree.map(lambda x: barrier(x.reshape(math.prod(x.shape[: self.num_in]), -1)), kernel)
             y = product(f"{dims}D,DE->{dims}E", x.reshape(*rows, -1), kernel_DE).reshape(*rows, *self.features)
         else:
             contract, out = "XYZ"[: self.num_in], "UVW"[: len(self.features)]
@@ -169,14 +169,18 @@ class Block(nn.Module):
             y_BTD = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x_BTD)
             if self.compute.is_unrolled:
                 gate_up_BT2F = linear("gate_up", 2, F)(y_BTD)
+                gate, up = gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1]
             else:
-                # One product reads x once, and its gradient is one product too. The two matrices are stacked on an axis of
-                # their own, so that their split over devices stays as it is. Fusing q/k/v in the same way does not reduce
-                # the bytes moved (tests/measure_kernels.py).
                 gate, up = (Kernel((c.width, F), name=name)() for name in ("gate", "up"))
-                kernel_D2F = jax.tree.map(lambda *kernels: jnp.stack(kernels, axis=1), gate, up)
-                gate_up_BT2F = product("BTD,DUF->BTUF", y_BTD, kernel_D2F)
-            gate, up = gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1]
+                if self.compute.products is None:
+                    # One product reads x once, and its gradient is one product too. The two matrices are stacked on an axis
+                    # of their own, so that their split over devices stays as it is. Fusing q/k/v in the same way does not
+                    # reduce the bytes moved (tests/measure_kernels.py).
+                    kernel_D2F = jax.tree.map(lambda *kernels: jnp.stack(kernels, axis=1), gate, up)
+                    gate_up_BT2F = product("BTD,DUF->BTUF", y_BTD, kernel_D2F)
+                    gate, up = gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1]
+                else:  # a TPU rounds arrays whose last dim but one is 2 at a fraction of its speed
+                    gate, up = (product("BTD,DF->BTF", y_BTD, kernel) for kernel in (gate, up))
             gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
             h_BTF = constrain(nn.silu(gate) * up, "batch", None, "mlp")
             x_BTD += linear("down", c.width)(h_BTF) * jnp.asarray(c.residual_scale, x_BTD.dtype)

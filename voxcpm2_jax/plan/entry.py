@@ -37,6 +37,7 @@ def plan_entry(case: Case, batch: BatchConfig, *, fast: bool = False) -> dict:
         "mesh": list(mesh),
         "remat": config.remat,
         "remat_local": config.remat_local,
+        "products": config.products,
         "accumulate": config.accumulate,
         "compiled": False,
         "fits": False,

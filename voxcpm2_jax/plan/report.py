@@ -61,6 +61,7 @@ def _summary(entries: Sequence[dict], title: str):
         table.add_column(name, justify="right")
     for e in entries:
         remat = "/".join(filter(None, (e["remat"], e["remat_local"])))
+        remat += f", {e['products']}" if e["products"] else ""
         cells = [e["topology"], f"{e['rows']} x {e['slots']}", mesh_name(e["mesh"]), remat, str(e["accumulate"])]
         cells += [f"{e['compile_sec']:.0f}" if "compile_sec" in e else "-"]
         cells += [gib(e["peak_bytes"]) if e.get("peak_bytes") else "-", gib(e["hbm_bytes"])]

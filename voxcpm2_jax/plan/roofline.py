@@ -48,6 +48,12 @@ def remat_of(config: BackboneRun, part: str) -> str:
     return config.remat_local or config.remat if part in ("locenc", "locdit") else config.remat
 
 
+def eight_bits_of(config: BackboneRun, part: str) -> str | None:
+    """The 8-bit products of a stack; None: it multiplies in bfloat16. In mean mode LocDiT does neither."""
+    is_float32 = part == "locdit" and config.model.dit_config.dit_mean_mode
+    return None if is_float32 else config.products
+
+
 def saved_bytes(c: TransformerConfig, remat: str) -> int:
     """Bytes per position and layer that are saved for the backward pass, in bfloat16: the layer's input and named arrays."""
     width, qkv, attention, mlp = layer_widths(c).values()
@@ -98,10 +104,16 @@ class Pass:
     attention_flops: float
     hbm_bytes: float
     moved_bytes: float  # share of hbm_bytes that is operands and results of products, without weights
+    eight_bit_flops: float = 0.0  # share of product_flops that is multiplied in 8 bits, twice as fast as in bfloat16
 
     @property
     def flops(self) -> float:
         return self.product_flops + self.attention_flops
+
+    @property
+    def bf16_flops(self) -> float:
+        """The FLOPs of bfloat16 products that take as long at the peak."""
+        return self.flops - self.eight_bit_flops / 2
 
 
 def row_shards(mesh: Sequence[int]) -> int:
@@ -135,14 +147,16 @@ def passes(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int], *, skip
         L = c.num_layers
         products = 2.0 * L * positions * layer_params(c) / tensor
         attention = 4.0 * L * positions * keys_of[part] * c.num_heads * c.head_dim / tensor
-        weights = 2.0 * L * parts * layer_params(c) / tensor
+        is_short = eight_bits_of(config, part) is not None
+        weights = (1.0 if is_short else 2.0) * L * parts * layer_params(c) / tensor
         moved, kept = L * positions * _moved_bytes(c) / tensor, L * positions * saved_bytes(c, remat)
         products_again = products * layer_params(c, again) / layer_params(c)
         weights_again = weights * layer_params(c, again) / layer_params(c)
         moved_again = moved * _moved_bytes(c, again) / _moved_bytes(c)
         work += [
-            Pass(part, False, products, attention, weights + moved + kept, moved),
-            # Backward, each product becomes two; attention has five where forward has two (the logits are recomputed).
+            Pass(part, False, products, attention, weights + moved + kept, moved, is_short * products),
+            # Backward, each product becomes two, of which one, the weight's gradient, is never multiplied in 8 bits; attention
+            # has five where forward has two (the logits are recomputed).
             Pass(
                 part,
                 True,
@@ -150,6 +164,7 @@ def passes(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int], *, skip
                 (2.5 + recomputes_attention(remat)) * attention,
                 2 * (weights + moved) + weights_again + moved_again + kept,
                 2 * moved + moved_again,
+                is_short * (products + products_again),
             ),
         ]
     whole = flops.forward_flops(model, **sizes, squares=0)
@@ -163,8 +178,8 @@ def passes(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int], *, skip
 def layer_collectives(config: BackboneRun, batch: BatchConfig, machine: Machine, mesh: Sequence[int]) -> list[Collective]:
     """The collectives of the layers under FSDP and tensor parallelism, for a program that is not compiled.
 
-    Weights are gathered in bfloat16 before each layer's forward and backward pass. Gradients are all-reduced in float32 over
-    replica and data, as XLA does it; a reduce-scatter would move half as much.
+    Weights are gathered in bfloat16, or in 8 bits, before each layer's forward and backward pass. Gradients are all-reduced in
+    float32 over replica and data, as XLA does it; a reduce-scatter would move half as much.
     """
     replica, data, tensor = mesh
     per_slice = machine.slice_devices
@@ -179,7 +194,8 @@ def layer_collectives(config: BackboneRun, batch: BatchConfig, machine: Machine,
     for part in STACKS:
         c = getattr(config.model, part)
         times = c.num_layers * config.accumulate
-        weights = 2 * layer_params(c) // tensor
+        gradients = 4 * layer_params(c) // tensor
+        weights = gradients // (2 if eight_bits_of(config, part) is None else 4)
         rows_bytes = int(2 * positions_of[part] / row_shards(mesh) / config.accumulate * c.width)
         if data > 1:
             n, inside, spans = group(data, tensor)
@@ -188,7 +204,7 @@ def layer_collectives(config: BackboneRun, batch: BatchConfig, machine: Machine,
         if replica * data > 1:
             n, inside, spans = group(replica * data, tensor)
             axes = tuple(name for name, size in (("replica", replica), ("data", data)) if size > 1)
-            found.append(Collective("all-reduce", part, True, times, 2 * weights, n, inside, spans, axes))
+            found.append(Collective("all-reduce", part, True, times, gradients, n, inside, spans, axes))
         if tensor > 1:
             n, inside, spans = group(tensor, 1)
             sums = 2 + ("o" in recomputed_products(remat_of(config, part)))  # gradients of the inputs of "qkv" and "gate_up"
@@ -378,11 +394,11 @@ def predict(
         rows.append(
             Seconds(
                 *key,
-                compute=p.flops / machine.flops,
+                compute=p.bf16_flops / machine.flops,
                 hbm=p.hbm_bytes / machine.hbm_bytes_per_sec,
                 ici=ici.get(key, 0.0),
                 dcn=dcn.get(key, 0.0),
-                thumb_compute=p.flops / (products_reached() * machine.flops)
+                thumb_compute=p.bf16_flops / (products_reached() * machine.flops)
                 + overhead * p.moved_bytes / machine.hbm_bytes_per_sec,
             )
         )

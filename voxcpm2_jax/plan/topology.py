@@ -3,8 +3,8 @@
     --topology=[SLICESx]KIND:AxB[xC][,FIELD=VALUE..]    v5e:16x16   4xv6e:8x8   v5p:8x8x8,rows=512,mesh=1x512x1
     --topology=GPUSxKIND[,FIELD=VALUE..]                8xh100   64xh100,rows=256,mesh=8x8x1
 
-Fields: rows (per batch), accumulate, remat, remat_local, mesh (REPLICAxDATAxTENSOR). The result is a `Case`. `check` also
-accepts plain numbers of devices, where the chip does not matter: 32, or 4x64 for four slices of 64.
+Fields: rows (per batch), accumulate, remat, remat_local, products, mesh (REPLICAxDATAxTENSOR). The result is a `Case`. `check`
+also accepts plain numbers of devices, where the chip does not matter: 32, or 4x64 for four slices of 64.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from voxcpm2_jax import sharding
-from voxcpm2_jax.chips import CHIPS
+from voxcpm2_jax.chips import CHIPS, check_products
 from voxcpm2_jax.config.plain import UserError
 from voxcpm2_jax.config.run import BackboneRun, BatchConfig
 from voxcpm2_jax.plan import roofline
@@ -75,7 +75,9 @@ def parse(text: str, config: BackboneRun) -> Case:
         machine = Machine(name, chip, count // domain, None, domain)
     else:
         raise UserError(f"--topology={text}: expected {_known()}")
-    return Case(machine, _with_fields(text, config, fields))
+    config = _with_fields(text, config, fields)
+    check_products(config.products, machine.chip)
+    return Case(machine, config)
 
 
 def _known() -> str:
@@ -95,13 +97,13 @@ def _with_fields(text, config: BackboneRun, fields: Sequence[str]) -> BackboneRu
             config = with_rows(config, count(value))
         elif name == "accumulate":
             config = dataclasses.replace(config, accumulate=count(value))
-        elif name in ("remat", "remat_local"):
+        elif name in ("remat", "remat_local", "products"):
             config = dataclasses.replace(config, **{name: value})
         elif name == "mesh" and re.fullmatch(r"(-1|\d+)x(-1|\d+)x\d+", value):
             config = dataclasses.replace(config, mesh=tuple(int(n) for n in value.split("x")))
         else:
             raise UserError(
-                f"--topology={text}: {field!r} is none of rows=N, accumulate=N, remat=NAME, remat_local=NAME, "
+                f"--topology={text}: {field!r} is none of rows=N, accumulate=N, remat=NAME, remat_local=NAME, products=NAME, "
                 "mesh=REPLICAxDATAxTENSOR; other fields are set for all topologies, by --config.NAME=VALUE"
             )
     return config
