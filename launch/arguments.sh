@@ -63,8 +63,21 @@ check_training() {
   voxcpm2-jax train --dry-run --topology="$1" "${train[@]}" > /dev/null || exit
 }
 
+# check_sizes LEAST UNITSxDEVICES [SLICESx]DEVICES: for a start with fewer slices or nodes than UNITS. Adds --planned to the
+# training arguments, by which `train` fits mesh and accumulate to what has started.
+# Sets: sizes (array: from UNITS down to LEAST, those that every stage's batch can be split over).
+check_sizes() {
+  local size
+  sizes=()
+  train+=("--planned=$2")
+  for size in $(voxcpm2-jax train --dry-run --topology="$3" "${train[@]}" | sed 's/.*"sizes": \[\([^]]*\)\].*/\1/; s/,//g'); do
+    ((size < $1)) || sizes=("$size" "${sizes[@]}")
+  done
+  [ ${#sizes[@]} -gt 0 ] || exit 2
+}
+
 # read_topology: parses TOPOLOGY, in the notation of `voxcpm2-jax plan` (4xv6e:8x8 is four slices of 8 x 8 chips).
-# Sets: slices (their number), chip (kind), shape, chips (in a slice).
+# Sets: slices (their number), chip (kind), shape, chips (in a slice), sizes (numbers of slices to start with, falling).
 read_topology() {
   need TOPOLOGY "[SLICESx]CHIP:SHAPE such as v5e:16x16 or 4xv6e:8x8"
   [[ "$TOPOLOGY" =~ ^(([1-9][0-9]*)x)?(v5e|v5p|v6e):([1-9][0-9]*(x[1-9][0-9]*){1,2})$ ]] ||
@@ -72,6 +85,11 @@ read_topology() {
   slices="${BASH_REMATCH[2]:-1}" chip="${BASH_REMATCH[3]}" shape="${BASH_REMATCH[4]}"
   chips=$((${shape//x/*}))
   check_training "${slices}x$chips"
+  MIN_SLICES="${MIN_SLICES:-$slices}" WAIT_SEC="${WAIT_SEC:-3600}"
+  whole MIN_SLICES WAIT_SEC
+  sizes=("$slices")
+  ((MIN_SLICES <= slices)) || mistake "MIN_SLICES is '$MIN_SLICES'; expected at most the $slices slices of TOPOLOGY"
+  ((MIN_SLICES == slices)) || check_sizes "$MIN_SLICES" "${slices}x$chips" "${slices}x$chips"
 }
 
 # accelerator_type: Cloud TPU's name for a slice. Names of v5p count cores, two per chip; the others count chips.

@@ -7,6 +7,7 @@
 # options of the site are Slurm's own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_QOS ... The job
 # asks for all memory of its nodes (--mem=0); where a site refuses that, SBATCH_MEM_PER_NODE says how much.
 #   NODES            number of nodes
+#   MIN_NODES        start with as few, if Slurm has no more (default NODES); the batch stays the same
 #   GPUS             GPUs per node (default 8)
 #   NAME             of the job (default voxcpm2); the log is NAME-JOBID.log in the current directory
 #   GRACE_SEC        seconds before the time limit at which the run saves (default 180)
@@ -21,6 +22,15 @@ need NODES "the number of nodes"
 GPUS="${GPUS:-8}" GRACE_SEC="${GRACE_SEC:-180}"
 whole NODES GPUS GRACE_SEC
 check_training "$((NODES * GPUS))"
+MIN_NODES="${MIN_NODES:-$NODES}" count="$NODES"
+whole MIN_NODES
+((MIN_NODES <= NODES)) || mistake "MIN_NODES is '$MIN_NODES'; expected at most NODES=$NODES"
+if ((MIN_NODES < NODES)); then
+  check_sizes "$MIN_NODES" "${NODES}x$GPUS" "$((NODES * GPUS))"
+  # Slurm gives any number of a range, and only those of a list that the batch can be split over.
+  count="${sizes[-1]}-$NODES"
+  ((${#sizes[@]} == NODES - sizes[-1] + 1)) || count="$(printf '%s\n' "${sizes[@]}" | sort -n | paste -sd,)"
+fi
 [ ${#flags[@]} -eq 0 ] || mistake "unknown option ${flags[*]}; expected --dry-run or --"
 
 # JAX expects one process per GPU in a Slurm job, and that each process sees all GPUs of its node: no --gpus-per-task.
@@ -33,7 +43,7 @@ batch() {
 #SBATCH --job-name=$NAME
 #SBATCH --output=$NAME-%j.log
 #SBATCH --open-mode=append
-#SBATCH --nodes=$NODES
+#SBATCH --nodes=$count
 #SBATCH --gpus-per-node=$GPUS
 #SBATCH --ntasks-per-node=$GPUS
 #SBATCH --exclusive

@@ -14,6 +14,8 @@
 #   CAPACITY         spot (default), reserved or guaranteed
 #   RUNTIME          runtime version of the VMs (default: the one for the chip)
 #   MAX_FAILURES     restarts after a failure (default 10)
+#   MIN_SLICES       go on with as few slices, if no more are to be had (default: all of TOPOLOGY); the batch stays the same
+#   WAIT_SEC         seconds to wait for them before fewer are requested (default 3600)
 #   POLL_SEC         seconds between two queries of the queue (default 60)
 #
 # When VMs are preempted, the processes get SIGTERM and have about 30 s for saving. The script then deletes what is left of
@@ -51,9 +53,10 @@ start+=" && if [ -n \"\$same\" ]; then sudo docker start $NAME"
 start+="; else sudo docker run --detach --name=$NAME --label=$label --pull=always --init --stop-timeout=600"
 start+=" --privileged --user=0 --network=host --volume=/mnt/voxcpm2:/mnt/voxcpm2 $(quoted "$IMAGE" train "${train[@]}"); fi"
 
+# create SLICES: requests so many.
 create() {
   local nodes=(--node-id="$NAME")
-  ((slices == 1)) || nodes=(--node-count="$slices" --node-prefix="$NAME")
+  (($1 == 1)) || nodes=(--node-count="$1" --node-prefix="$NAME")
   gcloud compute tpus queued-resources create "$NAME" --zone="$ZONE" --accelerator-type="$(accelerator_type)" \
     --runtime-version="$RUNTIME" "${nodes[@]}" "--$CAPACITY"
 }
@@ -66,7 +69,7 @@ delete() { gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --
 
 if [ -n "$dry_run" ]; then
   gcloud() { quoted gcloud "$@"; }
-  create
+  create "$slices"
   state
   on all "$start"
   on all "sudo docker wait $NAME"
@@ -74,15 +77,19 @@ if [ -n "$dry_run" ]; then
   exit
 fi
 
-failures=0
+failures=0 turn=0 since=$SECONDS # sizes[turn] slices are requested
 while true; do
   if ! state=$(state); then
     sleep "$POLL_SEC"
     continue
   fi
   case "$state" in
-    '') create ;;
+    '')
+      create "${sizes[turn]}"
+      since=$SECONDS
+      ;;
     ACTIVE)
+      turn=0 # after a preemption all slices are requested again
       # `docker wait` prints one exit code per host when its process has ended; the connection may break before.
       if on all "$start" && codes=$(on all "sudo docker wait $NAME" | grep -x '[0-9]\+' | sort -nu | xargs); then
         case " $codes " in
@@ -102,6 +109,14 @@ while true; do
       sleep "$POLL_SEC"
       ;;
     FAILED | SUSPENDED) delete && sleep "$POLL_SEC" ;;
-    *) sleep "$POLL_SEC" ;;
+    *)
+      if ((turn + 1 < ${#sizes[@]} && SECONDS - since >= WAIT_SEC)); then
+        turn=$((turn + 1))
+        echo "not active after $WAIT_SEC s; requesting ${sizes[turn]} of $slices slices" >&2
+        delete
+      else
+        sleep "$POLL_SEC"
+      fi
+      ;;
   esac
 done

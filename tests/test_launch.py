@@ -212,6 +212,29 @@ def test_xpk(site):
     }  # fmt: skip
 
 
+CLUSTER = """#!/bin/sh
+# Stands in for kubectl in a cluster that has three of four slices.
+cd {state}
+echo "$1" >> asked
+case "$1" in
+  create) grep -o 'replicas: [0-9]*' > replicas; cat replicas >> asked ;;
+  get) if grep -q 4 replicas; then echo "voxcpm2 3 "; elif [ -e seen ]; then echo "voxcpm2 3 Completed"
+       else touch seen; echo "voxcpm2 3 "; fi ;;
+esac
+"""
+
+
+def test_gke_submits_fewer_slices_after_a_while(site, tmp_path):
+    site._program("kubectl", CLUSTER.format(state=tmp_path))
+    done = site.launch("gke", MIN_SLICES="3", WAIT_SEC="1")
+    assert done.returncode == 0 and done.stderr == "3 slices ready for 1 s; submitting 3 of 4 slices\n"
+    calls = [line for line in (tmp_path / "asked").read_text().splitlines() if line != "get"]
+    assert calls == ["create", "replicas: 4", "delete", "create", "replicas: 3"]
+    site._program("kubectl", '#!/bin/sh\n[ "$1" = get ] || cat > /dev/null\n')
+    assert "the JobSet voxcpm2 is gone" in mistake(site.launch("gke", MIN_SLICES="3"))
+    assert "--planned=4x256" in jobset(site.dry_run("gke", MIN_SLICES="3"))[-1]["args"]
+
+
 # ---- Slurm -----------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +282,14 @@ def test_slurm_job_outlives_the_signal(site, tmp_path):
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 75 and site.calls_of("scontrol") == [["requeue", "12"]]
+
+
+@pytest.mark.parametrize(("rows", "least", "nodes"), [(3072, 2, "2-4"), (3072, 4, "4"), (256, 2, "2,4"), (256, 1, "1,2,4")])
+def test_slurm_starts_with_fewer_nodes_if_it_may(site, rows, least, nodes):
+    """Three nodes of 8 cannot share 256 rows evenly; Slurm then gets a list."""
+    shown = site.dry_run("slurm", MIN_NODES=str(least), train=[*TRAIN, f"--config.batch.rows={rows}"])
+    assert f"#SBATCH --nodes={nodes}\n" in shown
+    assert ("--planned=4x8" in shown) == (least < 4)
 
 
 # ---- TPU VMs ---------------------------------------------------------------------------------------------------------
@@ -380,6 +411,28 @@ def test_tpu_vm_gives_up(site, codes, tries, ends_with):
     assert verbs(site) == ["list", "start all", "wait all", "logs 0"] * tries + ["delete"]
 
 
+QUEUE = """#!/bin/sh
+# Stands in for gcloud where two slices are never free and one is.
+cd {state}
+echo "$@" >> asked
+case "$4" in
+  create) case "$*" in *--node-count=2*) echo WAITING_FOR_RESOURCES > queue ;; *) echo ACTIVE > queue ;; esac ;;
+  list) cat queue 2> /dev/null || true ;;
+  delete) rm queue ;;
+  ssh) case "$*" in *"docker wait"*) echo 0 ;; esac ;;
+esac
+"""
+
+
+def test_tpu_vm_requests_fewer_slices_after_a_while(site, tmp_path):
+    site._program("gcloud", QUEUE.format(state=tmp_path))
+    done = site.launch("tpu_vm", MIN_SLICES="1", WAIT_SEC="1")
+    assert done.returncode == 0 and done.stderr == "not active after 1 s; requesting 1 of 2 slices\n"
+    calls = [line for line in (tmp_path / "asked").read_text().splitlines() if " list " not in line]
+    assert [line.split()[3] for line in calls] == ["create", "delete", "create", "ssh", "ssh", "delete"]
+    assert "--node-count=2" in calls[0] and "--node-id=voxcpm2" in calls[2] and "--planned=2x256" in calls[3]
+
+
 # ---- SkyPilot --------------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +520,9 @@ def test_wrong_variables_are_refused(site):
     assert "CAPACITY is 'cheap'" in mistake(site.launch("tpu_vm", CAPACITY="cheap"))
     assert "SPOT is 'maybe'" in mistake(site.launch("skypilot", SPOT="maybe"))
     assert "CLUSTER is not set" in mistake(site.launch("gke", "--xpk"))
+    assert "MIN_SLICES does not go with --xpk" in mistake(site.launch("gke", "--xpk", CLUSTER="c", MIN_SLICES="2"))
+    assert "MIN_SLICES is '5'; expected at most the 4 slices" in mistake(site.launch("gke", MIN_SLICES="5"))
+    assert "MIN_NODES is '5'; expected at most NODES=4" in mistake(site.launch("slurm", MIN_NODES="5"))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -159,6 +159,11 @@ def make_mesh(shape: tuple[int, int, int] = (-1, -1, 1), devices=None) -> Mesh:
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def num_slices(devices: Sequence) -> int:
+    """Number of TPU slices that devices belong to."""
+    return len({getattr(device, "slice_index", None) or 0 for device in devices})  # a single slice may have no number
+
+
 def abstract(shapes, layouts):
     """ShapeDtypeStructs with shardings, from a tree of shapes and a tree of shardings; for `restore` and `lower`."""
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, layouts)

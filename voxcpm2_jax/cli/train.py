@@ -42,6 +42,12 @@ def add(commands) -> None:
         "v5e:16x16 or 64xh100, or for plain numbers of devices: 64, or 4x64 for four slices",
     )  # fmt: skip
     parser.add_argument(
+        "--planned", metavar="UNITSxDEVICES",
+        help="slices or nodes that the config is made for, and devices of each, such as 4x256. If fewer have started, mesh and "
+        "accumulate follow, and the batch stays the same; with --dry-run and --topology, the result lists under \"sizes\" "
+        "how many of them will do",
+    )  # fmt: skip
+    parser.add_argument(
         "--compile-for", metavar="T",
         help="compile the train step for this TPU topology, such as v5e:16x16, on any machine, save it in WORKDIR/compiled and "
         "stop; the same command without this flag loads it there instead of compiling. Needs the extra \"tpu\"",
@@ -56,6 +62,9 @@ def run(args, overrides) -> int:
     from voxcpm2_jax.train import profiler
 
     profile_steps = args.profile_steps and profiler.profile_steps(args.profile_steps)
+    from voxcpm2_jax.train import elastic
+
+    planned, sizes = args.planned and elastic.parse(args.planned), {}
     if args.topology and not args.dry_run:
         raise UserError("--topology goes with --dry-run; a run uses the devices that it finds")
     if args.dry_run:  # launchers call it on the machine they start from, where the paths need not exist
@@ -63,8 +72,10 @@ def run(args, overrides) -> int:
             from voxcpm2_jax.plan import topology
 
             config = topology.check(args.topology, config)
+            are_slices = topology.has_slices(args.topology)
+            sizes = {"sizes": elastic.sizes(config, planned, are_slices=are_slices)} if planned else {}
         batches = [to_dict(stage.batch_of(config.batch)) | {"first_step": stage.first_step} for stage in config.stages]
-        print_result({"workdir": args.workdir, "data": args.data, "config": to_dict(config), "stages": batches})
+        print_result({"workdir": args.workdir, "data": args.data, "config": to_dict(config), "stages": batches} | sizes)
         return DONE
     if args.compile_for:
         print_result({"saved": _compile_ahead(args, config)})
@@ -80,7 +91,7 @@ def run(args, overrides) -> int:
             "heldout": stage.local(args.heldout),
             "init_params": local_checkpoint(args.init_params), "init_tslm": stage.local(args.init_tslm),
         }  # fmt: skip
-        return pretrain.train(config, workdir, stage.local(args.data), profile_steps=profile_steps, **local)
+        return pretrain.train(config, workdir, stage.local(args.data), profile_steps=profile_steps, planned=planned, **local)
 
     return training.run_training(args.workdir, train)
 

@@ -141,6 +141,11 @@ def check(text: str, config: BackboneRun) -> BackboneRun:
     return config
 
 
+def has_slices(text: str) -> bool:
+    """Whether --topology=TEXT is of TPU slices, or plain devices in slices (4x64)."""
+    return bool(re.match(r"\d+x\d+(,|$)|(\d+x)?[a-z]\w*:", text))
+
+
 def _islands(machine: Machine) -> int:
     """Parts of a machine that only the replica axis may cross."""
     return machine.slices if machine.torus else 1

@@ -26,7 +26,7 @@ from voxcpm2_jax.data.mixing import Mix
 from voxcpm2_jax.evaluate.validation import Validation
 from voxcpm2_jax.models import voxcpm2
 from voxcpm2_jax.sequence import Batch
-from voxcpm2_jax.train import ahead, backbone, loop
+from voxcpm2_jax.train import ahead, backbone, elastic, loop
 from voxcpm2_jax.train.figures import spectrogram
 from voxcpm2_jax.train.start import Start
 from voxcpm2_jax.train.state import TrainState
@@ -75,6 +75,7 @@ def train(
     init_tslm=None,
     accept_changes: bool = False,
     profile_steps=None,
+    planned: elastic.Size | None = None,
 ) -> dict:
     """Trains in `workdir`, and resumes there if it holds a checkpoint -> figures from the last row of metrics.jsonl.
 
@@ -85,6 +86,7 @@ def train(
         init_params, init_tslm: where the parameters of a new run come from, see `initial_params`.
         accept_changes: allow changes of the config that are otherwise refused on resume (`CHANGES` in config/run.py).
         profile_steps: (a, b): updates a .. b - 1 are traced for XProf.
+        planned: the machine that mesh and accumulate are made for; they follow if the run finds fewer devices.
     Raises:
         UserError: shards that the model cannot read (every difference is named), a batch that cannot be split over the
             mesh, or what `start.begin` refuses.
@@ -92,6 +94,7 @@ def train(
     home, workdir = workdir, pathlib.Path(workdir)
     if profile_steps and profile_steps[0] >= config.num_steps:
         raise UserError(f"--profile-steps={'{}:{}'.format(*profile_steps)}: the run ends at step {config.num_steps}")
+    config = config if planned is None else _fitted(config, planned)
     source = _open(config, data)
     mix = Mix(config.seed, source.index, source.patch_sec, config.batch, config.stages)
     mesh = sharding.make_mesh(config.mesh)
@@ -124,6 +127,17 @@ def train(
         _, row = loop.run(task, state, home, origin=origin, profile_steps=profile_steps)
     names = ("step", "loss", "loss_diff", "loss_stop", "audio_sec_per_sec", "mfu")
     return {name: row.get(name) for name in names}
+
+
+def _fitted(config: BackboneRun, planned: elastic.Size) -> BackboneRun:
+    """The run on the devices that it found; says so if some are missing."""
+    devices = jax.devices()
+    are_slices = devices[0].platform == "tpu"
+    present = elastic.Size(sharding.num_slices(devices) if are_slices else 1, len(devices))
+    fitted = elastic.fit(config, planned, present, are_slices=are_slices)
+    if present.devices < planned.devices:
+        processes.say(elastic.describe(config, fitted, planned, present))
+    return fitted
 
 
 class BackboneTask(loop.Task):
