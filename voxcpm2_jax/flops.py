@@ -20,7 +20,7 @@ from voxcpm2_jax import chips
 from voxcpm2_jax.config.model import ModelConfig, TransformerConfig
 
 STACKS = ("locenc", "tslm", "ralm", "locdit")
-PRODUCTS = ("qkv", "o", "gate_up", "down")  # matrix products of a layer; matrices that share an input count as one
+PRODUCTS = ("qkv", "o", "gate", "up", "down")  # matrix products of a layer
 
 
 # ---- geometry --------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def layer_widths(c: TransformerConfig) -> dict[str, int]:
 def layer_params(c: TransformerConfig, products: Iterable[str] = PRODUCTS) -> int:
     """Parameters of these products' matrices in one layer; norm scales are not counted."""
     width, qkv, attention, mlp = layer_widths(c).values()
-    params = {"qkv": width * qkv, "o": attention * width, "gate_up": 2 * width * mlp, "down": mlp * width}
+    params = {"qkv": width * qkv, "o": attention * width, "gate": width * mlp, "up": width * mlp, "down": mlp * width}
     return sum(params[name] for name in products)
 
 

@@ -180,9 +180,15 @@ def fill(shape: Sequence[int], num_devices: int, num_slices: int) -> tuple[int, 
 # ---- activations and parameters --------------------------------------------------------------------------------------
 
 
-def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
-    """Constrains the layout of an activation by its logical dims; does nothing outside `jax.set_mesh`."""
+def mesh_in_use():
+    """The mesh of `jax.set_mesh`; empty outside of it, and where code runs on each device by itself (`jax.shard_map`)."""
     mesh = jax.sharding.get_abstract_mesh()
+    return jax.sharding.AbstractMesh((), ()) if mesh.manual_axes else mesh
+
+
+def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
+    """Constrains the layout of an activation by its logical dims; does nothing where no mesh is in use."""
+    mesh = mesh_in_use()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(x.shape, dims, mesh))
@@ -190,7 +196,7 @@ def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
 
 def num_shards(dim: str, size: int) -> int:
     """Number of devices over which the mesh in use splits a logical dim of this size."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_in_use()
     axes = () if mesh.empty else _axes(dim, size, mesh) or ()
     return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
 
@@ -215,7 +221,7 @@ def param_shardings(tree, mesh: Mesh):
     """
 
     def one(path, leaf):
-        name = _name(path)
+        name = path_name(path)
         if leaf.ndim == 0 or name.startswith("guard/"):
             return NamedSharding(mesh, PartitionSpec())
         dims = param_dims(name, leaf.ndim)
@@ -232,10 +238,10 @@ def param_shardings(tree, mesh: Mesh):
 
 def constrain_params(tree):
     """Constrains a tree that is shaped like the parameters, such as gradients, to the layout of the parameters."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *param_dims(_name(path), x.ndim)), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrain(x, *param_dims(path_name(path), x.ndim)), tree)
 
 
-def _name(path) -> str:
+def path_name(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 

@@ -89,5 +89,5 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, argv, message):
 
 
 def test_clips_that_fit_no_row(shards):
-    with pytest.raises(UserError, match="clips fit no row of 64 slots"):
+    with pytest.raises(UserError, match="clips take more than 64 slots"):
         data.data(BackboneRun(model=MODELS["tiny"], batch=BatchConfig(rows=2, slots=64, patches=48)), shards, seconds=0.1)

@@ -380,6 +380,18 @@ def test_stages_that_cannot_be(stages, message):
 def test_clips_that_fit_no_row_are_refused():
     lengths = lengths_of([(3, 5, 0, False), (30, 10, 0, False), (1, 22, 0, False)])
     with pytest.raises(
-        UserError, match="2 of 3 clips fit no row of 40 slots, 25 patches and 20 target patches; the largest take 42, 22"
+        UserError, match="2 of 3 clips take more than 40 slots, 25 patches or 20 target patches; the largest take 42, 22"
     ):
         mix_of(lengths)
+
+
+@pytest.mark.parametrize("limits", [{"batch": 15}, {"stage": 15}, {"batch": 40, "stage": 15}])
+def test_a_clip_may_take_less_than_a_row(limits):
+    """With its reference clip too: where that is too long, the clip goes without."""
+    batch = dataclasses.replace(SMALL, clip_slots=limits.get("batch"))
+    stage = StageConfig(clip_slots=limits.get("stage"))
+    lengths = lengths_of([(3, 5, 4, False), (3, 5, 0, False)] * 20)
+    rows = mix_of(lengths, stage, batch=batch).rows(0)
+    assert {draw.reference for row in rows for draw in row} == {mixing.NO_REFERENCE}
+    with pytest.raises(UserError, match=r"1 of 41 clips take more than 15 slots.* the largest take 16,"):
+        mix_of(lengths_of([(3, 5, 0, False)] * 40 + [(4, 10, 0, False)]), stage, batch=batch)

@@ -116,15 +116,24 @@ def test_logits_of_bfloat16_are_not_rounded():
 LAYOUTS = {"blocks": ids([100, 90, 66], [200, -56]), "ragged": ids([50, 40, -17], [107])}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_splash_equals_xla(layout, monkeypatch):
-    """Several blocks in a row, and a row that is no whole number of them."""
+@pytest.mark.parametrize(("layout", "window"), [("blocks", None), ("blocks", 100), ("ragged", None)])
+def test_splash_equals_xla(layout, window, monkeypatch):
+    """Several blocks in a row, as far as the longest segment; and a row that is no whole number of them."""
     monkeypatch.setattr(attn, "_SPLASH_BLOCK_SLOTS", 128)
     segment_BT = jnp.asarray(LAYOUTS[layout])
     rows = some_rows(*segment_BT.shape)
-    ours = outcome(partial(attn.splash, interpret=True), *rows, segment_BT)
+    if window is not None:  # of a padding that is longer, splash sees the end
+        segment_BT = segment_BT[:1]
+        rows = [x[:1] for x in rows]
+    ours = outcome(partial(attn.splash, window=window, interpret=True), *rows, segment_BT)
     for got, expected in zip(ours, outcome(attention, *rows, segment_BT)):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_the_share_of_splashs_grid():
+    assert attn.splash_share(4096) == 36 / 64 and attn.splash_share(4096, 4096) == 36 / 64
+    assert attn.splash_share(4096, 1024) == 21 / 24 and attn.splash_share(4096, 512) == 15 / 16
+    assert attn.splash_share(300) == 1
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)])

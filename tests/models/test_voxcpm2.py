@@ -181,6 +181,15 @@ def test_a_row_of_more_clips_than_it_may_hold_has_no_loss(params):
     assert np.isnan(terms["diff_BMP"][0]).any() and np.isfinite(terms["diff_BMP"][1]).all()
 
 
+@pytest.mark.parametrize(("most", "is_whole"), [(10, [True, False]), (11, [True, True])])
+def test_a_row_with_a_longer_clip_than_it_may_hold_has_no_loss(params, most, is_whole):
+    """Splash would not let the end of the clip see its beginning. Padding may be longer."""
+    batch = pack([clip(3, 2)], [clip(3, 6)])
+    d = draws_for(batch)
+    terms = jax.jit(lambda: voxcpm2.loss_terms(params, CONFIG, batch, d, compute=Compute(clip_slots=most)))()
+    assert [np.isfinite(row).all() for row in terms["diff_BMP"]] == is_whole
+
+
 def test_third_budget_changes_nothing_but_the_work(params, terms):
     batch = pack([clip(3, 5, reference_MPC=audio(4)), clip(2, 4)])
     draws = draws_for(batch)

@@ -183,11 +183,20 @@ def uneven(tiny_params):
     return run, state, batch, jax.device_get(jax.jit(partial(backbone.train_step, config=run))(state, batch))
 
 
-@pytest.mark.parametrize(("accumulate", "shape"), [(4, None), (2, (1, 4, 2))])
-def test_accumulation_is_exactly_the_large_batch(uneven, accumulate, shape):
-    """Every figure, and every moment of the optimiser, which after one update is the gradient and its square."""
+@pytest.mark.parametrize(
+    ("changes", "shape"),
+    [
+        ({"accumulate": 4}, None),
+        ({"accumulate": 2}, (1, 4, 2)),
+        ({"locdit_at_once": 50}, None),
+        ({"locdit_at_once": 50, "accumulate": 2, "remat_local": "products"}, (2, 4, 1)),
+    ],
+)
+def test_a_batch_in_parts_is_exactly_the_batch(uneven, changes, shape):
+    """Micro-batches, and the local stacks in chunks of patches: every figure, and every moment of the optimiser, which after
+    one update is the gradient and its square."""
     run, state, batch, (whole, whole_figures) = uneven
-    step, layout = partial(backbone.train_step, config=dataclasses.replace(run, accumulate=accumulate)), None
+    step, layout = partial(backbone.train_step, config=dataclasses.replace(run, **changes)), None
     with contextlib.ExitStack() as stack:
         if shape:
             mesh = sharding.make_mesh(shape)

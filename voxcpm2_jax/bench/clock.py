@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from voxcpm2_jax import flops
 from voxcpm2_jax.chips import CHIPS, check_products
 from voxcpm2_jax.config.plain import UserError, to_dict
-from voxcpm2_jax.config.run import BackboneRun
+from voxcpm2_jax.config.run import BackboneRun, BatchConfig
 from voxcpm2_jax.models.attention import splash_share
 from voxcpm2_jax.plan.clock import PASSES, Clock, kernels_in, read
 from voxcpm2_jax.plan.compile import child_environment
@@ -71,7 +71,7 @@ def clock(
             stack.callback(child.kill)  # if another one fails
         found = []
         for i, (name, child) in enumerate(children.items()):
-            figures, ticks = _finish(child, folder / str(i), machine, batch.slots)
+            figures, ticks = _finish(child, folder / str(i), machine, batch)
             passes = {run: ticks.seconds_by("run").get((run,), 0.0) for run in PASSES}
             seconds = {
                 "sec": ticks.seconds,
@@ -136,11 +136,11 @@ def _start(root: pathlib.Path, job: dict, folder: pathlib.Path) -> subprocess.Po
     return child
 
 
-def _finish(child: subprocess.Popen, folder: pathlib.Path, machine: Machine, slots: int) -> tuple[dict, Clock]:
+def _finish(child: subprocess.Popen, folder: pathlib.Path, machine: Machine, batch: BatchConfig) -> tuple[dict, Clock]:
     out = child.stdout.read()
     if child.wait():
         last = [line for line in (folder / "log").read_text().splitlines() if line.strip()][-6:]
         raise RuntimeError("compiling failed:\n" + "\n".join(last))
-    kernels = kernels_in(folder / "dumps", {"splash": splash_share(slots)})
+    kernels = kernels_in(folder / "dumps", {"splash": splash_share(batch.slots, batch.clip_slots)})
     ticks = read((folder / "program").read_text(), machine, kernels=kernels)
     return json.loads(out.splitlines()[-1]), ticks

@@ -161,12 +161,15 @@ class BatchConfig:
     patches: int = 3072  # M, audio patches per row
     target_patches: int | None = None  # patches per row that may bear loss; None: all M
     segments: int | None = None  # most clips per row; None: as many as fit. On GPU the cost of attention grows with it
+    clip_slots: int | None = None  # most slots of a clip; None: all of a row. On TPU the cost of attention grows with it
 
     def __post_init__(self):
         if min(self.rows, self.slots, self.patches) < 1 or not 1 <= (self.target_patches or self.patches) <= self.patches:
             raise UserError(f"batch: rows, slots and patches must be at least 1, target_patches at most patches; got {self}")
         if self.segments is not None and self.segments < 1:
             raise UserError(f"batch: segments must be at least 1, or None for as many as fit; got {self.segments}")
+        if self.clip_slots is not None and self.clip_slots < 1:
+            raise UserError(f"batch: clip_slots must be at least 1, or None for all of a row; got {self.clip_slots}")
 
     def scaled(self, rows: float, slots: float) -> "BatchConfig":
         """This batch with `rows` times its rows, and rows with `slots` times their slots, patches and target patches."""
@@ -200,6 +203,7 @@ class StageConfig:
     prompt: float | None = None  # share of audio in prompt clips; None: as in the corpus
     rows_factor: float = 1.0  # rows per batch, as a multiple of the run's batch.rows
     slots_factor: float = 1.0  # length of a row, as a multiple of the run's batch.slots, batch.patches, batch.target_patches
+    clip_slots: int | None = None  # most slots of a clip; None: batch.clip_slots
 
     def __post_init__(self):
         def check(name, ok, expected):
@@ -220,6 +224,7 @@ class StageConfig:
 
     def batch_of(self, batch: BatchConfig) -> BatchConfig:
         """The budgets of this stage in a run with these budgets."""
+        batch = batch if self.clip_slots is None else dataclasses.replace(batch, clip_slots=self.clip_slots)
         return batch.scaled(self.rows_factor, self.slots_factor)
 
 
@@ -239,6 +244,7 @@ class SampleConfig:
 REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "full": (),
     "thin": ("attention", "o"),  # what saves most work per byte; recomputes q, k, v, gate and up
+    "gate": ("attention", "o", "gate"),  # recomputes q, k, v and up
     "narrow": ("q", "k", "v", "attention", "o"),  # recomputes gate and up: the widest arrays, most of the work
     "products": ("q", "k", "v", "attention", "o", "gate", "up"),  # recomputes only norms, activations and softmax
     "none": None,  # saves whatever XLA chooses
@@ -269,6 +275,8 @@ class BackboneRun:
     num_steps: int = 1000  # updates
     remat: str = "full"  # what the backward pass recomputes: a name in REMAT_POLICIES
     remat_local: str | None = None  # the same for LocEnc and LocDiT; None: as remat
+    remat_locdit: str | None = None  # LocDiT's own; None: as remat_local
+    locdit_at_once: int | None = None  # patches that LocDiT computes at once on a device, forward and back; None: all
     products: str | None = None  # how layers multiply: a name in PRODUCTS (models/product.py); None: in model.dtype
     diff_weight: float = 1.0  # weight of the flow-matching loss
     stop_weight: float = 1.0  # weight of the stop loss
@@ -294,11 +302,12 @@ class BackboneRun:
         check("num_steps", self.num_steps >= 1, "at least 1")
         check("seed", 0 <= self.seed < 2**32, "0 or more, and less than 2^32")
         check("accumulate", self.accumulate >= 1, "at least 1")
+        check("locdit_at_once", self.locdit_at_once is None or self.locdit_at_once >= 1, "at least 1, or None")
         check("patch_sec", 0 < self.patch_sec < math.inf, "a number over 0")
         for name in ("diff_weight", "stop_weight"):
             check(name, 0 <= getattr(self, name) < math.inf, "a number of 0 or more")
-        for name in ("remat", "remat_local"):
-            is_known = getattr(self, name) in REMAT_POLICIES or (name == "remat_local" and self.remat_local is None)
+        for name in ("remat", "remat_local", "remat_locdit"):
+            is_known = getattr(self, name) in REMAT_POLICIES or (name != "remat" and getattr(self, name) is None)
             check(name, is_known, f"one of {', '.join(REMAT_POLICIES)}")
         check("products", self.products in (None, *PRODUCTS), f"None or one of {', '.join(PRODUCTS)}")
         if self.model.dtype == "float16":
@@ -306,6 +315,10 @@ class BackboneRun:
         for batch in self.batches:
             if batch.slots > self.model.max_length:
                 raise UserError(f"batch.slots {batch.slots} exceed model.max_length {self.model.max_length}")
+        if len({(b.rows, b.slots, b.patches) for b in self.batches}) < len(self.batches):
+            raise UserError(
+                "stages: clip_slots must be equal in all stages whose rows have the same number and the same budgets"
+            )
         start, steps = self.optim.decay_start, self.optim.decay_steps
         if start is not None and steps is not None and start < self.num_steps < start + steps:
             raise UserError(

@@ -59,7 +59,7 @@ class Mix:
         used: dict[tuple, int] = {}  # rows of each stream that earlier stages took
         for i, config in enumerate(stages):
             batch_of_stage = config.batch_of(batch)
-            budgets = packing.budgets_of(batch_of_stage)
+            budgets, largest = packing.budgets_of(batch_of_stage), packing.largest_clip(batch_of_stage)
             if self._stages:
                 last = self._stages[-1]
                 rows = (config.first_step - last.first_step) * last.batch.rows
@@ -68,9 +68,9 @@ class Mix:
             keys, new = [], _Together()
             for group, (clips, _) in groups.items():
                 # A stage continues the epochs of an earlier one if it wants the same of the group; otherwise it begins anew.
-                key = (group, config.min_sec, config.max_sec, config.reference, config.described, *budgets)
+                key = (group, config.min_sec, config.max_sec, config.reference, config.described, *budgets, *largest[:1])
                 if key not in streams:
-                    streams[key] = _Stream((seed, len(streams)), index, clips, config, budgets, new)
+                    streams[key] = _Stream((seed, len(streams)), index, clips, config, budgets, largest, new)
                 keys.append(key)
             new.measure()
             # The shares are of hours. A group with much text, many reference clips or clips that leave rows half empty needs
@@ -244,17 +244,26 @@ class _Stream:
 
     rows_per_patch: float
 
-    def __init__(self, seed, index: Index, clips: np.ndarray, stage: StageConfig, budgets: Budgets, together: "_Together"):
+    def __init__(
+        self,
+        seed,
+        index: Index,
+        clips: np.ndarray,
+        stage: StageConfig,
+        budgets: Budgets,
+        largest: Budgets,
+        together: "_Together",
+    ):
         self._seed, self._index, self._clips, self._stage = seed, index, clips, stage
-        self._budgets = np.array(budgets)
+        self._budgets, self._largest = np.array(budgets), np.array(largest)
         smallest = packing.sizes(index.lengths.take(clips), reference_patches=0, is_described=False)
-        too_big = np.flatnonzero((smallest > self._budgets).any(axis=1))
+        too_big = np.flatnonzero((smallest > self._largest).any(axis=1))
         if len(too_big):
             slots, patches, targets, _ = smallest[too_big].max(axis=0)
             raise UserError(
-                f"{len(too_big)} of {len(clips)} clips fit no row of {budgets.slots} slots, {budgets.patches} patches and "
-                f"{budgets.targets} target patches; the largest take {slots}, {patches} and {targets}: raise the budgets or "
-                "set max_sec of the stage"
+                f"{len(too_big)} of {len(clips)} clips take more than {largest.slots} slots, {largest.patches} patches or "
+                f"{largest.targets} target patches; the largest take {slots}, {patches} and {targets}: raise the budgets "
+                "(clip_slots, slots, patches, target_patches) or set max_sec of the stage"
             )
         self.is_small = (smallest / self._budgets).sum(axis=0).max() < _FEW_ROWS
         self._num_packings = 1 if self.is_small else min(max(_MAX_DRAWS // len(index.lengths), 2), 16)
@@ -271,7 +280,9 @@ class _Stream:
     def sample(self, together: "_Together") -> "_Stream":
         """A stream of one window of its clips."""
         clips = np.random.default_rng((*self._seed, 2)).permutation(self._clips)[: packing.WINDOW_CLIPS]
-        return _Stream((*self._seed, 2), self._index, clips, self._stage, Budgets(*self._budgets), together)
+        return _Stream(
+            (*self._seed, 2), self._index, clips, self._stage, Budgets(*self._budgets), Budgets(*self._largest), together
+        )
 
     def packing(self, number: int) -> _Packing:
         """A packing by its number."""
@@ -367,7 +378,7 @@ class _Stream:
         sizes = self._sizes(lengths, reference, is_described)
         # A clip that fits no row with its reference clip loses it; if it still fits none, it loses its description too.
         for column, off in ((reference, NO_REFERENCE), (is_described, False)):
-            column[(sizes > self._budgets).any(axis=1)] = off
+            column[(sizes > self._largest).any(axis=1)] = off
             sizes = self._sizes(lengths, reference, is_described)
         return _Draws(clip, reference, is_described), sizes
 

@@ -44,6 +44,11 @@ def budgets_of(batch: BatchConfig) -> Budgets:
     return Budgets(batch.slots, batch.patches, batch.target_patches or batch.patches, batch.segments or math.inf)
 
 
+def largest_clip(batch: BatchConfig) -> Budgets:
+    """What a single clip may take of a row."""
+    return budgets_of(batch)._replace(slots=min(batch.slots, batch.clip_slots or batch.slots))
+
+
 def sizes(lengths: np.ndarray, *, reference_patches=None, is_described=None) -> np.ndarray:
     """How much each clip takes of the four budgets, int64 [clips, 4]; see sequence.py for the layouts.
 

@@ -53,10 +53,10 @@ class Segments(NamedTuple):
     id_BT: jax.Array
     length_BM: jax.Array  # int32: slots of each segment, -1 for unused entries
     offset_BM: jax.Array  # int32, [B, M + 1]: first slot of each segment in its row; -1 for unused entries and for the last
-    is_overfull_B: jax.Array  # the row has more than M segments: cuDNN would ignore the others
+    is_overfull_B: jax.Array  # the row has more than M segments, which cuDNN would ignore, or one that is too long for splash
 
 
-def find_segments(segment_BT: jax.Array, max_segments: int | None = None) -> Segments:
+def find_segments(segment_BT: jax.Array, max_segments: int | None = None, most_slots: int | None = None) -> Segments:
     """The segments of packed rows in the form that the kernels need; computed once per step, not per layer.
 
     Here M counts segments, not patches.
@@ -64,6 +64,7 @@ def find_segments(segment_BT: jax.Array, max_segments: int | None = None) -> Seg
     Args:
         segment_BT: contiguous equal ids are a segment.
         max_segments: most clips in a row, static; cuDNN's time and memory grow with it. None: as many as fit.
+        most_slots: of a clip; None: all of a row.
     """
     B, T = segment_BT.shape
     M = max(2, (max_segments or T // MIN_SEGMENT_SLOTS) + 1)  # one more for the padding
@@ -75,23 +76,34 @@ def find_segments(segment_BT: jax.Array, max_segments: int | None = None) -> Seg
     offset_BM = jnp.full((B, M + 1), -1, jnp.int32).at[jnp.arange(B)[:, None], put_BT].set(slot_BT, mode="drop")
     first_BM, next_BM = offset_BM[:, :-1], offset_BM[:, 1:]
     length_BM = jnp.where(first_BM < 0, -1, jnp.where(next_BM < 0, T, next_BM) - first_BM)
-    return Segments(segment_BT, length_BM, offset_BM, rank_BT[:, -1] >= M)
+    is_overfull_B = rank_BT[:, -1] >= M
+    if most_slots is not None:
+        is_clip_BM = jnp.take_along_axis(segment_BT, jnp.maximum(first_BM, 0), axis=1) > 0
+        is_overfull_B |= jnp.any(is_clip_BM & (length_BM > most_slots), axis=1)
+    return Segments(segment_BT, length_BM, offset_BM, is_overfull_B)
 
 
 def attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, sees: Segments | jax.Array, *, platform: str | None = None
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    sees: Segments | jax.Array,
+    *,
+    window: int | None = None,
+    platform: str | None = None,
 ) -> jax.Array:
     """Softmax attention of N query heads over K <= N shared key/value heads.
 
     Args:
         sees: what slots attend to: `Segments` or a mask [B, T, S].
+        window: most slots of a segment, static; None: all of a row. Splash skips what is further away.
         platform: whose kernel is used: "cpu", "gpu" or "tpu"; None: see `sharding.current_platform`.
     """
     if not isinstance(sees, Segments):
         return _xla(q_BTNH, k_BSKH, v_BSKH, sees)
     platform = platform or sharding.current_platform()
     if platform == "tpu" and q_BTNH.dtype != jnp.float32:
-        return _by_device(splash, q_BTNH, k_BSKH, v_BSKH, sees)
+        return _by_device(functools.partial(splash, window=window), q_BTNH, k_BSKH, v_BSKH, sees)
     if platform == "gpu" and q_BTNH.dtype != jnp.float32 and (kernel := _cudnn()):
         return _by_device(functools.partial(_packed, kernel), q_BTNH, k_BSKH, v_BSKH, sees)
     return _xla(q_BTNH, k_BSKH, v_BSKH, causal_mask(sees.id_BT))
@@ -182,7 +194,7 @@ def _by_device(kernel, q_BTNH, k_BSKH, v_BSKH, more: Segments | Rope | None):
         more: Segments, which are split with the rows, or what each device needs whole: the kernel of patches, which also
             returns an array [rows, steps, 1, lanes].
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = sharding.mesh_in_use()
     if mesh.empty:
         return kernel(q_BTNH, k_BSKH, v_BSKH, more)
     kv = sharding.spec(k_BSKH.shape, ("batch", None, "kv_heads", None), mesh)
@@ -206,10 +218,11 @@ def _in_patches(patches: Patches, q_BTNH, k_BTKH, v_BTKH, rope: Rope | None, *, 
     return o_BTE.reshape(q_BTNH.shape), greatest
 
 
-def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, interpret: bool = False) -> jax.Array:
+def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, window: int | None = None, interpret: bool = False) -> jax.Array:
     """TPU: splash attention, a Pallas kernel in blocks. Rows are padded to whole blocks with slots that are masked out.
 
-    `interpret` runs it on any platform, slowly.
+    Args:
+        window: as in `attention`.   interpret: runs it on any platform, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -226,8 +239,10 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, interpret: bool = Fals
     q_BKGTH = by_head(q_BTNH).reshape(B, T + padding, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = (by_head(x_BSKH).transpose(0, 2, 1, 3) for x_BSKH in (k_BSKH, v_BSKH))
     id_BT = by_head(segments.id_BT, fill=-1)
+    shape = (T + padding, T + padding)
+    mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
     kernel = splash.make_splash_mqa(
-        splash.MultiHeadMask([splash.CausalMask((T + padding, T + padding))] * (N // K)),
+        splash.MultiHeadMask([mask] * (N // K)),
         block_sizes=splash.BlockSizes(
             block_q=block, block_kv=block, block_kv_compute=block,
             block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
@@ -244,10 +259,16 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments: Segments, *, interpret: bool = Fals
     return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T + padding, N, H)[:, :T]
 
 
-def splash_share(slots: int) -> float:
-    """The share of pairs of blocks that the causal mask leaves to splash, in rows of so many slots."""
-    blocks = -(-slots // min(_SPLASH_BLOCK_SLOTS, slots + -slots % _LANES))
-    return (blocks + 1) / (2 * blocks)
+def splash_share(slots: int, window: int | None = None) -> float:
+    """The share of the steps of splash's grid that compute anything, in rows of so many slots.
+
+    Args:
+        window: as in `attention`. The grid is as wide as the most blocks of keys that a block of queries sees.
+    """
+    block = min(_SPLASH_BLOCK_SLOTS, slots + -slots % _LANES)
+    blocks = -(-slots // block)
+    seen = [1 + min(i, -(-((window or slots) - 1) // block)) for i in range(blocks)]
+    return sum(seen) / (blocks * max(seen))
 
 
 def _packed(kernel, q_BTNH, k_BSKH, v_BSKH, segments: Segments) -> jax.Array:

@@ -19,7 +19,10 @@ class Compute:
     Attributes:
         remat: what the backward pass of the language models recomputes: a name in REMAT_POLICIES.
         remat_local: the same for LocEnc and LocDiT; None: as `remat`.
+        remat_locdit: LocDiT's own; None: as `remat_local`.
+        locdit_at_once: most patches that LocDiT computes at once on a device (chunks.py); None: all.
         max_segments: most clips in a packed row; the loss of a row with more is NaN. None: as many as fit.
+        clip_slots: most slots of a clip in a packed row; the loss of a row with a longer one is NaN. None: all of a row.
         platform: whose attention kernels run: "cpu", "gpu" or "tpu". None: the platform of the mesh in `jax.set_mesh`, or
             without one that of JAX's default device.
         is_unrolled: layers one by one with fused matrices (`transformer.unstack`), as generation wants them.
@@ -28,13 +31,16 @@ class Compute:
 
     remat: str = "full"
     remat_local: str | None = None
+    remat_locdit: str | None = None
+    locdit_at_once: int | None = None
     max_segments: int | None = None
+    clip_slots: int | None = None
     platform: str | None = None
     is_unrolled: bool = False
     products: str | None = None
 
     def __post_init__(self):
-        assert self.remat in REMAT_POLICIES and (self.remat_local or self.remat) in REMAT_POLICIES, self
+        assert {self.remat, self.remat_local or self.remat, self.remat_locdit or self.remat} <= REMAT_POLICIES.keys(), self
         assert self.products in (None, *PRODUCTS), self.products
         assert self.platform in (None, "cpu", "gpu", "tpu"), self.platform
 
@@ -50,7 +56,9 @@ class Compute:
         if platform in ("tpu", "gpu"):
             kind = mesh.devices.flat[0].device_kind
             chips.check_products(run.products, chips.of_kind(kind), kind)
-        return cls(run.remat, run.remat_local, run.batch.segments, platform, products=run.products)
+        limits = run.batch.segments, run.batch.clip_slots
+        remat = run.remat, run.remat_local, run.remat_locdit
+        return cls(*remat, run.locdit_at_once, *limits, platform, products=run.products)
 
     @property
     def is_flat(self) -> bool:
@@ -58,6 +66,11 @@ class Compute:
         return (self.platform or sharding.current_platform()) == "tpu"
 
     @property
-    def local(self) -> "Compute":
-        """The options of LocEnc and LocDiT."""
+    def of_locenc(self) -> "Compute":
+        """The options with LocEnc's remat policy."""
         return dataclasses.replace(self, remat=self.remat_local or self.remat)
+
+    @property
+    def of_locdit(self) -> "Compute":
+        """The options with LocDiT's remat policy."""
+        return dataclasses.replace(self, remat=self.remat_locdit or self.of_locenc.remat)

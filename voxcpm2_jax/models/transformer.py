@@ -26,9 +26,9 @@ from voxcpm2_jax.config.model import TransformerConfig
 from voxcpm2_jax.config.run import REMAT_POLICIES
 from voxcpm2_jax.models.attention import Patches, attention, attention_in_patches, logit_bound
 from voxcpm2_jax.models.compute import Compute
-from voxcpm2_jax.models.product import Weight, product
+from voxcpm2_jax.models.product import Weight, product, two_products
 from voxcpm2_jax.models.rope import rope_table, rotate
-from voxcpm2_jax.sharding import constrain, spec
+from voxcpm2_jax.sharding import constrain, mesh_in_use, spec
 
 
 def fan_in(num_in: int, num_out: int) -> nn.initializers.Initializer:
@@ -40,7 +40,7 @@ def fan_in(num_in: int, num_out: int) -> nn.initializers.Initializer:
 def row_major(x_BTD: jax.Array) -> jax.Array:
     """Keeps a row's positions in the order of its dims. Left to itself, the TPU compiler transposes the residual stream, and
     copies what kernels read and write from one order to the other."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_in_use()
     layout = partial(with_layout_constraint, layouts=Layout(tuple(range(x_BTD.ndim))))
     if mesh.empty:
         return layout(x_BTD)
@@ -161,7 +161,7 @@ class Block(nn.Module):
                     cache = cache.write(k, v, start_B)
                     k, v = cache
                 q, k, v = checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
-                o_BTNH = attention(q, k, v, sees, platform=self.compute.platform)
+                o_BTNH = attention(q, k, v, sees, window=self.compute.clip_slots, platform=self.compute.platform)
             self.sow("figures", "logit_bound_max", bound)
             y_BTD = checkpoint_name(linear("o", c.width, num_in=2)(o_BTNH), "o")
             x_BTD += y_BTD * jnp.asarray(c.residual_scale, x_BTD.dtype)
@@ -172,15 +172,15 @@ class Block(nn.Module):
                 gate, up = gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1]
             else:
                 gate, up = (Kernel((c.width, F), name=name)() for name in ("gate", "up"))
-                if self.compute.products is None:
+                if self.compute.is_flat or self.compute.products is not None:
+                    gate, up = two_products(y_BTD, gate, up)
+                else:
                     # One product reads x once, and its gradient is one product too. The two matrices are stacked on an axis
                     # of their own, so that their split over devices stays as it is. Fusing q/k/v in the same way does not
                     # reduce the bytes moved (tests/measure_kernels.py).
                     kernel_D2F = jax.tree.map(lambda *kernels: jnp.stack(kernels, axis=1), gate, up)
                     gate_up_BT2F = product("BTD,DUF->BTUF", y_BTD, kernel_D2F)
                     gate, up = gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1]
-                else:  # a TPU rounds arrays whose last dim but one is 2 at a fraction of its speed
-                    gate, up = (product("BTD,DF->BTF", y_BTD, kernel) for kernel in (gate, up))
             gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
             h_BTF = constrain(nn.silu(gate) * up, "batch", None, "mlp")
             x_BTD += linear("down", c.width)(h_BTF) * jnp.asarray(c.residual_scale, x_BTD.dtype)

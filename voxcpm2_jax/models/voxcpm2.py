@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from voxcpm2_jax.config.model import ModelConfig
 from voxcpm2_jax.config.plain import UserError
-from voxcpm2_jax.models import flow
+from voxcpm2_jax.models import chunks, flow
 from voxcpm2_jax.models.attention import causal_mask, find_segments
 from voxcpm2_jax.models.compute import Compute
 from voxcpm2_jax.models.local import LocDiT, LocEnc
@@ -113,8 +113,8 @@ class VoxCPM2(nn.Module):
         width, local = c.tslm.width, c.locdit.width
         self.base_lm = TextSemanticLM(c, self.compute)
         self.residual_lm = ResidualAcousticLM(c, self.compute)
-        self.feat_encoder = LocEnc(c.locenc, self.compute.local)
-        self.feat_decoder = LocDiT(c.locdit, self.compute.local)
+        self.feat_encoder = LocEnc(c.locenc, self.compute.of_locenc)
+        self.feat_decoder = LocDiT(c.locdit, self.compute.of_locdit)
         self.fsq_layer = FSQ(c.scalar_quantization_latent_dim, c.scalar_quantization_scale, width)
         self.enc_to_lm_proj = Linear((width,))
         self.lm_to_dit_proj = Linear((local,))
@@ -156,8 +156,8 @@ class VoxCPM2(nn.Module):
         embed_BTD = self.base_lm.embed(batch.tokens_BT)
         start_B = None
         if cache is None:
-            sees = find_segments(batch.segment_BT, self.compute.max_segments)
-            # Some kernels would silently ignore the extra segments; NaN makes the loss of such a row invalid instead.
+            sees = find_segments(batch.segment_BT, self.compute.max_segments, self.compute.clip_slots)
+            # Some kernels would silently ignore what exceeds the limits; NaN makes the loss of such a row invalid instead.
             embed_BTD = jnp.where(sees.is_overfull_B[:, None, None], jnp.asarray(jnp.nan, embed_BTD.dtype), embed_BTD)
         else:
             start_B = jnp.zeros(B, jnp.int32)
@@ -277,6 +277,7 @@ def loss_terms(
     Args:
         with_figures: also return figures of the model's activations.
     Returns:
+        "diff_sum": the flow loss of all target patches, summed; it alone has gradients if patches are computed in chunks.
         "diff_BMP" (mean over channels), "stop_BM" (cross-entropy), "stop_logits_BM2", "target_BM"; float32. With figures:
         "quantiser": "level_BTQ" (int32, -scale .. scale), "is_audio_BT" and "scale"; "maxima": "activation_max" (residual
         stream) and "logit_bound_max" (see `logit_bound`), each by stack; they include padding.
@@ -290,8 +291,13 @@ def loss_terms(
     M = batch.slot_BM.shape[1] if target_patches is None else target_patches
     P, C = config.patch_size, config.feat_dim
 
-    figure_collections = ["figures"] * with_figures
-    hidden, figures = model.apply({"params": params}, batch, method="read_batch", mutable=figure_collections)
+    def apply(params, *inputs, method):
+        return model.apply({"params": params}, *inputs, method=method, mutable=["figures"] * with_figures)
+
+    def rows(x_BM):
+        return x_BM.reshape(-1, *x_BM.shape[2:])
+
+    hidden, figures = apply(params, batch, method="read_batch")
 
     # Every target is drawn from the slot before its own; a segment's first slot has none.
     slot_BM = batch.slot_BM[:, :M]
@@ -309,21 +315,27 @@ def loss_terms(
     if config.dit_config.dit_mean_mode:
         prefix_R2D = prefix_R2D.astype(jnp.float32)  # LocDiT computes in the dtype of its prefix
 
-    def velocity(x_RPC, t_R, dt_R):
-        inputs = (x_RPC, prefix_R2D, cond_RPC, t_R, dt_R)
-        return model.apply({"params": params}, *inputs, method="velocity", mutable=figure_collections)
+    is_target_BM = batch.target_BM[:, :M].astype(bool) & (slot_BM >= 0)
 
-    def rows(x_BM):
-        return x_BM[:, :M].reshape(B * M, *x_BM.shape[2:]).astype(jnp.float32)
+    def flow_loss(params, prefix_R2D, data):
+        cond_RPC, is_target_R, *of_flow = data
 
-    diff_RP, figures_of_velocity = flow.loss(
-        velocity,
-        rows(batch.patches_BMPC),
-        rows(draws.noise_BMPC),
-        rows(draws.time_BM),
-        None if draws.start_BM is None else rows(draws.start_BM),
-        has_aux=True,
-    )
+        def velocity(x_RPC, t_R, dt_R):
+            return apply(params, x_RPC, prefix_R2D, cond_RPC, t_R, dt_R, method="velocity")
+
+        diff_RP, figures = flow.loss(velocity, *of_flow, has_aux=True)
+        return _weighted_sum(diff_RP, is_target_R), (diff_RP, figures)
+
+    of_flow = (batch.patches_BMPC, draws.noise_BMPC, draws.time_BM, draws.start_BM)
+    data = jax.tree.map(lambda x_BM: rows(x_BM[:, :M]).astype(jnp.float32), (is_target_BM, *of_flow))
+    if compute.locdit_at_once and chunks.can_split(B * M):
+        used = {"feat_decoder": params["feat_decoder"]}
+        diff_sum, (diff_RP, of_decoder) = chunks.sum_patches(
+            flow_loss, used, prefix_R2D, (cond_RPC, *data), compute.locdit_at_once
+        )
+    else:
+        _, (diff_RP, of_decoder) = flow_loss(params, prefix_R2D, (cond_RPC, *data))
+        diff_sum = _weighted_sum(diff_RP.reshape(B, M, P), is_target_BM)
     logits_R2 = model.apply({"params": params}, semantic_RD, method="stop_logits")
     label_R2 = jax.nn.one_hot(batch.stop_BM[:, :M].reshape(-1), 2)
     stop_R = -jnp.sum(jax.nn.log_softmax(logits_R2) * label_R2, axis=-1)
@@ -331,15 +343,20 @@ def loss_terms(
         "diff_BMP": diff_RP.reshape(B, M, P),
         "stop_BM": stop_R.reshape(B, M),
         "stop_logits_BM2": logits_R2.reshape(B, M, 2),
-        "target_BM": batch.target_BM[:, :M].astype(bool) & (slot_BM >= 0),
+        "target_BM": is_target_BM,
+        "diff_sum": diff_sum,
     }
     if with_figures:
-        stacks = figures["figures"] | figures_of_velocity["figures"]
+        stacks = figures["figures"] | of_decoder["figures"]
         (level_BTQ,) = stacks.pop("fsq_layer")["level"]
         scale = config.scalar_quantization_scale
         terms["quantiser"] = {"level_BTQ": level_BTQ, "is_audio_BT": patch_index(batch) >= 0, "scale": scale}
         terms["maxima"] = _maxima(stacks)
     return terms
+
+
+def _weighted_sum(diff_XP, weight_X) -> jax.Array:
+    return jnp.sum(jnp.sum(diff_XP, axis=-1) * weight_X.astype(jnp.float32))
 
 
 def _maxima(stacks: dict) -> dict[str, dict[str, jax.Array]]:
@@ -402,4 +419,5 @@ def loss(
     draws = Draws(time_BM, noise_BMPC, drop_BM, start_BM)
     terms = loss_terms(params, config, batch, draws, target_patches=target_patches, compute=compute)
     of_patches = patch_figures(terms, batch.stop_BM)
-    return {name: tuple(jnp.sum(x_BM) for x_BM in of_patches[f"loss_{name}"]) for name in ("diff", "stop")}
+    sums = {name: tuple(jnp.sum(x_BM) for x_BM in of_patches[f"loss_{name}"]) for name in ("diff", "stop")}
+    return sums | {"diff": (terms["diff_sum"], sums["diff"][1])}

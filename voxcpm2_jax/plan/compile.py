@@ -182,7 +182,7 @@ def _compile(config: BackboneRun, devices, job: dict) -> dict:
             raise
         result = {"fits": False} | result
     else:
-        result = {"fits": True} | _read(compiled, state, mesh, job, config.batch.slots)
+        result = {"fits": True} | _read(compiled, state, mesh, job, config.batch)
     result["compile_sec"] = round(time.perf_counter() - begin, 1)
     files.replace_file(kept, json.dumps(result))
     return result
@@ -205,7 +205,7 @@ def _kept_result(program: str, job: dict, mesh) -> pathlib.Path:
     return cache.root() / "plans" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
 
 
-def _read(compiled, state, mesh, job: dict, slots: int) -> dict:
+def _read(compiled, state, mesh, job: dict, batch: BatchConfig) -> dict:
     """Memory, collectives and clock of a compiled train step."""
     stats = compiled.memory_analysis()
     kinds = {
@@ -229,16 +229,16 @@ def _read(compiled, state, mesh, job: dict, slots: int) -> dict:
         "collectives": [dataclasses.asdict(one) for one in collectives],
         "unknown_loops": unknown_loops,
     }
-    return result if job["fast"] else result | {"clock": _clock(text, mesh, job, slots)}
+    return result if job["fast"] else result | {"clock": _clock(text, mesh, job, batch)}
 
 
-def _clock(text: str, mesh, job: dict, slots: int) -> dict:
+def _clock(text: str, mesh, job: dict, batch: BatchConfig) -> dict:
     """The compiler's clock as plain data, in seconds: "step_sec", "hidden_sec" (transfers beside work), "parts", "passes",
     "kinds" and the dearest "lines"."""
     from voxcpm2_jax.models.attention import splash_share
 
     machine = Machine(job["name"], CHIPS[job["chip"]], job["slices"], tuple(job["torus"]), job["slice_chips"])
-    kernels = clock.kernels_in(pathlib.Path(job["dumps"]), {"splash": splash_share(slots)})
+    kernels = clock.kernels_in(pathlib.Path(job["dumps"]), {"splash": splash_share(batch.slots, batch.clip_slots)})
     ticks = clock.read(text, machine, mesh, kernels)
     parts = {part: sec for (part,), sec in ticks.seconds_by("part").items()}
     return {

@@ -45,13 +45,21 @@ PASSES = ("forward", "backward")
 
 def remat_of(config: BackboneRun, part: str) -> str:
     """The remat policy of a stack."""
-    return config.remat_local or config.remat if part in ("locenc", "locdit") else config.remat
+    local = config.remat_local or config.remat
+    return {"locenc": local, "locdit": config.remat_locdit or local}.get(part, config.remat)
 
 
 def eight_bits_of(config: BackboneRun, part: str) -> str | None:
     """The 8-bit products of a stack; None: it multiplies in bfloat16. In mean mode LocDiT does neither."""
     is_float32 = part == "locdit" and config.model.dit_config.dit_mean_mode
     return None if is_float32 else config.products
+
+
+def positions_at_once(config: BackboneRun, part: str, positions: float) -> float:
+    """Of the positions of a stack on one device, those that one chunk has (models/chunks.py); all but for LocDiT."""
+    if part != "locdit" or not config.locdit_at_once or config.mesh[2] != 1:
+        return positions
+    return min(positions, config.locdit_at_once * config.model.locdit_slots)
 
 
 def saved_bytes(c: TransformerConfig, remat: str) -> int:
@@ -66,7 +74,7 @@ def saved_bytes(c: TransformerConfig, remat: str) -> int:
 
 
 # The saved array that spares the backward pass a product. "down" is never recomputed: no gradient reads its result.
-_RESULT_OF = {"qkv": "q", "o": "o", "gate_up": "gate"}
+_RESULT_OF = {"qkv": "q", "o": "o", "gate": "gate", "up": "up"}
 
 
 def recomputed_products(remat: str) -> tuple[str, ...]:
@@ -87,9 +95,9 @@ def recomputes_attention(remat: str) -> bool:
 def _moved_bytes(c: TransformerConfig, products: Iterable[str] = PRODUCTS) -> int:
     """Bytes per position and layer that these products, and the operations fused into them, read and write going forward."""
     width, qkv, attention, mlp = layer_widths(c).values()
-    # "o" includes attention, which reads q, k and v.
+    # "o" includes attention, which reads q, k and v. Together, "gate" and "up" read x once and write h.
     moved = {
-        "qkv": width + qkv, "o": qkv + attention + attention + 2 * width, "gate_up": width + mlp, "down": mlp + 2 * width
+        "qkv": width + qkv, "o": qkv + attention + attention + 2 * width, "gate": width, "up": mlp, "down": mlp + 2 * width
     }  # fmt: skip
     return 2 * sum(moved[name] for name in products)
 
@@ -138,7 +146,8 @@ def passes(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int], *, skip
     tensor, parts = mesh[2], config.accumulate
     sizes = row_sizes(batch, rows)
     positions_of = flops.positions(model, **sizes)
-    causal = (min(SEGMENT_SLOTS, batch.slots) if skips_segments else batch.slots) / 2
+    window = min(batch.clip_slots or batch.slots, batch.slots)  # what a kernel looks at that does not skip other segments
+    causal = min(SEGMENT_SLOTS, batch.slots) / 2 if skips_segments else window * (1 - window / (2 * batch.slots))
     keys_of = {"tslm": causal, "ralm": causal, "locenc": model.locenc_slots, "locdit": model.locdit_slots}
     work = []
     for part in STACKS:
@@ -148,7 +157,8 @@ def passes(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int], *, skip
         products = 2.0 * L * positions * layer_params(c) / tensor
         attention = 4.0 * L * positions * keys_of[part] * c.num_heads * c.head_dim / tensor
         is_short = eight_bits_of(config, part) is not None
-        weights = (1.0 if is_short else 2.0) * L * parts * layer_params(c) / tensor
+        num_chunks = positions / parts / positions_at_once(config, part, positions / parts)
+        weights = (1.0 if is_short else 2.0) * L * parts * num_chunks * layer_params(c) / tensor
         moved, kept = L * positions * _moved_bytes(c) / tensor, L * positions * saved_bytes(c, remat)
         products_again = products * layer_params(c, again) / layer_params(c)
         weights_again = weights * layer_params(c, again) / layer_params(c)
@@ -207,7 +217,9 @@ def layer_collectives(config: BackboneRun, batch: BatchConfig, machine: Machine,
             found.append(Collective("all-reduce", part, True, times, gradients, n, inside, spans, axes))
         if tensor > 1:
             n, inside, spans = group(tensor, 1)
-            sums = 2 + ("o" in recomputed_products(remat_of(config, part)))  # gradients of the inputs of "qkv" and "gate_up"
+            sums = 2 + (
+                "o" in recomputed_products(remat_of(config, part))
+            )  # gradients of the inputs of "qkv", and of "gate" and "up"
             found.append(Collective("all-reduce", part, False, 2 * times, rows_bytes, n, inside, spans, ("tensor",)))
             found.append(Collective("all-reduce", part, True, sums * times, rows_bytes, n, inside, spans, ("tensor",)))
     return found
@@ -252,6 +264,7 @@ def memory(config: BackboneRun, batch: BatchConfig, mesh: Sequence[int]) -> dict
     shards = mesh[1] * mesh[2]
     rows = batch.rows / row_shards(mesh) / config.accumulate
     positions = flops.positions(model, **row_sizes(batch, rows))
+    positions |= {part: positions_at_once(config, part, number) for part, number in positions.items()}
     params = num_params(model)
     kept = sum(
         getattr(model, part).num_layers * positions[part] * saved_bytes(getattr(model, part), remat_of(config, part))

@@ -92,6 +92,7 @@ def objective(
     )
     of_patches = voxcpm2.patch_figures(terms, batch.stop_BM)
     figures = {name: tuple(jnp.sum(x_BM) for x_BM in pair) for name, pair in of_patches.items()}
+    figures["loss_diff"] = (terms["diff_sum"], figures["loss_diff"][1])
     counts = {name: figures[f"loss_{name}"][1] for name in ("diff", "stop")} if counts is None else counts
     diff, stop = (figures[f"loss_{name}"][0] / jnp.maximum(counts[name], 1.0) for name in ("diff", "stop"))
     loss = config.diff_weight * diff + config.stop_weight * stop
