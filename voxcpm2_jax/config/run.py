@@ -244,7 +244,7 @@ class SampleConfig:
 REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "full": (),
     "thin": ("attention", "o"),  # what saves most work per byte; recomputes q, k, v, gate and up
-    "gate": ("attention", "o", "gate"),  # recomputes q, k, v and up
+    "gate": ("attention", "o", "gate"),  # recomputes q, k, v and up; on TPU alone, elsewhere gate and up are one product
     "narrow": ("q", "k", "v", "attention", "o"),  # recomputes gate and up: the widest arrays, most of the work
     "products": ("q", "k", "v", "attention", "o", "gate", "up"),  # recomputes only norms, activations and softmax
     "none": None,  # saves whatever XLA chooses

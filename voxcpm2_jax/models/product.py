@@ -79,9 +79,12 @@ def product(equation: str, x: jax.Array, weight: Weight | jax.Array) -> jax.Arra
 
 
 def two_products(x_ABD: jax.Array, one: Weight | jax.Array, two: Weight | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x one, x two, both [A, B, F]. Going forward they are two products: on TPU, a product writes its result where the backward
-    pass finds it, but not each half of a result. Going back they are one, but not in 8 bits: a TPU rounds arrays whose last
-    dim but one is 2 at a fraction of its speed."""
+    """x one, x two, both [A, B, F].
+
+    Going forward they are two products: on TPU, a product can write its result to where it is kept for the backward pass, but
+    not each half of its result. Going back they are one. In 8 bits they are two: a TPU rounds arrays whose last dim but one is
+    2 at a fraction of its speed.
+    """
     if not isinstance(one, Weight) or one.is_in_8_bits:
         return tuple(product("ABD,DF->ABF", x_ABD, weight) for weight in (one, two))
     return _two_products(x_ABD, one.value.astype(x_ABD.dtype), two.value.astype(x_ABD.dtype), one.original, two.original)

@@ -172,7 +172,8 @@ class Block(nn.Module):
                 gate, up = gate_up_BT2F[:, :, 0], gate_up_BT2F[:, :, 1]
             else:
                 gate, up = (Kernel((c.width, F), name=name)() for name in ("gate", "up"))
-                if self.compute.is_flat or self.compute.products is not None:
+                is_kept = "gate" in (REMAT_POLICIES[self.compute.remat] or ())
+                if self.compute.products is not None or (self.compute.is_flat and is_kept):
                     gate, up = two_products(y_BTD, gate, up)
                 else:
                     # One product reads x once, and its gradient is one product too. The two matrices are stacked on an axis
