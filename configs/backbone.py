@@ -60,10 +60,10 @@ def ramp(stage: StageConfig, factors: dict[int, float]) -> tuple[StageConfig, ..
 #   3  languages weighted almost evenly
 # The limits of clip length are the report's. It gives no shares, step counts or batch sizes: those here are ours (a million
 # slots per batch, then two million; 24.4 M hours in all, configs/README.md). Where the corpus has no reference clips or
-# descriptions, their shares have no effect.
+# descriptions, their shares have no effect. Of 1,024 slots of a clip (`clip_slots`), 60 s take 375 and leave 647 for the text.
 _ROWS = dataclasses.replace(SPEECH_BATCH, rows=256, segments=128)
 CURRICULUM = (
-    *ramp(StageConfig(max_sec=60.0, temperature=1.5, reference=0.0, described=0.0), {0: 1.0, 40_000: 2.0}),
+    *ramp(StageConfig(max_sec=60.0, temperature=1.5, reference=0.0, described=0.0, clip_slots=1024), {0: 1.0, 40_000: 2.0}),
     StageConfig(first_step=280_000, max_sec=180.0, temperature=1.5, reference=0.1, described=0.3, slots_factor=2.0),
     StageConfig(first_step=320_000, max_sec=180.0, temperature=1.5, reference=0.3, described=0.6, slots_factor=2.0),
     StageConfig(

@@ -60,7 +60,7 @@ def _summary(entries: Sequence[dict], title: str):
     for name in ("compile s", "HBM GiB", "of", "PFLOP", "clock s", "MFU", "thumb s", "MFU", "bound s", "MFU", "audio h/day"):
         table.add_column(name, justify="right")
     for e in entries:
-        remat = "/".join(filter(None, (e["remat"], e["remat_local"])))
+        remat = "/".join(filter(None, (e["remat"], e["remat_local"], e["remat_locdit"])))
         remat += f", {e['products']}" if e["products"] else ""
         cells = [e["topology"], f"{e['rows']} x {e['slots']}", mesh_name(e["mesh"]), remat, str(e["accumulate"])]
         cells += [f"{e['compile_sec']:.0f}" if "compile_sec" in e else "-"]

@@ -3,8 +3,8 @@
     --topology=[SLICESx]KIND:AxB[xC][,FIELD=VALUE..]    v5e:16x16   4xv6e:8x8   v5p:8x8x8,rows=512,mesh=1x512x1
     --topology=GPUSxKIND[,FIELD=VALUE..]                8xh100   64xh100,rows=256,mesh=8x8x1
 
-Fields: rows (per batch), accumulate, remat, remat_local, products, mesh (REPLICAxDATAxTENSOR). The result is a `Case`. `check`
-also accepts plain numbers of devices, where the chip does not matter: 32, or 4x64 for four slices of 64.
+Fields: rows (per batch), accumulate, remat, remat_local, remat_locdit, locdit_at_once, products, mesh (REPLICAxDATAxTENSOR). The
+result is a `Case`. `check` also accepts plain numbers of devices, where the chip does not matter: 32, or 4x64 for four slices of 64.
 """
 
 import dataclasses
@@ -97,14 +97,17 @@ def _with_fields(text, config: BackboneRun, fields: Sequence[str]) -> BackboneRu
             config = with_rows(config, count(value))
         elif name == "accumulate":
             config = dataclasses.replace(config, accumulate=count(value))
-        elif name in ("remat", "remat_local", "products"):
+        elif name == "locdit_at_once":
+            config = dataclasses.replace(config, locdit_at_once=count(value))
+        elif name in ("remat", "remat_local", "remat_locdit", "products"):
             config = dataclasses.replace(config, **{name: value})
         elif name == "mesh" and re.fullmatch(r"(-1|\d+)x(-1|\d+)x\d+", value):
             config = dataclasses.replace(config, mesh=tuple(int(n) for n in value.split("x")))
         else:
             raise UserError(
-                f"--topology={text}: {field!r} is none of rows=N, accumulate=N, remat=NAME, remat_local=NAME, products=NAME, "
-                "mesh=REPLICAxDATAxTENSOR; other fields are set for all topologies, by --config.NAME=VALUE"
+                f"--topology={text}: {field!r} is none of rows=N, accumulate=N, remat=NAME, remat_local=NAME, "
+                "remat_locdit=NAME, locdit_at_once=N, products=NAME, mesh=REPLICAxDATAxTENSOR; other fields are set for all "
+                "topologies, by --config.NAME=VALUE"
             )
     return config
 
