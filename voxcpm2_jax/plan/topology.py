@@ -3,8 +3,9 @@
     --topology=[SLICESx]KIND:AxB[xC][,FIELD=VALUE..]    v5e:16x16   4xv6e:8x8   v5p:8x8x8,rows=512,mesh=1x512x1
     --topology=GPUSxKIND[,FIELD=VALUE..]                8xh100   64xh100,rows=256,mesh=8x8x1
 
-Fields: rows (per batch), accumulate, remat, remat_local, remat_locdit, locdit_at_once, products, mesh (REPLICAxDATAxTENSOR). The
-result is a `Case`. `check` also accepts plain numbers of devices, where the chip does not matter: 32, or 4x64 for four slices of 64.
+Fields: rows (per batch), accumulate, remat, remat_local, remat_locdit, locdit_at_once, products, mesh (REPLICAxDATAxTENSOR).
+The result is a `Case`. `check` also accepts plain numbers of devices, where the chip does not matter: 32, or 4x64 for four
+slices of 64.
 """
 
 import dataclasses
