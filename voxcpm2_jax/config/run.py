@@ -348,7 +348,7 @@ CHANGES: tuple[tuple[str, str, str], ...] = (
     (r"optim\.ema_decay: (None ->|.* -> None$)", SHAPE, "whether averaged weights exist"),
     # Length, machine, logging. A schedule without schedule_steps is as long as the run, so it stretches with num_steps. If that
     # changes the rate at the step where the run resumes, train/start.py adds "learning rate of update N" to the changes.
-    (r"(num_steps|remat|remat_local|products|accumulate|mesh|model\.dtype|model\.max_length)\b", FREE, ""),
+    (r"(num_steps|remat(_local|_locdit)?|locdit_at_once|products|accumulate|mesh|model\.(dtype|max_length))\b", FREE, ""),
     (r"(checkpoint|log|samples|sample_every_steps|num_samples|validation|guard|watchdog|profile)\b", FREE, ""),
     # An unexpected change for a run that resumes, but the purpose of a branch.
     (r"optim\.(learning_rate|warmup_steps|schedule|schedule_steps|decay_(fraction|steps|start)|end_ratio)\b", SCHEDULE,
