@@ -66,9 +66,18 @@ _GIB = 2.0**30
 # Of all matrix units of a chip, each a square that multiplies and adds in every cell [book]: 1.05, 1.50, 1.75 and 1.75 GHz.
 _FLOPS_PER_CYCLE = {"v4": 2 * 8 * 128**2, "v5e": 2 * 4 * 128**2, "v5p": 2 * 8 * 128**2, "v6e": 2 * 4 * 256**2}
 
-# The fast memory that one fusion may fill, as MaxText sets it. On v5e 65536 would save 3 % of LocDiT's time, but the compiler
-# then needs several times as long.
-_COMPILER_OPTIONS = {"v6e": {"xla_tpu_scoped_vmem_limit_kib": "98304"}}
+# As MaxText sets them. v6e: the fast memory that one fusion may fill; on v5e 32768 would save 4 % of the language models' time,
+# but the compiler then needs several times as long. v5p: gathers run beside products; on v5e they do so anyway.
+_COMPILER_OPTIONS = {
+    "v6e": {"xla_tpu_scoped_vmem_limit_kib": "98304"},
+    "v5p": {
+        "xla_enable_async_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+        "xla_tpu_overlap_compute_collective_tc": "true",
+    },
+}
 
 # GPUs by their data sheets [sheet]. TPUs by the TPU compiler, because the documents name an int8 rate also for chips that only
 # store 8 bits: its cycles for an 8192^3 product in bfloat16 over those in int8 and fp8 (tests/measure_products.py, jax 0.10.2):
