@@ -87,7 +87,10 @@ def plan_entry(case: Case, batch: BatchConfig, *, fast: bool = False) -> dict:
 
 
 def _peak(memory: dict) -> int:
-    """Bytes that the program takes: arguments, outputs (donated ones only once), temporaries, code."""
+    """The most bytes that the program has in use at once, and its code. Where the compiler does not say, all that it takes:
+    arguments, outputs (donated ones only once), temporaries, code."""
+    if memory["peak"]:
+        return memory["peak"] + memory["code"]
     return memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"] + memory["code"]
 
 
