@@ -179,7 +179,7 @@ def test_suggestions_are_compiled_until_one_fits(capsys, monkeypatch):
                 "hbm_bytes": round(15.75 * 2**30),
                 "message": "no",
             }
-        memory = dict.fromkeys(("outputs", "aliased", "temporaries", "code"), 0) | {"arguments": needed}
+        memory = dict.fromkeys(("outputs", "aliased", "temporaries", "code", "peak"), 0) | {"arguments": needed}
         return {"fits": True, "compile_sec": 1.0, "memory": memory, "unknown_loops": 0, "collectives": []}
 
     monkeypatch.setattr(entry, "compile_for", compile_for)
