@@ -35,6 +35,7 @@ from voxcpm2_jax.bench.faults import (
     non_finite_latents,
     repeated_kills,
     second_signal,
+    slow_peer,
     stop_signal,
 )
 from voxcpm2_jax.bench.harness import SAVE_EVERY, STEPS, TIMEOUT_SEC, Harness, Outcome, RunFailed
@@ -104,6 +105,7 @@ def chaos(run: BackboneRun, workdir=None, *, kills: int = 20, seed: int = 0, qui
             (f"SIGKILL of the {('first', 'second')[n]} of two processes", 1, partial(killed_peer, victim=n))
             for n in ((0,) if quick else (0, 1))
         ),
+        *(() if quick else (("SIGSTOPs of the second of two processes", 1, partial(slow_peer, victim=1)),)),
     ]
 
     def run_trial(number: int) -> Fault:

@@ -5,6 +5,7 @@
     second_signal            SIGTERM twice: the process ends at once, and no complete checkpoint is harmed
     changing_process_count   1 -> 2 -> 4 -> 1 processes, each time stopped by a signal to one of them
     killed_peer              SIGKILL of one of two processes: the other ends by itself
+    slow_peer                one of two processes stopped for a moment again and again: named, and the losses stay
     damaged_checkpoint       the newest checkpoint truncated, without a file, with a flipped bit, or with files of another step
     full_disk                a save fails; the older checkpoint stays complete
     altered_shard            a flipped bit in a data shard: named, and not trained on
@@ -179,6 +180,24 @@ def killed_peer(harness: Harness, *, victim: int) -> Outcome:
     start = int(re.search(r"starting from step (\d+)", output)[1])
     problems += harness.differences(workdir, arrays=False, tolerance=LOSS_TOLERANCE, steps=steps)
     return Outcome(problems, f"the other ended after {sec:.1f} s", lost_steps=last - start)
+
+
+def slow_peer(harness: Harness, *, victim: int) -> Outcome:
+    """Stops one of two processes for a moment again and again: the run has to name it, and no other."""
+    workdir, steps = harness.directory / f"slow_peer_{victim}", 2 * SAVE_EVERY
+    with harness.children(workdir, f"--config.num_steps={steps}", num=2) as children:
+        harness.wait_until(lambda: last_step(workdir) >= 2, children)
+        step_sec = metric_rows(workdir)[-1]["step_sec"]
+        while all(child.is_running for child in children):
+            children[victim].send(signal.SIGSTOP)
+            time.sleep(max(step_sec, 0.2))
+            children[victim].send(signal.SIGCONT)
+            time.sleep(0.7 * step_sec)  # so that no step is without a stop
+        codes = [child.wait() for child in children]
+        named = re.findall(r"^process (\d+) of 2 on .* slows the run down", children[0].output, re.MULTILINE)
+    problems = [] if codes == [0, 0] else [f"exit codes {codes}: {children[0].output[-1000:]}"]
+    problems += [] if set(named) == {str(victim)} else [f"process {victim} was slow, named were {named or 'none'}"]
+    return Outcome(problems + harness.differences(workdir, arrays=False, tolerance=LOSS_TOLERANCE, steps=steps))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

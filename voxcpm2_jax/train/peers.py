@@ -14,7 +14,7 @@ The loop runs one step ahead of the devices (loop.py). A process that finds its 
 busy, whatever it did meanwhile. One that finds it finished has let them run dry, and through them those of all others. Only
 durations are compared, because the clocks of hosts differ.
 
-The figures of the processes are exchanged by a small program behind each step that is logged; nothing waits for it. How far
+The figures of the processes are exchanged by a small program behind each step that is logged; no step waits for it. How far
 the slowest process is above the median of all (of two: above the other) is at most what it costs in each step.
 """
 
