@@ -218,7 +218,10 @@ TINY = "--config=configs/backbone.py:tiny"
         ("--config.mesh=0,-1,1", "mesh (0, -1, 1) (replica, data, tensor) does not fit 8 devices"),
         ("--config.mesh=8", "mesh: expected 3 values, got 1"),
         ("--config.mesh=1,2,4", "tensor 4 does not divide base_lm/layers/k/kernel, whose kv_heads are 2"),
-        ("--config.batch.row=8", "--config.batch.row: unknown key; config.batch has clip_slots, patches, rows, segments, slots"),
+        (
+            "--config.batch.row=8",
+            "--config.batch.row: unknown key; config.batch has clip_slots, patches, rows, segments, slots",
+        ),
         ("--config.optim.learning_rate=high", "--config.optim.learning_rate=high"),
         ("--config.optim.schedule=steps", "optim.schedule: expected cosine, wsd or constant, got 'steps'"),
         ("--config.num_steps=0", "num_steps must be at least 1, got 0"),
